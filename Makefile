@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := dev,avalanche,cli,plot,examples
+
+# A few threads per process: more do not help at the sizes of the demo and the tests.
+OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS
+
+.DEFAULT_GOAL := help
+.PHONY: help venv lint format test demo dist clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## .venv with the package and all its extras, editable
+
+# Installed again only when pyproject.toml changes.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict lightning_lance
+
+format: $(STAMP)  ## rewrite the files as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(STAMP)  ## all tests and docstring examples
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP)  ## fine-tune a pretrained network with and without LANCE, a few minutes on two cores
+	@$(BIN)/python -m examples.finetune_digits $(DEMO_ARGS)
+
+dist: $(STAMP)  ## source distribution and wheel in dist/
+	rm -rf dist build
+	$(BIN)/python -m build
+
+clean:  ## remove the virtual environment and what builds and tools left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs

@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SEED = 1234
+
+
+def pytest_configure() -> None:
+    """Use as many threads as `make test` asks for, also where OMP_NUM_THREADS came too late."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[int]:
+    """Seed every global generator before each test, so that the order of tests does not matter."""
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002 - the global generator is the point
+    torch.manual_seed(SEED)
+    yield SEED
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(autouse=True)
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run each test in its own directory: Lightning writes lightning_logs and checkpoints to the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
