@@ -1,0 +1,66 @@
+"""The options, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from lightning_lance.errors import ConfigError
+from lightning_lance.ranks import RankRules
+
+Rank: TypeAlias = "int | float | str | Mapping[str, Any]"
+Layers: TypeAlias = "int | str | Sequence[str]"
+
+
+@dataclass(frozen=True)
+class LanceConfig:
+    """What to compress and how far.
+
+    Attributes:
+        rank: ``"auto"``; an int, that rank in every mode, clipped to its size; a float in (0, 1], that energy in
+            every mode (the published rule); a mapping mode -> rule with the modes ``batch``, ``channel`` (or
+            ``feature``) and ``spatial`` (or ``token``), each an int, an energy or ``"full"``; or a mapping layer
+            pattern -> any of these. ``"auto"`` is batch rank ``max(4, B / 8)``, channels whole, spatial energy .9.
+        batch: ``"unbiased"`` weights a random cosine sketch of the batch so that the weight gradient has no bias
+            from it; ``"projected"`` projects it, as published.
+        layers: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n of them), or
+            shell-style patterns of module names; the name of a container means all in it.
+        companions: also swap layers beside them for exact variants that keep less; ``"approximate"`` adds inexact
+            ones; ``False`` compresses the inputs of linear layers and convolutions only.
+        seed: seed of the random sample orders.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    rank: Rank = "auto"
+    batch: Literal["unbiased", "projected"] = "unbiased"
+    layers: Layers = "trainable"
+    companions: bool | Literal["approximate"] = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = RankRules(self.rank)
+        if self.batch not in ("unbiased", "projected"):
+            raise ConfigError(f"batch={self.batch!r} is not allowed. Allowed: 'unbiased', 'projected'.")
+        if self.batch == "unbiased" and any(ranks.batch == 1 and type(ranks.batch) is int for ranks in rules.all_rules()):
+            raise ConfigError(
+                "rank of the batch mode is 1 with batch='unbiased', which needs a constant column and at least one more. "
+                "Give a batch rank of at least 2, or batch='projected'."
+            )
+        if self.companions not in (True, False, "approximate"):
+            raise ConfigError(f"companions={self.companions!r} is not allowed. Allowed: True, False, 'approximate'.")
+        if isinstance(self.layers, bool) or (isinstance(self.layers, int) and self.layers < 1):
+            raise ConfigError(
+                f"layers={self.layers!r} is not allowed. Allowed: 'trainable', an int of at least 1 (the last n trainable "
+                "layers), a name pattern or a list of them."
+            )
+        if not isinstance(self.layers, (int, str)):
+            wrong = [pattern for pattern in self.layers if not isinstance(pattern, str)]
+            if wrong or not self.layers:
+                raise ConfigError(f"layers={self.layers!r} is not a list of name patterns such as ['layer4.*', 'fc'].")
+
+    def rules(self) -> RankRules:
+        """The parsed rank rules."""
+        return RankRules(self.rank)

@@ -1,0 +1,174 @@
+"""Streaming second moments of one mode: an exact Gram matrix, or a one-pass sketch of a wide one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_lance.errors import LanceWarning
+from lightning_lance.linalg import energy_rank, symmetric_eigh, unfold
+
+SKETCH_ABOVE = 1024
+"""A mode wider than this is sketched instead of accumulated exactly."""
+
+OVERSAMPLING = 16
+"""Directions a sketch holds beyond those it is asked for (Halko, Martinsson & Tropp, 2011, section 4.2)."""
+
+SKETCH_WIDTH = 72
+"""First width ``k`` of a sketch: test, sample and eigenvectors together stay within 256 floats per row."""
+
+_CHUNK = 1 << 22
+
+
+def _chunks(tensor: Tensor, mode: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Pieces of the mode-n unfolding, about 16 MiB each, so that no copy of a whole activation is made."""
+    if tensor.numel() == 0:
+        return
+    along = 0 if mode % tensor.dim() != 0 else tensor.dim() - 1
+    rows = max(1, _CHUNK * tensor.shape[along] // tensor.numel())
+    for piece in tensor.split(rows, dim=along):
+        yield unfold(piece, mode).to(dtype)
+
+
+class GramMatrix:
+    """Sum of ``X_(n) X_(n)^T`` over the tensors given to :meth:`update`.
+
+    Args:
+        size: width ``n`` of the mode.
+        dtype: accumulation dtype, float32 or float64.
+        device: device of the accumulator.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.gram = torch.zeros(size, size, dtype=dtype, device=device)
+
+    def update(self, tensor: Tensor, mode: int) -> None:
+        for matrix in _chunks(tensor, mode, self.gram.dtype):
+            self.gram.addmm_(matrix, matrix.T)
+
+    def tensors(self) -> list[Tensor]:
+        """The accumulators, to be summed in place over the processes of a distributed run."""
+        return [self.gram]
+
+    @property
+    def trace(self) -> float:
+        """Energy of what was accumulated."""
+        return float(self.gram.diagonal().double().sum())
+
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """``(eigenvalues (n,), eigenvectors (n, n))``, descending, float64 on the CPU."""
+        return symmetric_eigh(self.gram)
+
+
+class NystromSketch:
+    """One-pass sketch ``Y = S Ω`` of ``S = Σ X_(n) X_(n)^T`` and its Nyström eigen-decomposition.
+
+    Holds ``2 n k`` floats instead of ``n²``. Method: Tropp, Yurtsever, Udell & Cevher, *Fixed-rank
+    approximation of a positive-semidefinite matrix from streaming data*, NeurIPS 2017, algorithm 3. An
+    energy rule that needs more directions than the sketch holds widens it on the first update, where the
+    data is still at hand, and says so.
+
+    Args:
+        size: width ``n`` of the mode.
+        rank: the rank rule of the mode: an int, or the energy as a float.
+        dtype: accumulation dtype.
+        device: device of the accumulators.
+        label: names the mode in messages.
+    """
+
+    def __init__(
+        self, size: int, rank: int | float, dtype: torch.dtype, device: torch.device, label: str = "mode"
+    ) -> None:
+        self.rank = rank
+        self.label = label
+        self._started = False
+        width = rank + OVERSAMPLING if isinstance(rank, int) else SKETCH_WIDTH
+        self._allocate(size, min(width, size), dtype, device)
+
+    def _allocate(self, size: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(size * 1_000_003 + width)
+        self.test = torch.randn(size, width, generator=generator, dtype=dtype).to(device)
+        self.sample = torch.zeros_like(self.test)
+        self._trace = torch.zeros((), dtype=dtype, device=device)
+
+    def _accumulate(self, tensor: Tensor, mode: int) -> None:
+        for matrix in _chunks(tensor, mode, self.sample.dtype):
+            self.sample.addmm_(matrix, matrix.T @ self.test)
+            self._trace += torch.linalg.vector_norm(matrix).square()
+
+    def update(self, tensor: Tensor, mode: int) -> None:
+        self._accumulate(tensor, mode)
+        if self._started or isinstance(self.rank, int):
+            return
+        self._started = True
+        size, first = self.sample.shape
+        while self.sample.shape[1] < size and self.trace > 0.0:
+            values, _, _ = self._solve()
+            width = self.sample.shape[1]
+            if energy_rank(values, self.trace, self.rank) <= width - OVERSAMPLING:
+                break
+            self._allocate(size, min(2 * width, size), self.sample.dtype, self.sample.device)
+            self._accumulate(tensor, mode)
+        if self.sample.shape[1] != first:
+            warnings.warn(
+                f"{self.label}: energy {self.rank} of a mode {size} wide needs more than {first - OVERSAMPLING} "
+                f"directions, so its sketch now holds {2 * self.sample.shape[1]} floats per row instead of "
+                f"{2 * first}. A lower energy or an int rank keeps it small.",
+                LanceWarning,
+                stacklevel=2,
+            )
+
+    def tensors(self) -> list[Tensor]:
+        """The accumulators, to be summed in place over the processes of a distributed run."""
+        return [self.sample, self._trace]
+
+    @property
+    def trace(self) -> float:
+        """Energy of what was accumulated, exact."""
+        return float(self._trace)
+
+    def _solve(self) -> tuple[Tensor, Tensor, float]:
+        """Eigenvalues, the ``k x k`` map from samples to eigenvectors, and the stabilising shift."""
+        sample, test = self.sample, self.test
+        shift = float(torch.finfo(sample.dtype).eps * torch.linalg.matrix_norm(sample)) or 1e-30
+        cross = (test.T @ sample).double().cpu()
+        cross = (cross + cross.T) / 2
+        tests = (test.T @ test).double().cpu()
+        values, basis = torch.linalg.eigh(cross + shift * tests)
+        keep = values > values[-1] * torch.finfo(torch.float64).eps * values.numel()
+        half = basis[:, keep] / values[keep].sqrt()
+        squared = (sample.T @ sample).double().cpu() + 2 * shift * cross + shift**2 * tests
+        squares, rotation = symmetric_eigh(half.T @ squared @ half)
+        return (squares - shift).clamp_(min=0.0), half @ (rotation / squares.clamp(min=1e-300).sqrt()), shift
+
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """Leading eigenpairs ``(eigenvalues (r,), eigenvectors (n, r))``, descending, on the CPU.
+
+        ``r`` leaves out the oversampled directions. Only ``k x k`` problems are solved, in float64; the
+        ``n x k`` work stays in the accumulation dtype.
+        """
+        values, mapping, shift = self._solve()
+        usable = min(values.numel(), max(self.sample.shape[1] - OVERSAMPLING, 1))
+        columns = mapping[:, :usable].to(self.sample)
+        found = self.sample @ columns
+        found.addmm_(self.test, columns, alpha=shift)
+        # One Cholesky QR: the columns are orthonormal already, up to the accumulation dtype.
+        factor = torch.linalg.cholesky((found.T @ found).double().cpu())
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(usable, dtype=torch.float64), upper=False)
+        return values[:usable], (found @ inverse.T.to(found)).cpu()
+
+
+def mode_statistics(
+    size: int, rank: int | float, dtype: torch.dtype, device: torch.device, label: str = "mode"
+) -> GramMatrix | NystromSketch:
+    """The accumulator that fits a mode: exact up to :data:`SKETCH_ABOVE`, sketched above it.
+
+    A sketch that would be as large as the exact matrix is not made.
+    """
+    width = rank + OVERSAMPLING if isinstance(rank, int) else SKETCH_WIDTH
+    if size <= SKETCH_ABOVE or 2 * width >= size:
+        return GramMatrix(size, dtype, device)
+    return NystromSketch(size, rank, dtype, device, label)

@@ -1,0 +1,106 @@
+"""What every layer that compresses its input shares: its state, and the factors of a call."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from lightning_lance.errors import LanceWarning
+from lightning_lance.layers.registry import Variant
+from lightning_lance.linalg import cosine_basis
+from lightning_lance.ops.factors import Factors
+from lightning_lance.ranks import ModeRanks
+from lightning_lance.sampling import SampleOrder
+from lightning_lance.subspace import LayerSubspace, Sizes
+
+
+class Observer(Protocol):
+    """Sees every input of a layer in a forward pass."""
+
+    def update(self, input: Tensor, /) -> None: ...
+
+
+@dataclass
+class LayerState:
+    """State of one compressed layer, in the module's ``__dict__`` and never in its buffers.
+
+    Attributes:
+        name: qualified name of the module.
+        selected: whether its input is to be compressed; a frozen convolution only stops keeping it.
+        ranks: rank rules.
+        unbiased: whether the batch mode is estimated without bias.
+        order: source of sample orders, shared by the layers of a model.
+        subspace: factors; ``None`` until calibrated, and the stock path runs.
+        observer: collects statistics of the inputs, during calibration or refresh.
+        unknown_sizes: spatial sizes that were met without factors, each warned about once.
+    """
+
+    name: str
+    selected: bool
+    ranks: ModeRanks
+    unbiased: bool
+    order: SampleOrder
+    subspace: LayerSubspace | None = None
+    observer: Observer | None = None
+    unknown_sizes: set[Sizes] = field(default_factory=set)
+
+    def factors(self, input: Tensor, sizes: Sizes) -> Factors | None:
+        """Factors for one input, or ``None`` where the stock path must run."""
+        subspace = self.subspace
+        if subspace is None:
+            return None
+        spatial = subspace.spatial_factors(sizes)
+        if spatial is None:
+            self._warn_once(sizes)
+            return None
+        size = input.shape[0]
+        columns = subspace.batch.columns(size)
+        if columns >= size:
+            return Factors(None, None, 1.0, subspace.channel, spatial)
+        basis = cosine_basis(size, columns, input.dtype, input.device)
+        if not subspace.batch.unbiased:
+            return Factors(basis, None, 1.0, subspace.channel, spatial)
+        order = self.order.draw(size, input.device)
+        return Factors(basis, order, subspace.batch.contrast_scale(size), subspace.channel, spatial)
+
+    def _warn_once(self, sizes: Sizes) -> None:
+        if sizes in self.unknown_sizes:
+            return
+        self.unknown_sizes.add(sizes)
+        assert self.subspace is not None
+        known = ", ".join("x".join(map(str, known)) for known in self.subspace.spatial)
+        warnings.warn(
+            f"{self.name}: an input of size {'x'.join(map(str, sizes))} came, calibration saw {known}. It is kept whole "
+            "for such calls. Let the calibration batches hold every size, or set rank={'spatial': 'full', ...}.",
+            LanceWarning,
+            stacklevel=2,
+        )
+
+
+class Compressed(Variant):
+    """Base of the variants that keep a core of their input.
+
+    Attributes:
+        channel_axis: 1 for convolutions, -1 for linear layers.
+    """
+
+    compresses: ClassVar[bool] = True
+    channel_axis: ClassVar[int]
+    _lance: LayerState
+
+    @staticmethod
+    def sizes(input: Tensor) -> Sizes:
+        """Spatial or token sizes of an input."""
+        raise NotImplementedError
+
+    def lance_observe(self, input: Tensor) -> None:
+        """Show an input to the observer, if there is one."""
+        if self._lance.observer is not None:
+            self._lance.observer.update(input)
+
+    def lance_factors(self, input: Tensor) -> Factors | None:
+        """Factors for a call, or ``None`` where the stock path must run."""
+        return self._lance.factors(input, self.sizes(input))

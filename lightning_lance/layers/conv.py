@@ -1,0 +1,52 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lance.layers.compressed import Compressed
+from lightning_lance.layers.registry import register
+from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
+from lightning_lance.subspace import Sizes
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class CompressedConv(Compressed):
+    """:class:`torch.nn.Conv1d`, 2d and 3d on batched inputs; an unbatched one takes the stock path.
+
+    With a frozen weight nothing of the input is kept: the input gradient does not need it.
+    """
+
+    channel_axis: ClassVar[int] = 1
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    @staticmethod
+    def sizes(input: Tensor) -> Sizes:
+        return tuple(input.shape[2:])
+
+    def lance_geometry(self) -> Geometry:
+        return geometry(
+            self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        )
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if input.dim() == len(self.kernel_size) + 2:
+            self.lance_observe(input)
+            if torch.is_grad_enabled():
+                if weight.requires_grad:
+                    factors = self.lance_factors(input)
+                    if factors is not None:
+                        return low_rank_conv(input, weight, bias, self.lance_geometry(), factors)
+                elif input.requires_grad or (bias is not None and bias.requires_grad):
+                    return low_rank_conv(input, weight, bias, self.lance_geometry(), None)
+        stock: Any = super()
+        result: Tensor = stock._conv_forward(input, weight, bias)
+        return result

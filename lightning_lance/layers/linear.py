@@ -1,0 +1,37 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lance.layers.compressed import Compressed
+from lightning_lance.layers.registry import register
+from lightning_lance.ops.linear import low_rank_linear
+from lightning_lance.subspace import Sizes
+
+
+@register(nn.Linear)
+class CompressedLinear(Compressed):
+    """:class:`torch.nn.Linear` on inputs ``(B, *tokens, K)``; a single vector takes the stock path."""
+
+    channel_axis: ClassVar[int] = -1
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def sizes(input: Tensor) -> Sizes:
+        return tuple(input.shape[1:-1])
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() > 1:
+            self.lance_observe(input)
+            if torch.is_grad_enabled() and self.weight.requires_grad:
+                factors = self.lance_factors(input)
+                if factors is not None:
+                    return low_rank_linear(input, self.weight, self.bias, factors)
+        stock: Any = super()
+        result: Tensor = stock.forward(input)
+        return result

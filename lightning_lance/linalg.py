@@ -1,0 +1,128 @@
+"""Multilinear algebra on plain tensors: unfoldings, mode products, bases and the energy rule.
+
+Notation follows Kolda & Bader, *Tensor Decompositions and Applications*, SIAM Review 51(3), 2009:
+a *mode* is one axis of a tensor, ``X_(n)`` its mode-n unfolding, ``X ×_n A`` the mode-n product.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:
+    """Mode-n unfolding ``X_(n)`` (Kolda & Bader, section 2.4, columns in C order).
+
+    Args:
+        tensor: shape ``(n_0, ..., n_{N-1})``.
+        mode: the axis that becomes the rows; may be negative.
+
+    Returns:
+        Matrix of shape ``(n_mode, numel / n_mode)``, a view where the strides allow it.
+    """
+    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+
+
+def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """Mode-n product ``X ×_n A`` (Kolda & Bader, eq. 2.5), as one (batched) matrix product.
+
+    Args:
+        tensor: shape ``(..., n_mode, ...)``.
+        matrix: shape ``(m, n_mode)``; pass ``factor.T`` to project on a factor of shape ``(n_mode, r)``.
+        mode: the contracted axis; may be negative.
+
+    Returns:
+        Tensor whose axis ``mode`` has ``m`` entries.
+    """
+    mode %= tensor.dim()
+    before, after = tensor.shape[:mode], tensor.shape[mode + 1 :]
+    if not after:
+        return tensor @ matrix.transpose(0, 1)
+    if mode == 0:
+        return (matrix @ tensor.reshape(tensor.shape[0], -1)).reshape(-1, *after)
+    product = matrix @ tensor.reshape(math.prod(before), tensor.shape[mode], math.prod(after))
+    return product.reshape(*before, matrix.shape[0], *after)
+
+
+@functools.lru_cache(maxsize=64)
+def cosine_basis(size: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """First columns of the orthonormal DCT-II basis; the first one is constant.
+
+    Calls with equal arguments share one tensor, so that every layer of a model keeps the same storage.
+    Do not write into it.
+
+    Args:
+        size: length ``n`` of the columns.
+        columns: number ``r <= n`` of columns.
+        dtype: dtype of the result; it is computed in float64.
+        device: device of the result.
+
+    Returns:
+        Contiguous tensor of shape ``(n, r)`` with orthonormal columns.
+    """
+    with torch.inference_mode(False):
+        position = torch.arange(size, dtype=torch.float64).add_(0.5)
+        frequency = torch.arange(columns, dtype=torch.float64).mul_(math.pi / size)
+        basis = torch.outer(position, frequency).cos_().mul_(math.sqrt(2.0 / size))
+        basis[:, 0] = math.sqrt(1.0 / size)
+        return basis.to(device=device, dtype=dtype)
+
+
+def contrast_scale(size: int, columns: int) -> float:
+    r"""Weight :math:`(B-1)/(r-1)` of the non-constant columns that makes the batch mode unbiased.
+
+    Over a uniformly random order of the rows, every non-constant orthonormal column has
+    :math:`E[\phi\phi^T] = (I - 11^T/B)/(B-1)`, so that the constant column plus the others
+    weighted by this number has expectation ``I``.
+    """
+    return 1.0 if columns >= size else (size - 1) / (columns - 1)
+
+
+def symmetric_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigen-decomposition of a Gram matrix, eigenvalues in descending order and never negative.
+
+    Args:
+        gram: symmetric positive semi-definite, shape ``(n, n)``. Computed in float64 on the CPU, where the
+            solver is the same on every machine of a distributed run.
+
+    Returns:
+        ``(eigenvalues (n,) float64, eigenvectors (n, n) float64)`` on the CPU.
+    """
+    values, vectors = torch.linalg.eigh(gram.detach().to("cpu", torch.float64))
+    return values.flip(0).clamp_(min=0.0), vectors.flip(1)
+
+
+def energy_rank(eigenvalues: Tensor, total: float, energy: float) -> int:
+    """Smallest rank whose leading eigenvalues hold more than ``energy`` of ``total``.
+
+    Args:
+        eigenvalues: shape ``(n,)``, descending.
+        total: the trace, which may exceed the sum where only leading eigenvalues are known.
+        energy: fraction in (0, 1]; 1 asks for every direction.
+
+    Returns:
+        Rank between 1 and ``n``; ``n`` where even all of them hold less.
+    """
+    if energy >= 1.0:
+        return eigenvalues.numel()
+    reached = torch.cumsum(eigenvalues, 0) > energy * total
+    return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else eigenvalues.numel()
+
+
+def orthonormalize(columns: Tensor, against: Tensor | None = None) -> Tensor:
+    """Orthonormal basis of the columns, orthogonal to ``against`` to machine precision.
+
+    Two rounds of projection and QR ("twice is enough", Giraud, Langou & Rozloznik, 2005).
+
+    Args:
+        columns: shape ``(n, r)``, of full column rank.
+        against: optional orthonormal basis of shape ``(n, m)``.
+    """
+    for _ in range(2):
+        if against is not None:
+            columns = columns - against @ (against.T @ columns)
+        columns = torch.linalg.qr(columns).Q
+    return columns

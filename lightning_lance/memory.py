@@ -1,0 +1,213 @@
+"""Measure what autograd keeps for backward, without keeping it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Holder:
+    """One storage that autograd keeps.
+
+    Attributes:
+        op: the operation that saved it first, such as ``ConvolutionBackward0``.
+        module: name of the innermost module that ran it, ``""`` outside of any.
+        shape: shape of the saved tensor.
+        dtype: dtype of the saved tensor.
+        bytes: size of the whole storage behind it.
+    """
+
+    op: str
+    module: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What autograd keeps after a forward pass.
+
+    Attributes:
+        total: bytes of all unique storages, parameters and buffers left out.
+        holders: the storages, largest first.
+    """
+
+    total: int
+    holders: list[Holder] = field(default_factory=list)
+
+    def by_module(self) -> dict[str, int]:
+        """Bytes by the module that saved them first."""
+        found: dict[str, int] = {}
+        for holder in self.holders:
+            found[holder.module] = found.get(holder.module, 0) + holder.bytes
+        return found
+
+    def by_op(self) -> dict[str, int]:
+        """Bytes by operation, largest first."""
+        found: dict[str, int] = {}
+        for holder in self.holders:
+            found[holder.op] = found.get(holder.op, 0) + holder.bytes
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def __str__(self) -> str:
+        lines = [f"autograd keeps {format_bytes(self.total)} in {len(self.holders)} storages"]
+        lines += [
+            f"  {format_bytes(h.bytes):>10}  {h.op}  {'x'.join(map(str, h.shape))}  {h.module}" for h in self.holders
+        ]
+        return "\n".join(lines)
+
+
+class _Packed:
+    """Stands in the graph for a saved tensor; alive as long as autograd keeps it."""
+
+    __slots__ = ("__weakref__", "bytes", "dtype", "module", "op", "shape", "storage")
+
+    def __init__(self, tensor: Tensor, module: str) -> None:
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+        self.module = module
+        self.op = "autograd"
+        storage = tensor.untyped_storage()
+        self.bytes = storage.nbytes()
+        # A weak reference keeps the identity of the storage unique without keeping its memory.
+        self.storage = StorageWeakRef(storage)
+
+
+def measure_saved_bytes(
+    function: Callable[[], Any], module: nn.Module | None = None, keep: Callable[[Any], None] | None = None
+) -> SavedBytes:
+    """Bytes that autograd keeps for the backward pass of what a function returns.
+
+    Counts unique storages with saved-tensor hooks, and leaves out those of parameters and buffers. The hooks drop
+    each tensor after counting it, so that measuring needs no more memory than a pass without gradients; the graph
+    is useless for backward afterwards.
+
+    Args:
+        function: runs a forward pass with gradients on and returns the loss or outputs.
+        module: the model, so that its buffers are left out and holders are named by module. A bound method or a
+            module given as ``function`` is found by itself.
+        keep: called with the result while the graph is alive.
+
+    Returns:
+        The total and its holders.
+    """
+    owner = module if module is not None else _owner(function)
+    excluded: dict[int, StorageWeakRef] = {}
+    if owner is not None:
+        for tensor in [*owner.parameters(), *owner.buffers()]:
+            _exclude(tensor, excluded)
+    packed: list[_Packed] = []
+    stack: list[str] = [""]
+
+    def pack(tensor: Tensor) -> _Packed:
+        base = tensor if tensor._base is None else tensor._base
+        if isinstance(base, nn.Parameter):
+            _exclude(base, excluded)
+        item = _Packed(tensor, stack[-1])
+        packed.append(item)
+        return item
+
+    def unpack(item: _Packed) -> Tensor:
+        # Only the walk over the graph below asks; it reads which item a node holds, not its values.
+        asked.append(item)
+        return torch.empty(item.shape, dtype=item.dtype, device="meta")
+
+    asked: list[_Packed] = []
+    with ExitStack() as context:
+        if owner is not None:
+            context.enter_context(_module_stack(owner, stack))
+        context.enter_context(torch.enable_grad())
+        context.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+        result = function()
+    kept = _reachable(result, packed, asked)
+    if keep is not None:
+        keep(result)
+    holders: dict[int, Holder] = {}
+    for item in kept:
+        key = item.storage.cdata
+        if key not in excluded and key not in holders and item.bytes:
+            holders[key] = Holder(item.op, item.module, item.shape, item.dtype, item.bytes)
+    ordered = sorted(holders.values(), key=lambda holder: -holder.bytes)
+    return SavedBytes(sum(holder.bytes for holder in ordered), ordered)
+
+
+def _exclude(tensor: Tensor, excluded: dict[int, StorageWeakRef]) -> None:
+    reference = StorageWeakRef(tensor.untyped_storage())
+    excluded[reference.cdata] = reference
+
+
+def _owner(function: Any) -> nn.Module | None:
+    for candidate in (function, getattr(function, "__self__", None)):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    return None
+
+
+@contextmanager
+def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(_: nn.Module, __: Any, name: str = name) -> None:
+            stack.append(name)
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reachable(result: Any, packed: list[_Packed], asked: list[_Packed]) -> list[_Packed]:
+    """Items that the graph of the result holds, each with the name of its operation."""
+    roots = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    seen: set[Any] = set()
+    found: list[_Packed] = []
+    while roots:
+        node = roots.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        asked.clear()
+        _read_saved(node)
+        for item in asked:
+            item.op = node.name()
+            found.append(item)
+        roots += [following for following, _ in node.next_functions]
+    rank = {id(item): index for index, item in enumerate(packed)}
+    return sorted(found, key=lambda item: rank[id(item)])
+
+
+def _read_saved(node: Any) -> None:
+    if hasattr(node, "saved_tensors"):
+        _ = node.saved_tensors
+        return
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            try:
+                getattr(node, name)
+            except RuntimeError:  # an optional tensor that was not saved
+                continue
+
+
+def format_bytes(count: float) -> str:
+    """``1234567`` -> ``'1.23 MB'`` (decimal units)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError

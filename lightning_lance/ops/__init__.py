@@ -1,0 +1,1 @@
+"""Autograd functions: tensors and numbers in, no module and no configuration."""

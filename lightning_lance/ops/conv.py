@@ -1,0 +1,240 @@
+"""Convolutions that keep the core of their input, or nothing of it where the weight is frozen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_lance.linalg import mode_product
+from lightning_lance.ops.factors import Factors, compress, project_gradient
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Geometry(NamedTuple):
+    """Static arguments of a convolution with ``len(kernel)`` spatial axes.
+
+    Attributes:
+        kernel: kernel sizes.
+        stride: strides.
+        padding: symmetric zero padding of the convolution proper.
+        dilation: dilations.
+        groups: channel groups.
+        pad: padding done before it, as :func:`torch.nn.functional.pad` takes it; empty for none.
+        pad_mode: mode of ``pad``: ``"constant"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    pad: tuple[int, ...] = ()
+    pad_mode: str = "constant"
+
+    def padded(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial sizes after ``pad``."""
+        if not self.pad:
+            return sizes
+        pairs = list(zip(self.pad[::2], self.pad[1::2], strict=True))[::-1]
+        return tuple(size + sum(pair) for size, pair in zip(sizes, pairs, strict=True))
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every output position reads one input position."""
+        return math.prod(self.kernel) == 1 and not any(self.padding) and not self.pad and self.groups == 1
+
+
+def geometry(
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    padding_mode: str,
+) -> Geometry:
+    """Geometry of a :class:`torch.nn.Conv2d` (or 1d, 3d) from its attributes.
+
+    ``"same"`` padding that is longer at the end, and every mode but zeros, becomes an explicit ``pad``.
+    """
+    if padding == "valid":
+        padding = (0,) * len(kernel)
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        before, after = [t // 2 for t in total], [t - t // 2 for t in total]
+    else:
+        assert not isinstance(padding, str)
+        before = after = list(padding)
+    if padding_mode == "zeros" and before == after:
+        return Geometry(kernel, stride, tuple(before), dilation, groups)
+    pad = tuple(n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair)
+    mode = "constant" if padding_mode == "zeros" else padding_mode
+    return Geometry(kernel, stride, (0,) * len(kernel), dilation, groups, pad, mode)
+
+
+def _pad(tensor: Tensor, geometry: Geometry) -> Tensor:
+    return F.pad(tensor, geometry.pad, geometry.pad_mode) if geometry.pad else tensor
+
+
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    conv: Any = _CONV[len(geometry.kernel)]
+    result: Tensor = conv(
+        _pad(input, geometry), weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    )
+    return result
+
+
+def _backward(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, mask: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    zeros = [0] * len(geometry.kernel)
+    result = torch.ops.aten.convolution_backward(
+        grad,
+        input,
+        weight,
+        None,
+        list(geometry.stride),
+        list(geometry.padding),
+        list(geometry.dilation),
+        False,
+        zeros,
+        geometry.groups,
+        [*mask, False],
+    )
+    return result[0], result[1]
+
+
+def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
+    """Exact input gradient; of the input only the shape is needed.
+
+    Args:
+        grad: ``(B, O, *out)``.
+        weight: ``(O, C / groups, *kernel)``.
+        geometry: static arguments.
+        shape: ``(B, C, *sizes)`` of the input.
+
+    Returns:
+        ``(B, C, *sizes)``.
+    """
+    padded = (*shape[:2], *geometry.padded(shape[2:]))
+    stand_in = grad.new_empty(1).expand(padded)  # one element, read for its shape only
+    grad_padded, _ = _backward(grad, stand_in, weight.to(grad.dtype), geometry, (True, False))
+    if not geometry.pad:
+        return grad_padded
+    if geometry.pad_mode == "constant":
+        return F.pad(grad_padded, [-n for n in geometry.pad])
+    with torch.enable_grad():
+        origin = grad_padded.new_zeros(shape, requires_grad=True)
+        padded_origin = _pad(origin, geometry)
+    return torch.autograd.grad(padded_origin, origin, grad_padded)[0]
+
+
+def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geometry, factors: Factors) -> Tensor:
+    """Weight gradient from the core, with ``r_0`` samples in place of ``B``; the input is never rebuilt.
+
+    Args:
+        grad: ``(B, O, *out)``.
+        core: ``(r_0, r_1, *r_spatial)``.
+        weight: ``(O, C / groups, *kernel)``, read for its shape only.
+        geometry: static arguments.
+        factors: projections that made the core.
+
+    Returns:
+        ``(O, C / groups, *kernel)``.
+    """
+    grad = project_gradient(grad, factors.basis, factors.order, factors.scale)
+    core = core.to(grad.dtype)
+    channel = None if factors.channel is None else factors.channel.to(grad.dtype)
+    if geometry.pointwise:
+        weight_grad = _pointwise_weight_grad(grad, core, geometry, factors)
+    else:
+        for axis, factor in enumerate(factors.spatial, start=2):
+            if factor is not None:
+                core = mode_product(core, factor.to(grad.dtype), axis)
+        if channel is not None and geometry.groups > 1:
+            core, channel = mode_product(core, channel, 1), None
+        core = _pad(core, geometry)
+        shape = (weight.shape[0], core.shape[1] // geometry.groups, *geometry.kernel)
+        _, weight_grad = _backward(grad, core, grad.new_empty(1).expand(shape), geometry, (False, True))
+    return weight_grad if channel is None else mode_product(weight_grad, channel, 1)
+
+
+def _pointwise_weight_grad(grad: Tensor, core: Tensor, geometry: Geometry, factors: Factors) -> Tensor:
+    """A 1x1 kernel needs no rebuilt spatial mode: the gradient is projected on it instead."""
+    for axis, (factor, step) in enumerate(zip(factors.spatial, geometry.stride, strict=True), start=2):
+        if factor is not None:
+            grad = mode_product(grad, factor[::step].to(grad.dtype).T, axis)
+        elif step > 1:
+            core = core[(slice(None),) * axis + (slice(None, None, step),)]
+    rows = grad.transpose(0, 1).reshape(grad.shape[1], -1)
+    columns = core.transpose(0, 1).reshape(core.shape[1], -1)
+    return (rows @ columns.T).reshape(grad.shape[1], core.shape[1], *geometry.kernel)
+
+
+class LowRankConv(torch.autograd.Function):
+    """Convolution with exact output, input gradient and bias gradient, and a projected weight gradient.
+
+    Saved: core, factors, weight; the core is left out where the weight needs no gradient.
+    ``apply(input, weight, bias, geometry, scale, basis, order, channel, *spatial)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        scale: float,
+        basis: Tensor | None,
+        order: Tensor | None,
+        channel: Tensor | None,
+        *spatial: Tensor | None,
+    ) -> Tensor:
+        core = None
+        if ctx.needs_input_grad[1]:
+            core = compress(input, Factors(basis, order, scale, channel, spatial), 1, 2)
+        ctx.geometry, ctx.scale, ctx.shape = geometry, scale, tuple(input.shape)
+        ctx.save_for_backward(core, weight, basis, order, channel, *spatial)
+        return _convolve(input, weight, bias, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        core, weight, basis, order, channel, *spatial = ctx.saved_tensors
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = conv_input_grad(grad, weight, ctx.geometry, ctx.shape)
+        if ctx.needs_input_grad[1]:
+            factors = Factors(basis, order, ctx.scale, channel, tuple(spatial))
+            grad_weight = conv_weight_grad(grad, core, weight, ctx.geometry, factors)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
+        return (grad_input, grad_weight, grad_bias, None, None, None, None, None, *[None] * len(spatial))
+
+
+def low_rank_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, factors: Factors | None
+) -> Tensor:
+    """Convolution that keeps the core of its input instead of the input.
+
+    Args:
+        input: ``(B, C, *sizes)`` with one to three spatial axes.
+        weight: ``(O, C / groups, *kernel)``.
+        bias: ``(O,)`` or ``None``.
+        geometry: static arguments, see :func:`geometry`.
+        factors: projections; ``None`` where the weight is frozen and nothing of the input is kept.
+
+    Returns:
+        ``(B, O, *out)``, that of the stock operator.
+    """
+    factors = factors or Factors(None, None, 1.0, None, ())
+    result: Tensor = LowRankConv.apply(
+        input, weight, bias, geometry, factors.scale, factors.basis, factors.order, factors.channel, *factors.spatial
+    )
+    return result

@@ -1,0 +1,95 @@
+"""``y = x Wᵀ + b`` that keeps the core of ``x`` for the weight gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_lance.linalg import mode_product
+from lightning_lance.ops.factors import Factors, compress, project_gradient
+
+
+def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
+    """Weight gradient from the core; the input is never rebuilt.
+
+    The gradient is projected on the batch and token modes instead, so that the only product with the
+    feature width is ``(O, r_0 r_1 …) × (r_0 r_1 …, r_K)``.
+
+    Args:
+        grad: ``(B, *tokens, O)``.
+        core: ``(r_0, *r_tokens, r_K)``.
+        factors: projections that made the core.
+
+    Returns:
+        ``(O, K)``.
+    """
+    grad = project_gradient(grad, factors.basis, factors.order, factors.scale)
+    for axis, factor in enumerate(factors.spatial, start=1):
+        if factor is not None:
+            grad = mode_product(grad, factor.to(grad.dtype).T, axis)
+    core = core.to(grad.dtype)
+    weight_grad = grad.reshape(-1, grad.shape[-1]).T @ core.reshape(-1, core.shape[-1])
+    if factors.channel is not None:
+        weight_grad = weight_grad @ factors.channel.to(grad.dtype).T
+    return weight_grad
+
+
+class LowRankLinear(torch.autograd.Function):
+    """Linear map with exact output, input gradient and bias gradient, and a projected weight gradient.
+
+    Saved: core, factors, weight. ``apply(input, weight, bias, scale, basis, order, channel, *spatial)``
+    with the fields of :class:`~lightning_lance.ops.factors.Factors`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        basis: Tensor | None,
+        order: Tensor | None,
+        channel: Tensor | None,
+        *spatial: Tensor | None,
+    ) -> Tensor:
+        core = compress(input, Factors(basis, order, scale, channel, spatial), input.dim() - 1, 1)
+        ctx.scale = scale
+        ctx.save_for_backward(core, weight, basis, order, channel, *spatial)
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        core, weight, basis, order, channel, *spatial = ctx.saved_tensors
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad @ weight.to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            factors = Factors(basis, order, ctx.scale, channel, tuple(spatial))
+            grad_weight = linear_weight_grad(grad, core, factors)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return (grad_input, grad_weight, grad_bias, None, None, None, None, *[None] * len(spatial))
+
+
+def low_rank_linear(input: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+    """:func:`torch.nn.functional.linear` that keeps the core of its input instead of the input.
+
+    Args:
+        input: ``(B, *tokens, K)``, at least two axes.
+        weight: ``(O, K)``.
+        bias: ``(O,)`` or ``None``.
+        factors: projections, one spatial entry per token axis.
+
+    Returns:
+        ``(B, *tokens, O)``, bit for bit that of the stock operator.
+    """
+    result: Tensor = LowRankLinear.apply(
+        input, weight, bias, factors.scale, factors.basis, factors.order, factors.channel, *factors.spatial
+    )
+    return result

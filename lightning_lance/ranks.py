@@ -1,0 +1,128 @@
+"""What the ``rank`` argument means: one rule per mode, per layer."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from lightning_lance.errors import ConfigError
+
+ModeRank: TypeAlias = "int | float | Literal['full', 'auto']"
+"""Rule of one mode: a rank, an energy in (0, 1], ``"full"``, or ``"auto"`` (the default of that mode)."""
+
+MODES = ("batch", "channel", "spatial")
+_ALIASES = {"feature": "channel", "token": "spatial"}
+
+AUTO_SPATIAL_ENERGY = 0.9
+"""Energy of the spatial and token modes under ``"auto"``."""
+
+
+def auto_batch_rank(batch_size: int) -> int:
+    """Batch rank under ``"auto"``: an eighth of the batch, at least 4."""
+    return max(4, batch_size // 8)
+
+
+@dataclass(frozen=True)
+class ModeRanks:
+    """Rank rule of each mode of one layer.
+
+    Attributes:
+        batch: axis 0 of the input.
+        channel: channels of a convolution, features of a linear layer.
+        spatial: every spatial axis of a convolution, every token axis of a linear layer.
+    """
+
+    batch: ModeRank = "auto"
+    channel: ModeRank = "full"
+    spatial: ModeRank = AUTO_SPATIAL_ENERGY
+
+
+def _checked(rank: Any, where: str) -> ModeRank:
+    if rank in ("full", "auto"):
+        return rank  # type: ignore[no-any-return]
+    if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
+        return rank
+    if isinstance(rank, float) and 0.0 < rank <= 1.0:
+        return rank
+    raise ConfigError(
+        f"{where}={rank!r} is not a rank. Allowed: 'auto', 'full', an int of at least 1 (the rank), "
+        "a float in (0, 1] (the energy to hold)."
+    )
+
+
+def _per_mode(rank: Any, where: str) -> ModeRanks:
+    auto = ModeRanks()
+    if isinstance(rank, Mapping):
+        modes: dict[str, ModeRank] = {}
+        for key, value in rank.items():
+            mode = _ALIASES.get(key, key)
+            if mode not in MODES:
+                raise ConfigError(
+                    f"{where} has the unknown mode {key!r}. Allowed: batch, channel (or feature), spatial (or token)."
+                )
+            if mode in modes:
+                raise ConfigError(f"{where} names the {mode} mode twice; keep one of its names.")
+            checked = _checked(value, f"{where}[{key!r}]")
+            modes[mode] = getattr(auto, mode) if checked == "auto" else checked
+        return replace(auto, **modes)
+    checked = _checked(rank, where)
+    return auto if checked == "auto" else ModeRanks(checked, checked, checked)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module name, or the name of a module that contains it, matches a shell-style pattern."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1))
+
+
+def closest(pattern: str, names: list[str]) -> str:
+    """The names a mistyped pattern may have meant, for messages."""
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+    return ", ".join(near) or "none"
+
+
+class RankRules:
+    """Parsed ``rank`` argument: the rules of each layer.
+
+    Args:
+        rank: ``"auto"``, an int (that rank in every mode, clipped to its size), a float (that energy in
+            every mode, the published rule), a mapping mode -> rule, or a mapping layer pattern -> any of these.
+
+    Raises:
+        ConfigError: the value is none of these.
+    """
+
+    def __init__(self, rank: Any = "auto") -> None:
+        self.patterns: dict[str, ModeRanks] = {}
+        self.default = ModeRanks()
+        if isinstance(rank, Mapping) and not any(key in MODES or key in _ALIASES for key in rank):
+            if not rank:
+                raise ConfigError("rank={} is empty. Give 'auto', a number, or a mapping of modes or layer patterns.")
+            if all(key.isidentifier() and not isinstance(value, Mapping) for key, value in rank.items()):
+                self._check_modes_meant(rank)
+            self.patterns = {key: _per_mode(value, f"rank[{key!r}]") for key, value in rank.items()}
+        else:
+            self.default = _per_mode(rank, "rank")
+
+    @staticmethod
+    def _check_modes_meant(rank: Mapping[str, Any]) -> None:
+        known = [*MODES, *_ALIASES]
+        for key in rank:
+            if difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+                raise ConfigError(
+                    f"rank has the unknown mode {key!r}. Allowed modes: batch, channel (or feature), spatial (or "
+                    f"token). A layer of that name is meant by the pattern '{key}*'."
+                )
+
+    def all_rules(self) -> list[ModeRanks]:
+        return [self.default, *self.patterns.values()]
+
+    def for_layer(self, name: str) -> ModeRanks:
+        """Rules of a layer: the first pattern that matches its name, else the default."""
+        for pattern, ranks in self.patterns.items():
+            if matches(name, pattern):
+                return ranks
+        return self.default

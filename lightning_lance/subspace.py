@@ -1,0 +1,369 @@
+"""The subspaces of one layer: statistics of its input, their spectra, and the factors kept for training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lance.errors import CalibrationError, StateError
+from lightning_lance.gram import GramMatrix, NystromSketch, mode_statistics
+from lightning_lance.linalg import contrast_scale, energy_rank, mode_product, orthonormalize
+from lightning_lance.ranks import ModeRank, ModeRanks, auto_batch_rank
+
+Sizes = tuple[int, ...]
+"""Lengths of the spatial (or token) axes of an input."""
+
+
+@dataclass(frozen=True)
+class BatchRule:
+    """How many columns of the cosine basis represent a batch of any size.
+
+    Attributes:
+        rank: an int, an energy, ``"auto"`` or ``"full"``.
+        unbiased: weight the contrasts so that the gradient estimate has no bias; needs a random order.
+        constant_energy: measured fraction of the input's energy in the constant column. The other columns
+            share the rest evenly, since the samples of a batch are exchangeable; this turns an energy into
+            a rank for any batch size without a Gram matrix of the batch mode.
+    """
+
+    rank: ModeRank = "auto"
+    unbiased: bool = True
+    constant_energy: float = 0.0
+
+    def columns(self, size: int) -> int:
+        """Batch rank at a batch size; the size itself where the mode is kept whole."""
+        if self.rank == "full":
+            return size
+        if self.rank == "auto":
+            rank = auto_batch_rank(size)
+        elif isinstance(self.rank, int):
+            rank = self.rank
+        elif self.rank >= 1.0:
+            return size
+        elif self.constant_energy > self.rank:
+            rank = 1
+        else:
+            share = (1.0 - self.constant_energy) / max(size - 1, 1)
+            rank = 1 + math.floor((self.rank - self.constant_energy) / share) + 1 if share > 0 else 1
+        return min(max(rank, 2 if self.unbiased else 1), size)
+
+    def contrast_scale(self, size: int) -> float:
+        """Weight of the non-constant columns in the weight gradient (DESIGN: unbiased batch mode)."""
+        return contrast_scale(size, self.columns(size)) if self.unbiased else 1.0
+
+
+@dataclass
+class LayerSubspace:
+    """Factors of one layer, contiguous and shared by all training steps.
+
+    Attributes:
+        batch: rule of axis 0.
+        channel: ``(C, r)`` with orthonormal columns, or ``None`` for the whole mode.
+        spatial: for each combination of spatial sizes seen, one ``(n, r)`` factor or ``None`` per axis.
+        energy: fraction of the calibration energy that each learned mode holds.
+        any_size: the spatial modes are kept whole, so that inputs of every size are served.
+    """
+
+    batch: BatchRule
+    channel: Tensor | None = None
+    spatial: dict[Sizes, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    energy: dict[str, float] = field(default_factory=dict)
+    any_size: bool = False
+
+    def spatial_factors(self, sizes: Sizes) -> tuple[Tensor | None, ...] | None:
+        """Factors for spatial sizes, or ``None`` where none were made for them."""
+        found = self.spatial.get(sizes)
+        return (None,) * len(sizes) if found is None and self.any_size else found
+
+    def factors(self) -> Iterator[Tensor]:
+        """Every factor tensor."""
+        if self.channel is not None:
+            yield self.channel
+        for group in self.spatial.values():
+            yield from (factor for factor in group if factor is not None)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LayerSubspace:
+        """A copy whose factors are on a device and in a dtype."""
+
+        def move(factor: Tensor | None) -> Tensor | None:
+            return None if factor is None else factor.to(device, dtype).contiguous()
+
+        spatial = {sizes: tuple(map(move, group)) for sizes, group in self.spatial.items()}
+        return replace(self, channel=move(self.channel), spatial=spatial)
+
+    def core_shape(self, batch: int, channels: int, sizes: Sizes) -> tuple[int, ...]:
+        """``(r_batch, r_channel, r_spatial...)`` of the core of an input."""
+        group = self.spatial_factors(sizes) or (None,) * len(sizes)
+        spatial = [size if factor is None else factor.shape[1] for size, factor in zip(sizes, group, strict=True)]
+        return (self.batch.columns(batch), channels if self.channel is None else self.channel.shape[1], *spatial)
+
+    def formula_bytes(self, batch: int, channels: int, sizes: Sizes, itemsize: int) -> int:
+        """Bytes kept for one call by formula: core, factors, and the sample order (int32 each).
+
+        The cosine basis is not in it: one copy per batch size serves all layers.
+        """
+        factors = [self.channel, *self.spatial.get(sizes, ())]
+        kept = math.prod(self.core_shape(batch, channels, sizes)) + sum(f.numel() for f in factors if f is not None)
+        ordered = self.batch.unbiased and self.batch.columns(batch) < batch
+        return kept * itemsize + (4 * batch if ordered else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and detached CPU tensors, safe for ``torch.load(weights_only=True)``."""
+        return {
+            "batch": [self.batch.rank, self.batch.unbiased, self.batch.constant_energy],
+            "channel": None if self.channel is None else self.channel.detach().cpu(),
+            "spatial": [
+                [list(sizes), [None if f is None else f.detach().cpu() for f in group]]
+                for sizes, group in self.spatial.items()
+            ],
+            "energy": dict(self.energy),
+            "any_size": self.any_size,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> LayerSubspace:
+        try:
+            spatial = {tuple(sizes): tuple(group) for sizes, group in state["spatial"]}
+            return cls(BatchRule(*state["batch"]), state["channel"], spatial, dict(state["energy"]), state["any_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(
+                f"a stored subspace cannot be read ({error!r}); it was not written by this version of the package. "
+                "Resume without the callback's state to calibrate anew."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Leading eigenpairs of one mode's Gram matrix.
+
+    Attributes:
+        values: ``(k,)`` descending.
+        vectors: ``(n, k)``.
+        total: the trace, exact even where only leading eigenpairs are known.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    total: float
+
+    def truncate(self, rank: ModeRank, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, float]:
+        """The factor for a rank rule (``None``: the whole mode) and the energy that it holds."""
+        size = self.vectors.shape[0]
+        if isinstance(rank, int):
+            columns = rank
+        elif isinstance(rank, float):
+            columns = energy_rank(self.values, self.total, rank) if rank < 1.0 else size
+        else:
+            columns = size
+        columns = min(columns, size)
+        if columns == size:
+            return None, 1.0
+        columns = min(columns, self.values.numel())
+        held = float(self.values[:columns].sum()) / self.total
+        factor = self.vectors[:, :columns]
+        if factor.dtype == torch.float32 and dtype == torch.float64:
+            factor = orthonormalize(factor.double())
+        return factor.to(device, dtype).contiguous(), min(held, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerSpectra:
+    """Spectra of every mode that may be truncated, from which a subspace of any rank can be cut."""
+
+    channels: int
+    channel: Spectrum | None
+    spatial: dict[Sizes, tuple[Spectrum | None, ...]]
+    constant_energy: float
+    dtype: torch.dtype
+    device: torch.device
+
+    def subspace(self, ranks: ModeRanks, unbiased: bool) -> LayerSubspace:
+        """Factors of the given rank rules."""
+        energy: dict[str, float] = {}
+        channel = None
+        if self.channel is not None:
+            channel, energy["channel"] = self.channel.truncate(ranks.channel, self.dtype, self.device)
+        spatial: dict[Sizes, tuple[Tensor | None, ...]] = {}
+        for sizes, spectra in self.spatial.items():
+            group: list[Tensor | None] = []
+            for axis, spectrum in enumerate(spectra):
+                factor, held = (
+                    (None, 1.0)
+                    if spectrum is None
+                    else spectrum.truncate(ranks.spatial, self.dtype, self.device)
+                )
+                group.append(factor)
+                key = f"spatial_{axis}"
+                energy[key] = min(held, energy.get(key, 1.0))
+            spatial[sizes] = tuple(group)
+        rule = BatchRule(ranks.batch, unbiased, self.constant_energy)
+        return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial))
+
+
+class LayerStatistics:
+    """Streaming second moments of the inputs of one layer, mode by mode.
+
+    Args:
+        ranks: rank rules; a mode that is kept whole costs nothing here.
+        channel_axis: 1 for convolutions, -1 for linear layers.
+        label: names the layer in messages.
+    """
+
+    def __init__(self, ranks: ModeRanks, channel_axis: int, label: str) -> None:
+        self.ranks = ranks
+        self.channel_axis = channel_axis
+        self.label = label
+        self.calls = 0
+        self.channels = 0
+        self.shape: tuple[int, ...] = ()
+        self._channel: GramMatrix | NystromSketch | None = None
+        self._spatial: dict[Sizes, list[GramMatrix | NystromSketch] | None] = {}
+        self._energy: Tensor | None = None
+        self._input_dtype = torch.float32
+
+    def _accumulators(self, channels: int, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> None:
+        """Create what a shape needs; a process that saw no such shape then adds zeros."""
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        if self._energy is None:
+            self._energy = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+            self.channels, self._input_dtype = channels, dtype
+            if not _whole(self.ranks.channel):
+                rank = self.ranks.channel
+                assert not isinstance(rank, str)
+                self._channel = mode_statistics(channels, rank, accumulate, device, f"{self.label}, channel mode")
+        if channels != self.channels:
+            raise CalibrationError(f"{self.label}: inputs with {self.channels} and with {channels} channels.")
+        if sizes not in self._spatial:
+            rank = self.ranks.spatial
+            self._spatial[sizes] = (
+                None
+                if isinstance(rank, str) or _whole(rank)
+                else [mode_statistics(n, rank, accumulate, device, f"{self.label}, spatial mode") for n in sizes]
+            )
+
+    @torch.no_grad()
+    def update(self, input: Tensor) -> None:
+        """Add one input, shape ``(B, C, *sizes)`` or ``(B, *sizes, C)``."""
+        input = input.detach()
+        axis = self.channel_axis % input.dim()
+        sizes = tuple(n for dim, n in enumerate(input.shape) if dim not in (0, axis))
+        self._accumulators(input.shape[axis], sizes, input.dtype, input.device)
+        self.calls += 1
+        self.shape = tuple(input.shape)
+        if input.numel() == 0:
+            return
+        assert self._energy is not None
+        total = torch.linalg.vector_norm(input, dtype=self._accumulation_dtype).double().square()
+        constant = total.new_zeros(())
+        if isinstance(self.ranks.batch, float):
+            mean = input.mean(0, dtype=self._accumulation_dtype)
+            constant = torch.linalg.vector_norm(mean).double().square() * input.shape[0]
+        self._energy += torch.stack([total, constant]).to(self._energy)
+        if self._channel is not None:
+            self._channel.update(input, axis)
+        spatial = self._spatial[sizes]
+        if spatial is not None:
+            axes = [dim for dim in range(1, input.dim()) if dim != axis]
+            for statistics, dim in zip(spatial, axes, strict=True):
+                statistics.update(input, dim)
+
+    @property
+    def _accumulation_dtype(self) -> torch.dtype:
+        return torch.float64 if self._input_dtype == torch.float64 else torch.float32
+
+    def signature(self) -> list[Any]:
+        """What was seen, as plain data to exchange between processes."""
+        return [self.channels, sorted(self._spatial), str(self._input_dtype).removeprefix("torch.")]
+
+    def extend(self, signature: list[Any], device: torch.device) -> None:
+        """Make accumulators for what other processes saw."""
+        channels, every, dtype = signature
+        for sizes in every:
+            self._accumulators(channels, tuple(sizes), getattr(torch, dtype), device)
+
+    def tensors(self) -> list[Tensor]:
+        """Every accumulator, in an order that is equal on all processes, for a sum in place."""
+        found = [] if self._energy is None else [self._energy]
+        if self._channel is not None:
+            found += self._channel.tensors()
+        for sizes in sorted(self._spatial):
+            for statistics in self._spatial[sizes] or ():
+                found += statistics.tensors()
+        return found
+
+    def spectra(self) -> LayerSpectra:
+        """Eigen-decompose what was accumulated.
+
+        Raises:
+            CalibrationError: nothing was seen, or the inputs hold NaN, Inf, or nothing but zeros.
+        """
+        if self._energy is None:
+            raise CalibrationError(f"{self.label} saw no input during calibration. Run a forward pass through it.")
+        total, constant = self._energy.tolist()
+        if not math.isfinite(total):
+            raise CalibrationError(
+                f"{self.label} received NaN or Inf during calibration (sum of squares {total}). "
+                "Finite inputs are needed: check the data, its normalisation, and the weights before this layer."
+            )
+        if total == 0.0:
+            raise ZeroInputError(f"{self.label} received only zeros during calibration")
+        device = self._energy.device
+        channel = None
+        if self._channel is not None:
+            channel = Spectrum(*self._channel.eigh(), self._channel.trace)
+        spatial: dict[Sizes, tuple[Spectrum | None, ...]] = {}
+        for sizes, group in self._spatial.items():
+            spatial[sizes] = (
+                (None,) * len(sizes)
+                if group is None
+                else tuple(Spectrum(*statistics.eigh(), statistics.trace) for statistics in group)
+            )
+        return LayerSpectra(self.channels, channel, spatial, constant / total, self._input_dtype, device)
+
+
+class ZeroInputError(CalibrationError):
+    """A layer's calibration inputs were all zero: it has no direction to keep and is left alone."""
+
+
+class CapturedEnergy:
+    """Energy that the learned modes of a subspace hold of the inputs given to :meth:`update`.
+
+    The batch mode is left out: it is represented without bias, not truncated for good.
+    """
+
+    def __init__(self, subspace: LayerSubspace, channel_axis: int) -> None:
+        self.subspace = subspace
+        self.channel_axis = channel_axis
+        self.kept = 0.0
+        self.total = 0.0
+
+    @torch.no_grad()
+    def update(self, input: Tensor) -> None:
+        axis = self.channel_axis % input.dim()
+        axes = [dim for dim in range(1, input.dim()) if dim != axis]
+        sizes = tuple(input.shape[dim] for dim in axes)
+        core = input.detach()
+        pairs = [(axis, self.subspace.channel), *zip(axes, self.subspace.spatial_factors(sizes) or (), strict=False)]
+        self.total += _energy(core)
+        for dim, factor in pairs:
+            if factor is not None:
+                core = mode_product(core, factor.to(core).T, dim)
+        self.kept += _energy(core)
+
+    @property
+    def fraction(self) -> float:
+        return self.kept / self.total if self.total else 1.0
+
+
+def _whole(rank: ModeRank) -> bool:
+    return rank == "full" or (isinstance(rank, float) and rank >= 1.0)
+
+
+def _energy(tensor: Tensor) -> float:
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return float(torch.linalg.vector_norm(tensor, dtype=dtype)) ** 2

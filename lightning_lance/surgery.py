@@ -1,0 +1,226 @@
+"""Plan, swap, restore: which layers become variants, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_lance import layers as _layers  # noqa: F401  (fills the registry)
+from lightning_lance.config import LanceConfig
+from lightning_lance.errors import PlanError, StateError
+from lightning_lance.layers import registry
+from lightning_lance.layers.compressed import Compressed, LayerState
+from lightning_lance.ranks import ModeRanks, closest, matches
+from lightning_lance.sampling import SampleOrder
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One module to be swapped.
+
+    Attributes:
+        name: qualified name.
+        module: the module.
+        variant: mixin that it gets.
+        compress: whether its input is compressed; otherwise it is a companion, exact and without a subspace.
+        ranks: rank rules, for a compressed one.
+    """
+
+    name: str
+    module: nn.Module
+    variant: type[registry.Variant]
+    compress: bool
+    ranks: ModeRanks | None = None
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """One module with trainable parameters that stays as it is, and why."""
+
+    name: str
+    type: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.type}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`swap` would do.
+
+    Attributes:
+        entries: modules to be swapped.
+        left: modules with trainable parameters that are left alone.
+        config: the options that it was made from.
+    """
+
+    entries: list[Planned]
+    left: list[LeftAlone] = field(default_factory=list)
+    config: LanceConfig = field(default_factory=LanceConfig)
+
+    @property
+    def compressed(self) -> list[Planned]:
+        """The entries whose input is compressed."""
+        return [entry for entry in self.entries if entry.compress]
+
+
+def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
+    """Check the whole model against the options; change nothing.
+
+    A module is swapped where the forward that would run is a stock one. Modules with a forward of their own,
+    with parametrizations, lazy or scripted ones are left alone.
+
+    Args:
+        model: any module.
+        config: the options.
+
+    Returns:
+        What would be swapped, and why the rest with trainable parameters is not.
+
+    Raises:
+        PlanError: nothing can be compressed, or a pattern matches nothing.
+    """
+    config = config or LanceConfig()
+    candidates: list[Planned] = []
+    companions: list[Planned] = []
+    left: list[LeftAlone] = []
+    rules = config.rules()
+    for name, module in model.named_modules():
+        variants = registry.find(module)
+        trainable = any(p.requires_grad for p in module.parameters(recurse=False))
+        compressing = next((variant for variant in variants if variant.compresses), None)
+        reason = registry.refusal(module) if variants else None
+        weight = getattr(module, "weight", None)
+        if reason is None and compressing is not None and weight is not None and weight.requires_grad:
+            reason = compressing.refusal(module)
+            if reason is None:
+                candidates.append(Planned(name, module, compressing, True, rules.for_layer(name)))
+                continue
+        if reason is None and config.companions:
+            chosen = next((v for v in variants if _wanted(v, config) and v.refusal(module) is None), None)
+            if chosen is not None:
+                companions.append(Planned(name, module, chosen, False))
+                continue
+        if trainable:
+            why = reason or f"no variant for {registry.base_class(module).__name__}"
+            left.append(LeftAlone(name or "the model itself", registry.base_class(module).__name__, why))
+    if not candidates:
+        raise PlanError(_nothing(model, left))
+    chosen_names = _select(candidates, config.layers, left)
+    left += [
+        LeftAlone(entry.name, registry.base_class(entry.module).__name__, f"not in layers={config.layers!r}")
+        for entry in candidates
+        if entry.name not in chosen_names
+    ]
+    _check_rank_patterns(rules.patterns, candidates)
+    wanted = {entry.name: entry for entry in [*candidates, *companions] if not entry.compress or entry.name in chosen_names}
+    ordered = [wanted[name] for name, _ in model.named_modules() if name in wanted]
+    return Plan(ordered, left, config)
+
+
+def _wanted(variant: type[registry.Variant], config: LanceConfig) -> bool:
+    # A frozen convolution is a companion too: its variant keeps nothing of the input.
+    return config.companions == "approximate" or not variant.approximate
+
+
+def _nothing(model: nn.Module, left: list[LeftAlone]) -> str:
+    allowed = ", ".join(registry.supported())
+    frozen = [name for name, module in model.named_modules() if registry.find(module) and _is_frozen(module)]
+    text = f"no layer of {type(model).__name__} can be compressed. Supported, with a weight that requires grad: {allowed}."
+    if frozen:
+        text += f" {len(frozen)} supported layers are frozen, such as {frozen[-1]}: set requires_grad on those to train."
+    if left:
+        text += " Left alone: " + "; ".join(map(str, left[:5])) + "."
+    return text
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and not weight.requires_grad and any(v.compresses for v in registry.find(module))
+
+
+def _select(candidates: list[Planned], layers: object, left: list[LeftAlone]) -> set[str]:
+    names = [entry.name for entry in candidates]
+    if layers == "trainable":
+        return set(names)
+    if isinstance(layers, int):
+        return set(names[-layers:])
+    patterns = [layers] if isinstance(layers, str) else list(layers)  # type: ignore[call-overload]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if matches(name, pattern)}
+        if not found:
+            barred = [str(item) for item in left if matches(item.name, pattern)]
+            because = f" It names only what is left alone: {'; '.join(barred[:3])}." if barred else ""
+            raise PlanError(
+                f"layers={pattern!r} matches no layer that can be compressed.{because} There are {len(names)}, "
+                f"such as {closest(pattern, names)}. Patterns are shell-style ('layer4.*') or the name of a container."
+            )
+        chosen |= found
+    return chosen
+
+
+def _check_rank_patterns(patterns: dict[str, ModeRanks], candidates: list[Planned]) -> None:
+    names = [entry.name for entry in candidates]
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            raise PlanError(
+                f"rank[{pattern!r}] matches no layer that can be compressed. There are {len(names)}, such as "
+                f"{closest(pattern, names)}. Allowed keys: such a pattern, or the modes batch, channel, spatial."
+            )
+
+
+def swap(model: nn.Module, what: Plan | LanceConfig | None = None) -> Plan:
+    """Swap layers in place, as planned. Until :func:`~lightning_lance.calibrate` they run the stock path.
+
+    Args:
+        model: the model that the plan was made for.
+        what: a plan, or the options to make one from.
+
+    Returns:
+        The plan.
+
+    Raises:
+        StateError: the model is swapped already.
+        PlanError: see :func:`plan`.
+    """
+    if is_swapped(model):
+        raise StateError("the model is swapped already. Call restore(model) first.")
+    made = what if isinstance(what, Plan) else plan(model, what)
+    order = SampleOrder(made.config.seed)
+    unbiased = made.config.batch == "unbiased"
+    try:
+        for entry in made.entries:
+            registry.install(entry.module, entry.variant)
+            if issubclass(entry.variant, Compressed):
+                ranks = entry.ranks or ModeRanks()
+                entry.module.__dict__["_lance"] = LayerState(entry.name, entry.compress, ranks, unbiased, order)
+    except BaseException:
+        restore(model)
+        raise
+    return made
+
+
+def restore(model: nn.Module) -> None:
+    """Give every module its own class back. Does nothing to a model that is not swapped."""
+    for module in model.modules():
+        registry.uninstall(module)
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether any module is one of our variants."""
+    return any(registry.is_variant(module) for module in model.modules())
+
+
+def compressed_layers(model: nn.Module) -> dict[str, Compressed]:
+    """Name -> layer, for the layers whose input is, or is to be, compressed."""
+    return {layer._lance.name: layer for layer in _swapped(model) if layer._lance.selected}
+
+
+def _swapped(model: nn.Module) -> Iterator[Compressed]:
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            yield module
