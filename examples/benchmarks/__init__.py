@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table and writes what it measured as JSON."""
