@@ -141,9 +141,7 @@ def imagenet_weights() -> dict[str, Tensor]:
     return dict(zip(expected, published.values(), strict=True))
 
 
-def efficientnet_lite0(
-    pretrained: bool = False, num_classes: int = 1000, drop_rate: float = 0.2
-) -> EfficientNetLite0:
+def efficientnet_lite0(pretrained: bool = False, num_classes: int = 1000, drop_rate: float = 0.2) -> EfficientNetLite0:
     """EfficientNet-Lite0, with ImageNet weights if wanted.
 
     Args:
