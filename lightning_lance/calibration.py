@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_lance.budget import BudgetedLayer, allocate, gathering_ranks
 from lightning_lance.errors import CalibrationError, LanceWarning, StateError
 from lightning_lance.isolation import isolated
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import base_class, uninstall
-from lightning_lance.subspace import LayerStatistics, ZeroInputError
+from lightning_lance.subspace import LayerSpectra, LayerStatistics, LayerSubspace, ZeroInputError
 from lightning_lance.surgery import LeftAlone, compressed_layers
 
 Reduce = Callable[[dict[str, LayerStatistics]], None]
@@ -27,19 +28,24 @@ class Calibration:
     Args:
         model: a swapped model.
         only: names of the layers to calibrate; all by default.
+        budget: bytes for the cores and factors of all layers together; ``None`` for the ranks as asked for.
 
     Attributes:
         statistics: layer name -> what was seen.
         left: layers that were swapped back, and why.
     """
 
-    def __init__(self, model: nn.Module, only: set[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, only: set[str] | None = None, budget: int | None = None) -> None:
         found = compressed_layers(model)
         self.layers: dict[str, Compressed] = {n: layer for n, layer in found.items() if only is None or n in only}
         if not self.layers:
             raise StateError("the model has no swapped layer to calibrate. Call swap(model) first.")
+        self.budget = budget
         self.statistics = {
-            name: LayerStatistics(layer._lance.ranks, layer.channel_axis, name) for name, layer in self.layers.items()
+            name: LayerStatistics(
+                layer._lance.ranks if budget is None else gathering_ranks(layer._lance.ranks), layer.channel_axis, name
+            )
+            for name, layer in self.layers.items()
         }
         self.left: list[LeftAlone] = []
 
@@ -64,26 +70,23 @@ class Calibration:
         """
         if reduce is not None:
             reduce(self.statistics)
-        subspaces = {}
+        spectra: dict[str, LayerSpectra] = {}
         gone: dict[str, str] = {}
         for name, statistics in self.statistics.items():
             if not statistics.tensors():
                 gone[name] = "calibration never saw an input of it"
                 continue
             try:
-                spectra = statistics.spectra()
+                spectra[name] = statistics.spectra()
             except ZeroInputError:
                 gone[name] = "its calibration inputs were all zero"
-                continue
-            state = self.layers[name]._lance
-            subspaces[name] = spectra.subspace(state.ranks, state.unbiased)
-        if not subspaces:
+        if not spectra:
             raise CalibrationError(
                 "no swapped layer saw a usable input during calibration: "
                 + "; ".join(f"{name}: {reason}" for name, reason in gone.items())
                 + ". Run the forward pass that training runs, on real batches."
             )
-        for name, subspace in subspaces.items():
+        for name, subspace in self._cut(spectra).items():
             self.layers[name]._lance.subspace = subspace
         for name, reason in gone.items():
             module: Any = self.layers[name]
@@ -98,10 +101,25 @@ class Calibration:
                 stacklevel=3,
             )
 
+    def _cut(self, spectra: dict[str, LayerSpectra]) -> dict[str, LayerSubspace]:
+        states = {name: self.layers[name]._lance for name in spectra}
+        if self.budget is None:
+            return {name: found.subspace(states[name].ranks, states[name].unbiased) for name, found in spectra.items()}
+        budgeted = {
+            name: BudgetedLayer(
+                found,
+                states[name].ranks,
+                self.statistics[name].channels_first_shape,
+                found.dtype.itemsize,
+            )
+            for name, found in spectra.items()
+        }
+        return allocate(budgeted, self.budget, any(state.unbiased for state in states.values()))
+
 
 @contextmanager
 def calibrate(
-    model: nn.Module, reduce: Reduce | None = None, only: set[str] | None = None
+    model: nn.Module, reduce: Reduce | None = None, only: set[str] | None = None, budget: int | None = None
 ) -> Iterator[Calibration]:
     """Calibrate a swapped model on the forward passes inside the block.
 
@@ -112,8 +130,10 @@ def calibrate(
         model: a swapped model.
         reduce: sums the accumulators over processes.
         only: names of the layers to calibrate.
+        budget: bytes for the cores and factors of all layers together.
 
     Raises:
+        ConfigError: the budget is below what the lowest ranks need.
         CalibrationError: see :meth:`Calibration.finish`; the model stays swapped and runs the stock path.
 
     Example:
@@ -126,7 +146,7 @@ def calibrate(
         >>> model(torch.randn(32, 16)).sum().backward()
         >>> restore(model)
     """
-    calibration = Calibration(model, only)
+    calibration = Calibration(model, only, budget)
     with isolated(model), torch.no_grad(), eager():
         calibration.observe()
         try:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from lightning_lance.errors import ConfigError
 from lightning_lance.ranks import RankRules
+from lightning_lance.units import parse_bytes
 
 Rank: TypeAlias = "int | float | str | Mapping[str, Any]"
 Layers: TypeAlias = "int | str | Sequence[str]"
@@ -28,6 +29,13 @@ class LanceConfig:
             shell-style patterns of module names; the name of a container means all in it.
         companions: also swap layers beside them for exact variants that keep less; ``"approximate"`` adds inexact
             ones; ``False`` compresses the inputs of linear layers and convolutions only.
+        freeze_norms: run batch-norm layers whose affine parameters are frozen in eval mode while training, as the paper
+            does. Changes what training computes, so it is never done unasked.
+        memory_budget: bytes, or a string such as ``"4MiB"``, for the cores and factors of all compressed layers at the
+            calibrated batch size; lowers spatial energy, then the batch rank, then channel energy until they fit.
+        refresh: ``"epoch"`` or a number of training batches: recompute the subspaces that often from ordinary training
+            steps. ``None``: the published one-shot method.
+        calibration_batches: number of batches that define the subspaces.
         seed: seed of the random sample orders.
 
     Raises:
@@ -38,29 +46,55 @@ class LanceConfig:
     batch: Literal["unbiased", "projected"] = "unbiased"
     layers: Layers = "trainable"
     companions: bool | Literal["approximate"] = True
+    freeze_norms: bool = False
+    memory_budget: int | str | None = None
+    refresh: Literal["epoch"] | int | None = None
+    calibration_batches: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
         rules = RankRules(self.rank)
         if self.batch not in ("unbiased", "projected"):
             raise ConfigError(f"batch={self.batch!r} is not allowed. Allowed: 'unbiased', 'projected'.")
-        if self.batch == "unbiased" and any(ranks.batch == 1 and type(ranks.batch) is int for ranks in rules.all_rules()):
+        if self.batch == "unbiased" and any(
+            ranks.batch == 1 and type(ranks.batch) is int for ranks in rules.all_rules()
+        ):
             raise ConfigError(
-                "rank of the batch mode is 1 with batch='unbiased', which needs a constant column and at least one more. "
+                "rank of the batch mode is 1 with batch='unbiased', which needs a constant column and another. "
                 "Give a batch rank of at least 2, or batch='projected'."
             )
         if self.companions not in (True, False, "approximate"):
             raise ConfigError(f"companions={self.companions!r} is not allowed. Allowed: True, False, 'approximate'.")
         if isinstance(self.layers, bool) or (isinstance(self.layers, int) and self.layers < 1):
             raise ConfigError(
-                f"layers={self.layers!r} is not allowed. Allowed: 'trainable', an int of at least 1 (the last n trainable "
-                "layers), a name pattern or a list of them."
+                f"layers={self.layers!r} is not allowed. Allowed: 'trainable', an int of at least 1 (the last n "
+                "trainable layers), a name pattern or a list of them."
             )
         if not isinstance(self.layers, (int, str)):
             wrong = [pattern for pattern in self.layers if not isinstance(pattern, str)]
             if wrong or not self.layers:
                 raise ConfigError(f"layers={self.layers!r} is not a list of name patterns such as ['layer4.*', 'fc'].")
 
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+        if self.refresh not in (None, "epoch") and not _positive(self.refresh):
+            raise ConfigError(
+                f"refresh={self.refresh!r} is not allowed. Allowed: None, 'epoch', or an int of at least 1 (batches)."
+            )
+        if not _positive(self.calibration_batches):
+            raise ConfigError(
+                f"calibration_batches={self.calibration_batches!r} is not allowed. Allowed: an int of at least 1."
+            )
+
+    @property
+    def budget(self) -> int | None:
+        """The memory budget in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+
     def rules(self) -> RankRules:
         """The parsed rank rules."""
         return RankRules(self.rank)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -29,7 +29,7 @@ def _chunks(tensor: Tensor, mode: int, dtype: torch.dtype) -> Iterator[Tensor]:
         return
     along = 0 if mode % tensor.dim() != 0 else tensor.dim() - 1
     rows = max(1, _CHUNK * tensor.shape[along] // tensor.numel())
-    for piece in tensor.split(rows, dim=along):
+    for piece in torch.split(tensor, rows, dim=along):
         yield unfold(piece, mode).to(dtype)
 
 

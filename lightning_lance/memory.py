@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from lightning_lance.units import format_bytes
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -79,7 +81,7 @@ class _Packed:
         storage = tensor.untyped_storage()
         self.bytes = storage.nbytes()
         # A weak reference keeps the identity of the storage unique without keeping its memory.
-        self.storage = StorageWeakRef(storage)
+        self.storage: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
 def measure_saved_bytes(
@@ -101,7 +103,7 @@ def measure_saved_bytes(
         The total and its holders.
     """
     owner = module if module is not None else _owner(function)
-    excluded: dict[int, StorageWeakRef] = {}
+    excluded: dict[int, Any] = {}
     if owner is not None:
         for tensor in [*owner.parameters(), *owner.buffers()]:
             _exclude(tensor, excluded)
@@ -140,8 +142,8 @@ def measure_saved_bytes(
     return SavedBytes(sum(holder.bytes for holder in ordered), ordered)
 
 
-def _exclude(tensor: Tensor, excluded: dict[int, StorageWeakRef]) -> None:
-    reference = StorageWeakRef(tensor.untyped_storage())
+def _exclude(tensor: Tensor, excluded: dict[int, Any]) -> None:
+    reference: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     excluded[reference.cdata] = reference
 
 
@@ -174,7 +176,9 @@ def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 def _reachable(result: Any, packed: list[_Packed], asked: list[_Packed]) -> list[_Packed]:
     """Items that the graph of the result holds, each with the name of its operation."""
-    roots = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    roots: list[Any] = [
+        leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None
+    ]
     seen: set[Any] = set()
     found: list[_Packed] = []
     while roots:
@@ -202,12 +206,3 @@ def _read_saved(node: Any) -> None:
                 getattr(node, name)
             except RuntimeError:  # an optional tensor that was not saved
                 continue
-
-
-def format_bytes(count: float) -> str:
-    """``1234567`` -> ``'1.23 MB'`` (decimal units)."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -193,9 +193,7 @@ class LayerSpectra:
             group: list[Tensor | None] = []
             for axis, spectrum in enumerate(spectra):
                 factor, held = (
-                    (None, 1.0)
-                    if spectrum is None
-                    else spectrum.truncate(ranks.spatial, self.dtype, self.device)
+                    (None, 1.0) if spectrum is None else spectrum.truncate(ranks.spatial, self.dtype, self.device)
                 )
                 group.append(factor)
                 key = f"spatial_{axis}"
@@ -273,6 +271,12 @@ class LayerStatistics:
                 statistics.update(input, dim)
 
     @property
+    def channels_first_shape(self) -> tuple[int, ...]:
+        """``(B, C, *sizes)`` of the last input."""
+        sizes = [n for axis, n in enumerate(self.shape) if axis not in (0, self.channel_axis % len(self.shape))]
+        return (self.shape[0], self.channels, *sizes)
+
+    @property
     def _accumulation_dtype(self) -> torch.dtype:
         return torch.float64 if self._input_dtype == torch.float64 else torch.float32
 
@@ -285,6 +289,29 @@ class LayerStatistics:
         channels, every, dtype = signature
         for sizes in every:
             self._accumulators(channels, tuple(sizes), getattr(torch, dtype), device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was accumulated, as plain containers and CPU tensors."""
+        tensors = [tensor.detach().cpu().clone() for tensor in self.tensors()]
+        return {"signature": self.signature(), "calls": self.calls, "shape": list(self.shape), "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue from what :meth:`state_dict` returned, before any update."""
+        if not state["tensors"]:
+            return
+        self.extend(state["signature"], device)
+        self.calls, self.shape = state["calls"], tuple(state["shape"])
+        self._restore(state["tensors"])
+
+    def _restore(self, tensors: list[Tensor]) -> None:
+        own = self.tensors()
+        if [t.shape for t in own] != [t.shape for t in tensors]:
+            raise StateError(
+                f"{self.label}: the stored statistics do not fit its rank rules. "
+                "Resume with the options of the stored run."
+            )
+        for target, saved in zip(own, tensors, strict=True):
+            target.copy_(saved)
 
     def tensors(self) -> list[Tensor]:
         """Every accumulator, in an order that is equal on all processes, for a sum in place."""
@@ -334,6 +361,10 @@ class CapturedEnergy:
     """Energy that the learned modes of a subspace hold of the inputs given to :meth:`update`.
 
     The batch mode is left out: it is represented without bias, not truncated for good.
+
+    Attributes:
+        shapes: ``(B, C, *sizes)`` of every input.
+        itemsize: bytes of an input element.
     """
 
     def __init__(self, subspace: LayerSubspace, channel_axis: int) -> None:
@@ -341,19 +372,26 @@ class CapturedEnergy:
         self.channel_axis = channel_axis
         self.kept = 0.0
         self.total = 0.0
+        self.shapes: list[tuple[int, ...]] = []
+        self.itemsize = 4
 
     @torch.no_grad()
     def update(self, input: Tensor) -> None:
         axis = self.channel_axis % input.dim()
         axes = [dim for dim in range(1, input.dim()) if dim != axis]
         sizes = tuple(input.shape[dim] for dim in axes)
+        self.shapes.append((input.shape[0], input.shape[axis], *sizes))
+        self.itemsize = input.element_size()
         core = input.detach()
-        pairs = [(axis, self.subspace.channel), *zip(axes, self.subspace.spatial_factors(sizes) or (), strict=False)]
-        self.total += _energy(core)
-        for dim, factor in pairs:
+        total = _energy(core)
+        for dim, factor in [
+            (axis, self.subspace.channel),
+            *zip(axes, self.subspace.spatial_factors(sizes) or (), strict=False),
+        ]:
             if factor is not None:
                 core = mode_product(core, factor.to(core).T, dim)
-        self.kept += _energy(core)
+        self.total += total
+        self.kept += total if core is input else _energy(core)
 
     @property
     def fraction(self) -> float:

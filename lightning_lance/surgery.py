@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -53,7 +54,7 @@ class Plan:
 
     Attributes:
         entries: modules to be swapped.
-        left: modules with trainable parameters that are left alone.
+        left: modules with a trainable weight matrix or kernel that are left alone.
         config: the options that it was made from.
     """
 
@@ -104,7 +105,7 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
             if chosen is not None:
                 companions.append(Planned(name, module, chosen, False))
                 continue
-        if trainable:
+        if trainable and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             why = reason or f"no variant for {registry.base_class(module).__name__}"
             left.append(LeftAlone(name or "the model itself", registry.base_class(module).__name__, why))
     if not candidates:
@@ -116,7 +117,9 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
         if entry.name not in chosen_names
     ]
     _check_rank_patterns(rules.patterns, candidates)
-    wanted = {entry.name: entry for entry in [*candidates, *companions] if not entry.compress or entry.name in chosen_names}
+    wanted = {
+        entry.name: entry for entry in [*candidates, *companions] if not entry.compress or entry.name in chosen_names
+    }
     ordered = [wanted[name] for name, _ in model.named_modules() if name in wanted]
     return Plan(ordered, left, config)
 
@@ -129,9 +132,13 @@ def _wanted(variant: type[registry.Variant], config: LanceConfig) -> bool:
 def _nothing(model: nn.Module, left: list[LeftAlone]) -> str:
     allowed = ", ".join(registry.supported())
     frozen = [name for name, module in model.named_modules() if registry.find(module) and _is_frozen(module)]
-    text = f"no layer of {type(model).__name__} can be compressed. Supported, with a weight that requires grad: {allowed}."
+    text = (
+        f"no layer of {type(model).__name__} can be compressed. Supported, with a weight that requires grad: {allowed}."
+    )
     if frozen:
-        text += f" {len(frozen)} supported layers are frozen, such as {frozen[-1]}: set requires_grad on those to train."
+        text += (
+            f" {len(frozen)} supported layers are frozen, such as {frozen[-1]}: set requires_grad on those to train."
+        )
     if left:
         text += " Left alone: " + "; ".join(map(str, left[:5])) + "."
     return text
@@ -208,6 +215,21 @@ def restore(model: nn.Module) -> None:
     """Give every module its own class back. Does nothing to a model that is not swapped."""
     for module in model.modules():
         registry.uninstall(module)
+
+
+@contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """Run a swapped model as the stock one inside the block."""
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = [
+        (module, type(module)) for module in model.modules() if registry.is_variant(module)
+    ]
+    for module, _ in swapped:
+        module.__class__ = registry.base_class(module)
+    try:
+        yield
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cls
 
 
 def is_swapped(model: nn.Module) -> bool:

@@ -73,8 +73,8 @@ class LayerState:
         assert self.subspace is not None
         known = ", ".join("x".join(map(str, known)) for known in self.subspace.spatial)
         warnings.warn(
-            f"{self.name}: an input of size {'x'.join(map(str, sizes))} came, calibration saw {known}. It is kept whole "
-            "for such calls. Let the calibration batches hold every size, or set rank={'spatial': 'full', ...}.",
+            f"{self.name}: an input of size {'x'.join(map(str, sizes))} came, calibration saw {known}. It is kept "
+            "whole for such calls. Let the calibration batches hold every size, or set rank={'spatial': 'full', ...}.",
             LanceWarning,
             stacklevel=2,
         )

@@ -33,9 +33,7 @@ class CompressedConv(Compressed):
         return tuple(input.shape[2:])
 
     def lance_geometry(self) -> Geometry:
-        return geometry(
-            self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
-        )
+        return geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.dim() == len(self.kernel_size) + 2:

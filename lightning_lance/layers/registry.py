@@ -87,7 +87,7 @@ def refusal(module: nn.Module) -> str | None:
         return "its parameters are parametrized (torch.nn.utils.parametrize)"
     if any(hook.__class__.__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()):
         return "its parameters are recomputed by a torch.nn.utils hook (weight_norm, spectral_norm or prune)"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "it is lazy and not initialised yet"
     return None
 

@@ -1,0 +1,283 @@
+"""One training run with compressed activations, without a Trainer: what the callback drives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lance.calibration import Calibration, Reduce, calibrate, eager
+from lightning_lance.config import LanceConfig
+from lightning_lance.errors import LanceWarning, StateError
+from lightning_lance.isolation import isolated
+from lightning_lance.layers.compressed import Compressed
+from lightning_lance.layers.registry import base_class, uninstall
+from lightning_lance.memory import SavedBytes, measure_saved_bytes
+from lightning_lance.report import LayerReport, Report
+from lightning_lance.subspace import CapturedEnergy, LayerSubspace
+from lightning_lance.surgery import LeftAlone, Plan, bypassed, compressed_layers, is_swapped, plan, restore, swap
+
+STATE_VERSION = 1
+
+Pass = Callable[[], Any]
+"""Runs one forward pass in training mode and returns the loss or the outputs."""
+
+Share = Callable[[Any], Any]
+"""Returns process 0's object on every process."""
+
+
+class LanceSession:
+    """Swap, calibrate, refresh, measure, save, restore.
+
+    Args:
+        model: the model to train.
+        config: the options.
+
+    Attributes:
+        report: ranks, energies and bytes, once measured.
+        left: layers with trainable parameters that are left alone.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lance.session import LanceSession
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> batches = [torch.randn(32, 16) for _ in range(4)]
+        >>> session = LanceSession(model)
+        >>> session.start()
+        >>> session.calibrate([lambda x=x: model(x) for x in batches])
+        >>> for x in batches:
+        ...     model(x).sum().backward()
+        >>> session.stop()
+    """
+
+    def __init__(self, model: nn.Module, config: LanceConfig | None = None) -> None:
+        self.model = model
+        self.config = config or LanceConfig()
+        self.report: Report | None = None
+        self.left: list[LeftAlone] = []
+        self._observing: Calibration | None = None
+
+    def start(self) -> Plan:
+        """Plan and swap. A model that an interrupted run left swapped is restored first.
+
+        Raises:
+            PlanError: nothing can be compressed, or a pattern matches nothing. The model is as it was.
+        """
+        restore(self.model)
+        made = plan(self.model, self.config)
+        self.left = list(made.left)
+        return swap(self.model, made)
+
+    def stop(self) -> None:
+        """Give the model its own classes back; does nothing the second time."""
+        self._observing = None
+        restore(self.model)
+
+    @property
+    def layers(self) -> dict[str, Compressed]:
+        """Name -> compressed layer."""
+        return compressed_layers(self.model)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every compressed layer has its subspace."""
+        layers = self.layers
+        return bool(layers) and all(layer._lance.subspace is not None for layer in layers.values())
+
+    def calibrate(self, passes: Sequence[Pass], reduce: Reduce | None = None, share: Share | None = None) -> None:
+        """Find the subspaces from forward passes that leave no trace.
+
+        Args:
+            passes: forward passes, one for each calibration batch.
+            reduce: sums accumulators over the processes of a distributed run.
+            share: hands process 0's factors to all.
+
+        Raises:
+            CalibrationError: see :func:`~lightning_lance.calibrate`.
+        """
+        with calibrate(self.model, reduce, budget=self.config.budget) as calibration:
+            for run in passes:
+                run()
+        self._settle(calibration, share)
+
+    def observe(self) -> None:
+        """Start to collect statistics in ordinary training steps."""
+        self._observing = Calibration(self.model, budget=self.config.budget)
+        self._observing.observe()
+
+    @property
+    def observing(self) -> bool:
+        """Whether statistics are being collected in ordinary training steps."""
+        return self._observing is not None
+
+    def refresh(self, reduce: Reduce | None = None, share: Share | None = None) -> None:
+        """Assign new subspaces from what was observed since :meth:`observe`.
+
+        Raises:
+            StateError: nothing is being observed.
+        """
+        calibration = self._observing
+        if calibration is None:
+            raise StateError("refresh() without observe(): call observe(), run a few training steps, then refresh().")
+        calibration.stop()
+        self._observing = None
+        calibration.finish(reduce)
+        self._settle(calibration, share)
+
+    def _settle(self, calibration: Calibration, share: Share | None) -> None:
+        self.left += calibration.left
+        if share is not None:
+            self._assign(share(self._subspaces()))
+
+    def measure(self, run: Pass) -> Report:
+        """Measure what autograd keeps for one forward pass, with and without compression.
+
+        Needs no more memory than a pass without gradients, and leaves no trace.
+
+        Args:
+            run: a forward pass with gradients.
+        """
+        energies = {}
+        with isolated(self.model), eager(), bypassed(self.model):
+            before = measure_saved_bytes(run, self.model)
+        with isolated(self.model), eager():
+            after = measure_saved_bytes(run, self.model)
+            for name, layer in self.layers.items():
+                assert layer._lance.subspace is not None
+                energies[name] = layer._lance.observer = CapturedEnergy(layer._lance.subspace, layer.channel_axis)
+            try:
+                with torch.no_grad():
+                    run()
+            finally:
+                for layer in self.layers.values():
+                    layer._lance.observer = None
+        self.report = self._report(before, after, energies)
+        return self.report
+
+    def _report(self, before: SavedBytes, after: SavedBytes, energies: dict[str, CapturedEnergy]) -> Report:
+        measured = after.by_module()
+        rows = []
+        for name, layer in self.layers.items():
+            seen, subspace = energies[name], layer._lance.subspace
+            assert subspace is not None
+            formula = sum(subspace.formula_bytes(shape[0], shape[1], shape[2:], seen.itemsize) for shape in seen.shapes)
+            plain = sum(torch.Size(shape).numel() for shape in seen.shapes) * seen.itemsize
+            shape = seen.shapes[0] if seen.shapes else (0, 0)
+            core = subspace.core_shape(shape[0], shape[1], shape[2:])
+            kind = base_class(layer).__name__  # type: ignore[arg-type]
+            row = LayerReport(name, kind, shape, core, dict(subspace.energy), plain, formula, measured.get(name, 0))
+            rows.append(row)
+        kept, total = sum(e.kept for e in energies.values()), sum(e.total for e in energies.values())
+        captured = kept / total if total else None
+        return Report(rows, list(self.left), before, after, captured, self._notes(after))
+
+    def _notes(self, after: SavedBytes) -> list[str]:
+        norms = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and _frozen(module)
+        ]
+        by_module = after.by_module()
+        held = sum(by_module.get(name, 0) for name in norms)
+        if not held:
+            return []
+        return [
+            f"{len(norms)} batch-norm layers in training mode hold {held / 1e6:.3g} MB although their affine "
+            "parameters are frozen; freeze_norms=True runs them in eval mode and frees it."
+        ]
+
+    def _subspaces(self) -> dict[str, Any]:
+        return {
+            name: layer._lance.subspace.state_dict()
+            for name, layer in self.layers.items()
+            if layer._lance.subspace is not None
+        }
+
+    def _assign(self, subspaces: dict[str, Any]) -> None:
+        for name, layer in self.layers.items():
+            if name in subspaces:
+                module: Any = layer
+                found = LayerSubspace.from_state_dict(subspaces[name])
+                factor = next(found.factors(), None)
+                dtype = module.weight.dtype if factor is None else factor.dtype
+                layer._lance.subspace = found.to(module.weight.device, dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Subspaces and the state of the sample orders, in plain containers and CPU tensors."""
+        layers = self.layers
+        order = next(iter(layers.values()))._lance.order.state.tolist() if layers else []
+        observing = self._observing
+        return {
+            "version": STATE_VERSION,
+            "config": {"rank": repr(self.config.rank), "batch": self.config.batch},
+            "subspaces": self._subspaces(),
+            "order": order,
+            "left": [[item.name, item.type, item.reason] for item in self.left],
+            "observing": None
+            if observing is None
+            else {name: statistics.state_dict() for name, statistics in observing.statistics.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> set[str]:
+        """Continue with stored subspaces in a swapped model. The stored ones win over other options asked for.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+
+        Returns:
+            Names of layers that are swapped but were not part of the stored run, and still need calibration.
+
+        Raises:
+            StateError: the state is of another version, or does not fit the model.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"the stored state has version {state.get('version')!r}; this package reads version {STATE_VERSION}. "
+                "Resume without the callback's state to calibrate anew."
+            )
+        if not is_swapped(self.model):
+            raise StateError("load_state_dict() needs a swapped model: call start() first.")
+        asked = {"rank": repr(self.config.rank), "batch": self.config.batch}
+        if state["config"] != asked:
+            warnings.warn(
+                f"the resumed run continues with its stored subspaces ({_options(state['config'])}); {_options(asked)} "
+                "was asked for and is ignored. Start a new fit to use it.",
+                LanceWarning,
+                stacklevel=2,
+            )
+        unseen = {name: (kind, reason) for name, kind, reason in state["left"]}
+        layers = self.layers
+        for name, layer in layers.items():
+            if name in unseen and name not in state["subspaces"]:
+                module: Any = layer
+                uninstall(module)
+        missing = sorted(set(state["subspaces"]) - set(layers))
+        if missing:
+            warnings.warn(
+                f"stored subspaces of {', '.join(missing)} are not used: these layers are not swapped in this run.",
+                LanceWarning,
+                stacklevel=2,
+            )
+        self.left = [LeftAlone(*item) for item in state["left"]]
+        self._assign(state["subspaces"])
+        if layers:
+            next(iter(layers.values()))._lance.order.state.copy_(torch.tensor(state["order"], dtype=torch.int64))
+        if state["observing"] is not None:
+            self.observe()
+            assert self._observing is not None
+            for name, statistics in self._observing.statistics.items():
+                if name in state["observing"]:
+                    device = self._observing.layers[name].weight.device  # type: ignore[attr-defined]
+                    statistics.load_state_dict(state["observing"][name], device)
+        return {name for name, layer in self.layers.items() if layer._lance.subspace is None}
+
+
+def _options(config: dict[str, Any]) -> str:
+    return f"rank={config['rank']}, batch={config['batch']!r}"
+
+
+def _frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
