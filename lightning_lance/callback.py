@@ -119,17 +119,19 @@ class LanceCallback(Callback):
         for norm in self._norms:
             norm.training = False
         if not self._ready:
-            self._prepare(trainer, pl_module, self.session, batch)
+            self._prepare(trainer, pl_module, self.session, batch, batch_idx)
         elif self._refresh_due(batch_idx) and not self.session.observing:
             self.session.observe()
 
-    def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession, batch: Any) -> None:
+    def _prepare(
+        self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession, batch: Any, batch_idx: int
+    ) -> None:
         self._ready = True
         if self._loaded is not None:
             self._batches, self._observed = self._loaded["batches"], self._loaded["observed"]
             missing = session.load_state_dict(self._loaded["session"])
             self._loaded = None
-            if missing and not session.observing:
+            if (missing or self._refresh_due(batch_idx)) and not session.observing:
                 session.observe()
         else:
             following = peek(trainer, self.config.calibration_batches - 1)

@@ -140,6 +140,16 @@ class LanceSession:
         Args:
             run: a forward pass with gradients.
         """
+        if self._observing is not None:
+            self._observing.stop()
+        try:
+            self.report = self._measured(run)
+        finally:
+            if self._observing is not None:
+                self._observing.observe()
+        return self.report
+
+    def _measured(self, run: Pass) -> Report:
         energies = {}
         with isolated(self.model), eager(), bypassed(self.model):
             before = measure_saved_bytes(run, self.model)
@@ -154,8 +164,7 @@ class LanceSession:
             finally:
                 for layer in self.layers.values():
                     layer._lance.observer = None
-        self.report = self._report(before, after, energies)
-        return self.report
+        return self._report(before, after, energies)
 
     def _report(self, before: SavedBytes, after: SavedBytes, energies: dict[str, CapturedEnergy]) -> Report:
         measured = after.by_module()
