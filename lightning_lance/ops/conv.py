@@ -77,14 +77,16 @@ def geometry(
     return Geometry(kernel, stride, (0,) * len(kernel), dilation, groups, pad, mode)
 
 
-def _pad(tensor: Tensor, geometry: Geometry) -> Tensor:
+def pad_input(tensor: Tensor, geometry: Geometry) -> Tensor:
+    """The padding that is done before the convolution proper; a no-op where there is none."""
     return F.pad(tensor, geometry.pad, geometry.pad_mode) if geometry.pad else tensor
 
 
-def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The stock convolution of a geometry, differentiable."""
     conv: Any = _CONV[len(geometry.kernel)]
     result: Tensor = conv(
-        _pad(input, geometry), weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+        pad_input(input, geometry), weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     )
     return result
 
@@ -130,7 +132,7 @@ def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tup
         return F.pad(grad_padded, [-n for n in geometry.pad])
     with torch.enable_grad():
         origin = grad_padded.new_zeros(shape, requires_grad=True)
-        padded_origin = _pad(origin, geometry)
+        padded_origin = pad_input(origin, geometry)
     return torch.autograd.grad(padded_origin, origin, grad_padded)[0]
 
 
@@ -158,7 +160,7 @@ def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geome
                 core = mode_product(core, factor.to(grad.dtype), axis)
         if channel is not None and geometry.groups > 1:
             core, channel = mode_product(core, channel, 1), None
-        core = _pad(core, geometry)
+        core = pad_input(core, geometry)
         shape = (weight.shape[0], core.shape[1] // geometry.groups, *geometry.kernel)
         _, weight_grad = _backward(grad, core, grad.new_empty(1).expand(shape), geometry, (False, True))
     return weight_grad if channel is None else mode_product(weight_grad, channel, 1)
@@ -201,7 +203,7 @@ class LowRankConv(torch.autograd.Function):
             core = compress(input, Factors(basis, order, scale, channel, spatial), 1, 2)
         ctx.geometry, ctx.scale, ctx.shape = geometry, scale, tuple(input.shape)
         ctx.save_for_backward(core, weight, basis, order, channel, *spatial)
-        return _convolve(input, weight, bias, geometry)
+        return convolve(input, weight, bias, geometry)
 
     @staticmethod
     @once_differentiable

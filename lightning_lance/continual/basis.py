@@ -1,0 +1,152 @@
+"""Protected and reserved bases of one layer's feature side, on plain tensors.
+
+Growing a basis by an energy threshold follows Saha, Garg & Roy, *Gradient Projection Memory for Continual Learning*,
+ICLR 2021, eq. 8 and 9, with second moments in place of the sample matrix. All of it is computed in float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lance.linalg import orthonormalize, symmetric_eigh
+
+
+class Moments(NamedTuple):
+    """Second moments ``S`` of feature vectors, whole or as a root.
+
+    Attributes:
+        matrix: ``S`` itself, shape ``(K, K)``, or a root ``F`` with ``S = F Fᵀ``, shape ``(K, k)``.
+        is_root: which of them.
+        total: the trace of ``S``; may exceed that of ``F Fᵀ`` where only leading directions are known.
+    """
+
+    matrix: Tensor
+    is_root: bool
+    total: float
+
+    @classmethod
+    def of(cls, gram: Tensor | Moments) -> Moments:
+        """Moments of a Gram matrix ``(K, K)``."""
+        return gram if isinstance(gram, Moments) else cls(gram, False, float(gram.diagonal().double().sum()))
+
+
+class Residual(NamedTuple):
+    """What of the moments lies outside of a basis.
+
+    Attributes:
+        values: energies of the directions, descending, shape ``(k,)``; those that are only rounding are left out.
+        vectors: the directions, shape ``(K, k)``.
+        held: energy inside of the basis.
+        total: all energy.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    held: float
+    total: float
+
+
+def held_energy(moments: Moments, basis: Tensor) -> float:
+    """Energy of the moments inside of an orthonormal basis ``(K, m)``: ``tr(Mᵀ S M)``."""
+    matrix, basis = _double(moments.matrix), _double(basis)
+    if moments.is_root:
+        return float((basis.T @ matrix).square().sum())
+    return float((basis * (matrix @ basis)).sum())
+
+
+def residual(gram: Tensor | Moments, basis: Tensor) -> Residual:
+    """Spectrum of the moments in the complement of an orthonormal basis.
+
+    Args:
+        gram: Gram matrix ``(K, K)`` or moments.
+        basis: ``(K, m)``, ``m`` may be 0.
+    """
+    moments = Moments.of(gram)
+    matrix, basis = _double(moments.matrix), _double(basis)
+    held = held_energy(moments, basis)
+    if moments.is_root:
+        outside = matrix - basis @ (basis.T @ matrix)
+        values, rotation = symmetric_eigh(outside.T @ outside)
+        vectors = outside @ (rotation / values.clamp(min=torch.finfo(torch.float64).tiny).sqrt())
+    else:
+        crossed = matrix @ basis
+        outside = matrix - crossed @ basis.T
+        outside = outside - basis @ (basis.T @ outside)
+        values, vectors = symmetric_eigh((outside + outside.T) / 2)
+    # float32 sums carry noise of this size; a direction below it is no direction of the data.
+    floor = moments.total * torch.finfo(torch.float32).eps
+    count = min(int((values > floor).sum()), matrix.shape[0] - basis.shape[1])
+    return Residual(values[:count], vectors[:, :count], held, moments.total)
+
+
+def grow(basis: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
+    """Enlarge a protected basis by the fewest directions that bring its energy above a threshold.
+
+    Args:
+        basis: orthonormal ``M``, shape ``(K, m)``; its columns come back unchanged.
+        gram: Gram matrix ``(K, K)`` of an experience's feature vectors, or their moments.
+        threshold: fraction of the energy to protect, in (0, 1].
+
+    Returns:
+        Shape ``(K, m + k)``, orthonormal, dtype of ``basis``.
+    """
+    moments = Moments.of(gram)
+    needed = threshold * moments.total
+    if moments.total <= 0.0 or basis.shape[1] >= basis.shape[0] or held_energy(moments, basis) > needed:
+        return basis
+    rest = residual(moments, basis)
+    if threshold >= 1.0:
+        count = rest.values.numel()
+    else:
+        reached = rest.held + torch.cumsum(rest.values, 0) > needed
+        count = int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else rest.values.numel()
+    if count == 0:
+        return basis
+    added = orthonormalize(rest.vectors[:, :count], _double(basis))
+    return torch.cat([basis, added.to(basis)], 1).contiguous()
+
+
+def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
+    """Leading directions of an experience outside of a protected basis.
+
+    Args:
+        basis: orthonormal ``M``, shape ``(K, m)``.
+        gram: Gram matrix ``(K, K)`` of the experience's feature vectors, or their moments.
+        rank: the number of directions, clipped to what there is, or the energy of the rest that they hold.
+
+    Returns:
+        Orthonormal ``U``, shape ``(K, r)``, orthogonal to ``M``, dtype of ``basis``; ``r`` may be 0.
+    """
+    rest = residual(gram, basis)
+    if isinstance(rank, float) and rank < 1.0 and rest.values.numel():
+        reached = torch.cumsum(rest.values, 0) > rank * float(rest.values.sum())
+        count = int(reached.to(torch.int8).argmax()) + 1
+    else:
+        count = rest.values.numel() if isinstance(rank, float) else min(rank, rest.values.numel())
+    if count == 0:
+        return basis.new_empty(basis.shape[0], 0)
+    return orthonormalize(rest.vectors[:, :count], _double(basis)).to(basis).contiguous()
+
+
+def complement(basis: Tensor) -> Tensor:
+    """Orthonormal basis of everything outside of ``M``, shape ``(K, K - m)``, dtype of ``basis``."""
+    width, count = basis.shape
+    found: Tensor = torch.linalg.qr(_double(basis), mode="complete").Q[:, count:]
+    return orthonormalize(found, _double(basis)).to(basis).contiguous() if count < width else found.to(basis)
+
+
+def project_out(rows: Tensor, basis: Tensor) -> Tensor:
+    """``X (I - M Mᵀ)``: the part of row vectors outside of a basis.
+
+    Args:
+        rows: ``(..., n, K)``, such as a weight gradient.
+        basis: orthonormal, ``(..., K, m)``.
+    """
+    return rows - (rows @ basis) @ basis.mT
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)

@@ -1,0 +1,231 @@
+"""What one layer must not forget: its protected basis, the basis reserved for the experience, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lance.continual.basis import Moments, complement, grow, reserve
+from lightning_lance.continual.moments import FeatureMoments
+from lightning_lance.errors import StateError
+
+
+class Stage(str, Enum):
+    """Where a layer is in the life of an experience."""
+
+    EMPTY = "empty"
+    CALIBRATED = "calibrated"
+    TRAINING = "training"
+    CONSOLIDATED = "consolidated"
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much of a layer's feature side is taken, over all its groups.
+
+    Attributes:
+        width: directions in all.
+        protected: directions that earlier experiences need.
+        bytes: size of the protected basis.
+    """
+
+    width: int
+    protected: int
+    bytes: int
+
+    @property
+    def free(self) -> int:
+        """Directions left to learn in."""
+        return self.width - self.protected
+
+    @property
+    def fraction(self) -> float:
+        """Fraction that is protected."""
+        return self.protected / self.width
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing can be learned any more."""
+        return self.free == 0
+
+
+class LayerMemory:
+    """Protected basis ``M`` and reserved basis ``U`` of one layer.
+
+    One experience is ``reserve -> start -> protect``; the states are empty, calibrated, training, consolidated, and then
+    calibrated again. ``M`` only grows, and its columns never change.
+
+    Args:
+        width: length ``K`` of a feature vector.
+        groups: channel groups, each with bases of its own.
+        label: names the layer in messages.
+        dtype: dtype of the bases.
+        device: device of the bases.
+
+    Attributes:
+        stage: the state.
+        protected: ``M``, shape ``(groups, K, m)``; a group with fewer directions than ``m`` ends in zero columns.
+        counts: directions protected in each group.
+        reserved: ``U``, shape ``(groups, K, r)``, zero columns alike; ``None``: everything outside of ``M``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lance.continual import LayerMemory
+        >>> memory = LayerMemory(8)
+        >>> for experience in range(3):
+        ...     inputs = torch.randn(100, 2) @ torch.randn(2, 8)
+        ...     memory.reserve(); memory.start()
+        ...     # ... training, with weight changes in the complement of memory.protected ...
+        ...     memory.protect(inputs.T @ inputs, threshold=0.97)
+        >>> memory.capacity().free
+        2
+    """
+
+    def __init__(
+        self,
+        width: int,
+        groups: int = 1,
+        label: str = "layer",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.width = width
+        self.groups = groups
+        self.label = label
+        self.stage = Stage.EMPTY
+        self.protected = torch.empty(groups, width, 0, dtype=dtype, device=device)
+        self.counts = [0] * groups
+        self.reserved: Tensor | None = None
+
+    def _require(self, action: str, *allowed: Stage) -> None:
+        if self.stage not in allowed:
+            names = " or ".join(repr(stage.value) for stage in allowed)
+            raise StateError(
+                f"{self.label}: {action}() is not allowed in state {self.stage.value!r}, only in {names}. "
+                "An experience is reserve() -> start() -> protect(); abandon() ends one that failed."
+            )
+
+    def reserve(self, gram: Tensor | FeatureMoments | None = None, rank: int | float | str = "full") -> Tensor | None:
+        """Choose the directions that the coming experience may change.
+
+        Args:
+            gram: second moments of the experience's feature vectors, ``(K, K)`` or ``(groups, K, K)``; not needed for
+                ``"full"``.
+            rank: ``"full"``: everything outside of ``M``; an int: that many leading directions outside of ``M``; a
+                float in (0, 1): those that hold that fraction of the energy outside of ``M``.
+
+        Returns:
+            ``U``, shape ``(groups, K, r)``, or ``None`` for everything outside of ``M``.
+
+        Raises:
+            StateError: the state is neither empty nor consolidated, or a rank is given without moments.
+        """
+        self._require("reserve", Stage.EMPTY, Stage.CONSOLIDATED)
+        self.reserved = None
+        if not isinstance(rank, str) and rank != 1.0:
+            if gram is None:
+                raise StateError(f"{self.label}: reserve(rank={rank!r}) needs the Gram matrix of the experience.")
+            pairs = zip(self._bases(), self._moments(gram), strict=True)
+            self.reserved = self._stack([reserve(basis, moments, rank) for basis, moments in pairs])
+        self.stage = Stage.CALIBRATED
+        return self.reserved
+
+    def start(self) -> None:
+        """Begin training.
+
+        Raises:
+            StateError: the state is not calibrated.
+        """
+        self._require("start", Stage.CALIBRATED)
+        self.stage = Stage.TRAINING
+
+    def protect(self, gram: Tensor | FeatureMoments, threshold: float) -> int:
+        """Enlarge ``M`` until it holds more than a fraction of the experience's energy, in each group.
+
+        Args:
+            gram: second moments of the feature vectors after training, ``(K, K)`` or ``(groups, K, K)``.
+            threshold: the fraction, in (0, 1].
+
+        Returns:
+            Directions added, over all groups.
+
+        Raises:
+            StateError: the state is not training.
+            CalibrationError: the moments hold NaN or Inf.
+        """
+        self._require("protect", Stage.TRAINING)
+        before = sum(self.counts)
+        pairs = zip(self._bases(), self._moments(gram), strict=True)
+        grown = [grow(basis, moments, threshold) for basis, moments in pairs]
+        self.counts = [basis.shape[1] for basis in grown]
+        self.protected = self._stack(grown)
+        self.reserved = None
+        self.stage = Stage.CONSOLIDATED
+        return sum(self.counts) - before
+
+    def abandon(self) -> None:
+        """End an experience that failed: ``M`` stays as it was. Does nothing outside of one."""
+        if self.stage in (Stage.CALIBRATED, Stage.TRAINING):
+            self.reserved = None
+            self.stage = Stage.CONSOLIDATED if any(self.counts) else Stage.EMPTY
+
+    def basis(self) -> Tensor:
+        """``U`` written out, also where it is everything outside of ``M``: ``(groups, K, r)``."""
+        return self._stack([complement(basis) for basis in self._bases()]) if self.reserved is None else self.reserved
+
+    def capacity(self) -> Capacity:
+        """Directions taken and free."""
+        size = self.protected.numel() * self.protected.element_size()
+        return Capacity(self.width * self.groups, sum(self.counts), size)
+
+    def _bases(self) -> list[Tensor]:
+        return [basis[:, :count] for basis, count in zip(self.protected, self.counts, strict=True)]
+
+    def _moments(self, gram: Tensor | FeatureMoments) -> Sequence[Tensor | Moments]:
+        if isinstance(gram, FeatureMoments):
+            return gram.groups()
+        if gram.shape not in ((self.width, self.width), (self.groups, self.width, self.width)):
+            raise StateError(
+                f"{self.label}: a Gram matrix of shape {tuple(gram.shape)} was given; ({self.width}, {self.width}) in "
+                f"each of {self.groups} groups is needed."
+            )
+        return list(gram.reshape(self.groups, self.width, self.width))
+
+    def _stack(self, bases: list[Tensor]) -> Tensor:
+        widest = max(basis.shape[1] for basis in bases)
+        stacked = self.protected.new_zeros(self.groups, self.width, widest)
+        for target, basis in zip(stacked, bases, strict=True):
+            target[:, : basis.shape[1]] = basis
+        return stacked
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and CPU tensors, safe for ``torch.load(weights_only=True)``."""
+        return {
+            "stage": self.stage.value,
+            "protected": self.protected.detach().cpu(),
+            "counts": list(self.counts),
+            "reserved": None if self.reserved is None else self.reserved.detach().cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a stored state.
+
+        Raises:
+            StateError: it is of a layer with another feature side.
+        """
+        shape = tuple(state["protected"].shape[:2])
+        if shape != (self.groups, self.width):
+            raise StateError(
+                f"{self.label}: the stored basis is for {shape[0]} groups of width {shape[1]}, the layer has "
+                f"{self.groups} of width {self.width}. Load it into the model, and the feature_side, that it was made with."
+            )
+        self.stage = Stage(state["stage"])
+        self.protected = state["protected"].to(self.protected)
+        self.counts = list(state["counts"])
+        reserved = state["reserved"]
+        self.reserved = None if reserved is None else reserved.to(self.protected)
