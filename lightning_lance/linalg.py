@@ -42,12 +42,11 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     if not after:
         return tensor @ matrix.transpose(0, 1)
     if mode == 0:
-        return (matrix @ tensor.reshape(tensor.shape[0], -1)).reshape(-1, *after)
+        return (matrix @ tensor.reshape(tensor.shape[0], math.prod(after))).reshape(matrix.shape[0], *after)
     product = matrix @ tensor.reshape(math.prod(before), tensor.shape[mode], math.prod(after))
     return product.reshape(*before, matrix.shape[0], *after)
 
 
-@functools.lru_cache(maxsize=64)
 def cosine_basis(size: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """First columns of the orthonormal DCT-II basis; the first one is constant.
 
@@ -63,12 +62,21 @@ def cosine_basis(size: int, columns: int, dtype: torch.dtype, device: torch.devi
     Returns:
         Contiguous tensor of shape ``(n, r)`` with orthonormal columns.
     """
+    # Under a tracer the result is a stand-in that must not be kept for real calls.
+    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
+    return (_make_cosine_basis if traced else _shared_cosine_basis)(size, columns, dtype, device)
+
+
+def _make_cosine_basis(size: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        position = torch.arange(size, dtype=torch.float64).add_(0.5)
-        frequency = torch.arange(columns, dtype=torch.float64).mul_(math.pi / size)
+        position = torch.arange(size, dtype=torch.float64, device="cpu").add_(0.5)
+        frequency = torch.arange(columns, dtype=torch.float64, device="cpu").mul_(math.pi / size)
         basis = torch.outer(position, frequency).cos_().mul_(math.sqrt(2.0 / size))
         basis[:, 0] = math.sqrt(1.0 / size)
         return basis.to(device=device, dtype=dtype)
+
+
+_shared_cosine_basis = functools.lru_cache(maxsize=64)(_make_cosine_basis)
 
 
 def contrast_scale(size: int, columns: int) -> float:
@@ -126,3 +134,13 @@ def orthonormalize(columns: Tensor, against: Tensor | None = None) -> Tensor:
             columns = columns - against @ (against.T @ columns)
         columns = torch.linalg.qr(columns).Q
     return columns
+
+
+def project_out(rows: Tensor, basis: Tensor) -> Tensor:
+    """``X (I - M Mᵀ)``: the part of row vectors outside of a basis.
+
+    Args:
+        rows: ``(..., n, K)``, such as a weight gradient.
+        basis: orthonormal, ``(..., K, m)``.
+    """
+    return rows - (rows @ basis) @ basis.mT
