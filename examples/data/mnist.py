@@ -52,16 +52,16 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int) -> l
 def to_network_input(images: Tensor, size: int) -> Tensor:
     """Bytes `(B, H, W)` to normalised floats `(B, 3, size, size)`, resized bilinearly."""
     resized = F.interpolate(images[:, None].float() / 255, size=(size, size), mode="bilinear", align_corners=False)
-    mean = torch.tensor(MEAN)[:, None, None]
-    std = torch.tensor(STD)[:, None, None]
+    mean = resized.new_tensor(MEAN)[:, None, None]
+    std = resized.new_tensor(STD)[:, None, None]
     return (resized - mean) / std
 
 
 class DigitsDataModule(L.LightningDataModule):
     """MNIST digits as an ImageNet network wants them.
 
-    The images stay bytes at 28×28; each batch is resized and normalised when it is drawn, so memory holds one batch of
-    large images and not 5,000.
+    The images stay bytes at 28×28; each batch is resized and normalised when the Trainer takes it up (in
+    `on_after_batch_transfer`), so memory holds one batch of large images, and batches waiting in a queue are small.
 
     Args:
         image_size: height and width in pixels.
@@ -94,10 +94,9 @@ class DigitsDataModule(L.LightningDataModule):
         for name, index in zip(("test", "val", "train"), indices, strict=True):
             self.splits[name] = TensorDataset(images[index], labels[index])
 
-    def collate(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """One batch of network input and labels from a list of byte images and labels."""
-        images, labels = zip(*samples, strict=True)
-        return to_network_input(torch.stack(images), self.hparams["image_size"]), torch.stack(labels)
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        return to_network_input(images, self.hparams["image_size"]), labels
 
     def loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
         """A loader over one of the splits."""
@@ -107,7 +106,6 @@ class DigitsDataModule(L.LightningDataModule):
             shuffle=shuffle,
             num_workers=self.hparams["num_workers"],
             persistent_workers=self.hparams["num_workers"] > 0,
-            collate_fn=self.collate,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:

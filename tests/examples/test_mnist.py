@@ -45,6 +45,8 @@ def test_split_depends_on_its_seed_only() -> None:
 
 def test_batches_are_resized_normalised_and_keep_their_labels(digits: DigitsDataModule) -> None:
     images, labels = next(iter(digits.test_dataloader()))
+    assert images.dtype == torch.uint8
+    images, labels = digits.on_after_batch_transfer((images, labels), 0)
     assert images.shape == (48, 3, 56, 56)
     assert images.dtype == torch.float32
     assert labels.equal(digits.splits["test"].tensors[1][:48])
