@@ -5,6 +5,7 @@ from lightning_lance.callback import LanceCallback
 from lightning_lance.config import LanceConfig
 from lightning_lance.errors import CalibrationError, ConfigError, LanceError, LanceWarning, PlanError, StateError
 from lightning_lance.memory import SavedBytes, measure_saved_bytes
+from lightning_lance.metrics import ContinualMetrics, continual_metrics
 from lightning_lance.report import Report
 from lightning_lance.session import LanceSession
 from lightning_lance.surgery import Plan, is_swapped, plan, restore, swap
@@ -14,6 +15,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CalibrationError",
     "ConfigError",
+    "ContinualMetrics",
     "LanceCallback",
     "LanceConfig",
     "LanceError",
@@ -25,6 +27,7 @@ __all__ = [
     "SavedBytes",
     "StateError",
     "calibrate",
+    "continual_metrics",
     "is_swapped",
     "measure_saved_bytes",
     "plan",
