@@ -223,7 +223,8 @@ def peak(device: torch.device) -> int:
 
 def work(options: argparse.Namespace) -> Run:
     """One run, in this process."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (".*does not have many workers", "You passed in a `val_dataloader` but have no"):
+        warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     seed = options.seeds[0]
