@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -17,20 +18,28 @@ SKETCH_ABOVE = 1024
 OVERSAMPLING = 16
 """Directions a sketch holds beyond those it is asked for (Halko, Martinsson & Tropp, 2011, section 4.2)."""
 
-SKETCH_WIDTH = 72
+SKETCH_WIDTH = 64
 """First width ``k`` of a sketch: test, sample and eigenvectors together stay within 256 floats per row."""
 
 _CHUNK = 1 << 22
+_SKETCH_CHUNK = 64
+_BLOCK = 16
 
 
-def _chunks(tensor: Tensor, mode: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Pieces of the mode-n unfolding, about 16 MiB each, so that no copy of a whole activation is made."""
+def _chunks(tensor: Tensor, mode: int, dtype: torch.dtype, limit: int = _CHUNK) -> Iterator[Tensor]:
+    """Pieces of the mode-n unfolding of at most ``limit`` elements, so that no copy of a whole activation is made.
+
+    A single column of the unfolding is never cut.
+    """
     if tensor.numel() == 0:
         return
-    along = 0 if mode % tensor.dim() != 0 else tensor.dim() - 1
-    rows = max(1, _CHUNK * tensor.shape[along] // tensor.numel())
-    for piece in torch.split(tensor, rows, dim=along):
-        yield unfold(piece, mode).to(dtype)
+    others = [axis for axis, size in enumerate(tensor.shape) if axis != mode % tensor.dim() and size > 1]
+    if tensor.numel() <= limit or not others:
+        yield unfold(tensor, mode).to(dtype)
+        return
+    rows = max(1, limit * tensor.shape[others[0]] // tensor.numel())
+    for piece in torch.split(tensor, rows, dim=others[0]):
+        yield from _chunks(piece, mode, dtype, limit)
 
 
 class GramMatrix:
@@ -48,6 +57,7 @@ class GramMatrix:
     def update(self, tensor: Tensor, mode: int) -> None:
         for matrix in _chunks(tensor, mode, self.gram.dtype):
             self.gram.addmm_(matrix, matrix.T)
+            del matrix  # before the next piece is made
 
     def tensors(self) -> list[Tensor]:
         """The accumulators, to be summed in place over the processes of a distributed run."""
@@ -84,38 +94,65 @@ class NystromSketch:
     ) -> None:
         self.rank = rank
         self.label = label
-        self._started = False
+        self._started = self._agreed = False
         width = rank + OVERSAMPLING if isinstance(rank, int) else SKETCH_WIDTH
         self._allocate(size, min(width, size), dtype, device)
 
+    @property
+    def width(self) -> int:
+        """Number ``k`` of columns."""
+        return self.sample.shape[1]
+
     def _allocate(self, size: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(size * 1_000_003 + width)
-        self.test = torch.randn(size, width, generator=generator, dtype=dtype).to(device)
+        # Blocks with seeds of their own: a narrower test matrix is the first columns of a wider one.
+        test = torch.empty(size, width, dtype=dtype, device="cpu")
+        for block, columns in enumerate(torch.split(test, _BLOCK, dim=1)):
+            generator = torch.Generator("cpu").manual_seed(size * 1_000_003 + block)
+            drawn = torch.randn(size, _BLOCK, generator=generator, dtype=dtype, device="cpu")
+            columns.copy_(drawn[:, : columns.shape[1]])
+        self.test = test.to(device)
         self.sample = torch.zeros_like(self.test)
-        self._trace = torch.zeros((), dtype=dtype, device=device)
+        self._trace = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+
+    def agree(self, width: int) -> None:
+        """Take the width of another process's sketch, or of a stored one, before the sums are exchanged.
+
+        A sketch that holds data can only become narrower, which keeps its leading columns; so that all processes
+        arrive at the least width, each calls this with the widths of all.
+        """
+        fresh = not (self._started or self._agreed)
+        self._agreed = True
+        if fresh and width != self.width:
+            self._allocate(self.sample.shape[0], width, self.sample.dtype, self.sample.device)
+        elif width < self.width:
+            self.test, self.sample = self.test[:, :width].contiguous(), self.sample[:, :width].contiguous()
 
     def _accumulate(self, tensor: Tensor, mode: int) -> None:
-        for matrix in _chunks(tensor, mode, self.sample.dtype):
+        size, dtype = self.sample.shape[0], self.sample.dtype
+        # Where the unfolding is a view of the input, only the product with the test matrix takes memory.
+        free = tensor.dtype == dtype and tensor.movedim(mode, -1).is_contiguous()
+        for matrix in _chunks(tensor, mode, dtype, size * (size // 2 if free else _SKETCH_CHUNK)):
             self.sample.addmm_(matrix, matrix.T @ self.test)
-            self._trace += torch.linalg.vector_norm(matrix).square()
+            self._trace += torch.linalg.vector_norm(matrix).to(self._trace).square()
+            del matrix  # before the next piece is made
 
     def update(self, tensor: Tensor, mode: int) -> None:
         self._accumulate(tensor, mode)
-        if self._started or isinstance(self.rank, int):
-            return
+        grows = isinstance(self.rank, float) and not (self._started or self._agreed)
         self._started = True
+        if not grows:
+            return
         size, first = self.sample.shape
-        while self.sample.shape[1] < size and self.trace > 0.0:
+        while self.width < size and 0.0 < self.trace < math.inf:
             values, _, _ = self._solve()
-            width = self.sample.shape[1]
-            if energy_rank(values, self.trace, self.rank) <= width - OVERSAMPLING:
+            if energy_rank(values, self.trace, self.rank) <= self.width - OVERSAMPLING:
                 break
-            self._allocate(size, min(2 * width, size), self.sample.dtype, self.sample.device)
+            self._allocate(size, min(2 * self.width, size), self.sample.dtype, self.sample.device)
             self._accumulate(tensor, mode)
-        if self.sample.shape[1] != first:
+        if self.width != first:
             warnings.warn(
                 f"{self.label}: energy {self.rank} of a mode {size} wide needs more than {first - OVERSAMPLING} "
-                f"directions, so its sketch now holds {2 * self.sample.shape[1]} floats per row instead of "
+                f"directions, so its sketch now holds {2 * self.width} floats per row instead of "
                 f"{2 * first}. A lower energy or an int rank keeps it small.",
                 LanceWarning,
                 stacklevel=2,
@@ -147,18 +184,16 @@ class NystromSketch:
     def eigh(self) -> tuple[Tensor, Tensor]:
         """Leading eigenpairs ``(eigenvalues (r,), eigenvectors (n, r))``, descending, on the CPU.
 
-        ``r`` leaves out the oversampled directions. Only ``k x k`` problems are solved, in float64; the
-        ``n x k`` work stays in the accumulation dtype.
+        ``r`` leaves out the oversampled directions, and those that the accumulation dtype cannot tell from nothing.
+        Only ``k x k`` problems are solved, in float64; the ``n x k`` work stays in the accumulation dtype.
         """
         values, mapping, shift = self._solve()
-        usable = min(values.numel(), max(self.sample.shape[1] - OVERSAMPLING, 1))
+        usable = max(min(int((values > 0.0).sum()), self.width - OVERSAMPLING), 1)
         columns = mapping[:, :usable].to(self.sample)
         found = self.sample @ columns
         found.addmm_(self.test, columns, alpha=shift)
-        # One Cholesky QR: the columns are orthonormal already, up to the accumulation dtype.
-        factor = torch.linalg.cholesky((found.T @ found).double().cpu())
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(usable, dtype=torch.float64), upper=False)
-        return values[:usable], (found @ inverse.T.to(found)).cpu()
+        # Orthonormal already where the sketch resolves them well; Householder QR makes the rest so as well.
+        return values[:usable], torch.linalg.qr(found.cpu()).Q
 
 
 def mode_statistics(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -282,13 +282,23 @@ class LayerStatistics:
 
     def signature(self) -> list[Any]:
         """What was seen, as plain data to exchange between processes."""
-        return [self.channels, sorted(self._spatial), str(self._input_dtype).removeprefix("torch.")]
+        widths = [sketch.width for sketch in self._sketches()]
+        return [self.channels, sorted(self._spatial), str(self._input_dtype).removeprefix("torch."), widths]
 
     def extend(self, signature: list[Any], device: torch.device) -> None:
-        """Make accumulators for what other processes saw."""
-        channels, every, dtype = signature
+        """Make accumulators for what another process saw, in the widths of its sketches."""
+        channels, every, dtype, widths = signature
         for sizes in every:
             self._accumulators(channels, tuple(sizes), getattr(torch, dtype), device)
+        for sketch, width in zip(self._sketches(every), widths, strict=True):
+            sketch.agree(width)
+
+    def _sketches(self, every: Iterable[Sequence[int]] | None = None) -> Iterator[NystromSketch]:
+        """Sketches of the channel mode, and of the spatial modes of the given sizes; all by default."""
+        modes: list[GramMatrix | NystromSketch | None] = [self._channel]
+        for sizes in sorted(self._spatial) if every is None else every:
+            modes += self._spatial[tuple(sizes)] or ()
+        yield from (statistics for statistics in modes if isinstance(statistics, NystromSketch))
 
     def state_dict(self) -> dict[str, Any]:
         """What was accumulated, as plain containers and CPU tensors."""
@@ -332,7 +342,7 @@ class LayerStatistics:
         if self._energy is None:
             raise CalibrationError(f"{self.label} saw no input during calibration. Run a forward pass through it.")
         total, constant = self._energy.tolist()
-        if not math.isfinite(total):
+        if not math.isfinite(total) or not all(bool(tensor.isfinite().all()) for tensor in self.tensors()):
             raise CalibrationError(
                 f"{self.label} received NaN or Inf during calibration (sum of squares {total}). "
                 "Finite inputs are needed: check the data, its normalisation, and the weights before this layer."
