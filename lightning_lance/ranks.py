@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
 from lightning_lance.errors import ConfigError
@@ -41,12 +42,16 @@ class ModeRanks:
 
 
 def _checked(rank: Any, where: str) -> ModeRank:
-    if rank in ("full", "auto"):
-        return rank  # type: ignore[no-any-return]
-    if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
-        return rank
-    if isinstance(rank, float) and 0.0 < rank <= 1.0:
-        return rank
+    if isinstance(rank, str) and rank in ("full", "auto"):
+        return rank  # type: ignore[return-value]
+    # Python numbers from here on, also for NumPy's: rules go into checkpoints that load safely.
+    if isinstance(rank, bool):
+        pass
+    elif isinstance(rank, Integral):
+        if int(rank) >= 1:
+            return int(rank)
+    elif isinstance(rank, Real) and 0.0 < float(rank) <= 1.0:
+        return float(rank)
     raise ConfigError(
         f"{where}={rank!r} is not a rank. Allowed: 'auto', 'full', an int of at least 1 (the rank), "
         "a float in (0, 1] (the energy to hold)."
@@ -56,6 +61,8 @@ def _checked(rank: Any, where: str) -> ModeRank:
 def _per_mode(rank: Any, where: str) -> ModeRanks:
     auto = ModeRanks()
     if isinstance(rank, Mapping):
+        if not rank:
+            raise ConfigError(f"{where}={{}} is empty. Give 'auto', a number, or a mapping of modes.")
         modes: dict[str, ModeRank] = {}
         for key, value in rank.items():
             mode = _ALIASES.get(key, key)
@@ -101,6 +108,12 @@ class RankRules:
         if isinstance(rank, Mapping) and not any(key in MODES or key in _ALIASES for key in rank):
             if not rank:
                 raise ConfigError("rank={} is empty. Give 'auto', a number, or a mapping of modes or layer patterns.")
+            wrong = [key for key in rank if not isinstance(key, str)]
+            if wrong:
+                raise ConfigError(
+                    f"rank has the key {wrong[0]!r}. Allowed keys: the modes batch, channel (or feature), spatial (or "
+                    "token), or layer patterns such as 'layer4.*'."
+                )
             if all(key.isidentifier() and not isinstance(value, Mapping) for key, value in rank.items()):
                 self._check_modes_meant(rank)
             self.patterns = {key: _per_mode(value, f"rank[{key!r}]") for key, value in rank.items()}
