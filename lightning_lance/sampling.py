@@ -15,11 +15,11 @@ class SampleOrder:
     is exact. It lives in a tensor so that compiled graphs can advance it.
 
     Args:
-        seed: any int.
+        seed: an int of 64 bits.
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.state = torch.tensor([seed, 0], dtype=torch.int64)
+        self.state = torch.tensor([seed, 0], dtype=torch.int64, device="cpu")
 
     def draw(self, size: int, device: torch.device) -> Tensor:
         """A uniformly random permutation of ``range(size)``, int32, on ``device``."""
@@ -31,8 +31,8 @@ def _draw(state: Tensor, size: int) -> Tensor:
     seed, count = state.tolist()
     state[1] += 1
     mixed = (seed * 0x2545F4914F6CDD1D + (count + 1) * _MIX) & 0x7FFF_FFFF_FFFF_FFFF
-    generator = torch.Generator().manual_seed(mixed)
-    return torch.randperm(size, generator=generator, dtype=torch.int32)
+    generator = torch.Generator("cpu").manual_seed(mixed)
+    return torch.randperm(size, generator=generator, dtype=torch.int32, device="cpu")
 
 
 @torch.library.custom_op("lightning_lance::draw_order", mutates_args=("state",))
