@@ -3,12 +3,17 @@
 Runs without any framework; :mod:`lightning_lance.avalanche` and the Lightning callback drive it.
 """
 
-from lightning_lance.continual.basis import Moments, complement, grow, project_out, reserve
+from lightning_lance.continual.basis import Moments, complement, grow, reserve
+from lightning_lance.continual.config import ContinualConfig
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import FeatureMoments
+from lightning_lance.continual.session import ContinualSession
+from lightning_lance.linalg import project_out
 
 __all__ = [
     "Capacity",
+    "ContinualConfig",
+    "ContinualSession",
     "FeatureMoments",
     "LayerMemory",
     "Moments",

@@ -138,15 +138,5 @@ def complement(basis: Tensor) -> Tensor:
     return orthonormalize(found, _double(basis)).to(basis).contiguous() if count < width else found.to(basis)
 
 
-def project_out(rows: Tensor, basis: Tensor) -> Tensor:
-    """``X (I - M Mᵀ)``: the part of row vectors outside of a basis.
-
-    Args:
-        rows: ``(..., n, K)``, such as a weight gradient.
-        basis: orthonormal, ``(..., K, m)``.
-    """
-    return rows - (rows @ basis) @ basis.mT
-
-
 def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)

@@ -57,8 +57,8 @@ class Capacity:
 class LayerMemory:
     """Protected basis ``M`` and reserved basis ``U`` of one layer.
 
-    One experience is ``reserve -> start -> protect``; the states are empty, calibrated, training, consolidated, and then
-    calibrated again. ``M`` only grows, and its columns never change.
+    One experience is ``reserve -> start -> protect``; the states are empty, calibrated, training, consolidated, and
+    then calibrated again. ``M`` only grows, and its columns never change.
 
     Args:
         width: length ``K`` of a feature vector.
@@ -79,9 +79,10 @@ class LayerMemory:
         >>> memory = LayerMemory(8)
         >>> for experience in range(3):
         ...     inputs = torch.randn(100, 2) @ torch.randn(2, 8)
-        ...     memory.reserve(); memory.start()
+        ...     _ = memory.reserve()
+        ...     memory.start()
         ...     # ... training, with weight changes in the complement of memory.protected ...
-        ...     memory.protect(inputs.T @ inputs, threshold=0.97)
+        ...     added = memory.protect(inputs.T @ inputs, threshold=0.97)
         >>> memory.capacity().free
         2
     """
@@ -117,7 +118,7 @@ class LayerMemory:
             gram: second moments of the experience's feature vectors, ``(K, K)`` or ``(groups, K, K)``; not needed for
                 ``"full"``.
             rank: ``"full"``: everything outside of ``M``; an int: that many leading directions outside of ``M``; a
-                float in (0, 1): those that hold that fraction of the energy outside of ``M``.
+                float in (0, 1]: those that hold that fraction of the energy outside of ``M``.
 
         Returns:
             ``U``, shape ``(groups, K, r)``, or ``None`` for everything outside of ``M``.
@@ -127,7 +128,7 @@ class LayerMemory:
         """
         self._require("reserve", Stage.EMPTY, Stage.CONSOLIDATED)
         self.reserved = None
-        if not isinstance(rank, str) and rank != 1.0:
+        if not isinstance(rank, str):
             if gram is None:
                 raise StateError(f"{self.label}: reserve(rank={rank!r}) needs the Gram matrix of the experience.")
             pairs = zip(self._bases(), self._moments(gram), strict=True)
@@ -222,7 +223,7 @@ class LayerMemory:
         if shape != (self.groups, self.width):
             raise StateError(
                 f"{self.label}: the stored basis is for {shape[0]} groups of width {shape[1]}, the layer has "
-                f"{self.groups} of width {self.width}. Load it into the model, and the feature_side, that it was made with."
+                f"{self.groups} of width {self.width}. Load it with the model and feature_side that it was made with."
             )
         self.stage = Stage(state["stage"])
         self.protected = state["protected"].to(self.protected)

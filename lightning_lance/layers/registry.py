@@ -33,6 +33,9 @@ class Variant:
         """Why this particular module is left alone, or ``None``."""
         return None
 
+    def lance_leave(self) -> None:
+        """Called before the module gets its own class back."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time; pickle and deepcopy rebuild it from its two parents.
         return _rebuild, (self.lance_base, self.lance_variant), self.__dict__.copy()
@@ -123,6 +126,7 @@ def install(module: nn.Module, variant: type[Variant]) -> None:
 def uninstall(module: nn.Module) -> None:
     """Give the module its own class back, also where another tool has put a class on top of ours since."""
     if isinstance(module, Variant):
+        module.lance_leave()
         module.__class__ = _without(type(module))
     module.__dict__.pop("_lance", None)
 

@@ -1,0 +1,81 @@
+"""What to protect, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_lance.continual.moments import ROWS_PER_UPDATE
+from lightning_lance.errors import ConfigError
+
+HIGHEST_THRESHOLD = 0.999
+"""A growing threshold stops here: protecting all energy would protect every direction."""
+
+
+@dataclass(frozen=True)
+class ContinualConfig:
+    """What to protect.
+
+    Attributes:
+        threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
+            more of what was learned, and leaves less to learn in.
+        threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
+            .003 for ten experiences of CIFAR-100).
+        reserved: directions that an experience may change. ``"full"``: everything that is not protected. An int: that
+            many leading directions of the experience outside of what is protected; a float in (0, 1]: those that hold
+            that energy. Then only ``rows x directions`` numbers of a layer are trained, with gradients and optimiser
+            state of that size.
+        feature_side: of convolutions. ``"patch"``: unfolded patches; ``"channel"``: channels, whose bases are smaller
+            by the number of kernel positions squared, and fuller.
+        heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
+        max_rows: feature vectors taken from one input; a random subset where there are more.
+        warn_above: fraction of a layer's directions that may be protected before a warning.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    threshold: float = 0.97
+    threshold_growth: float = 0.003
+    reserved: int | float | Literal["full"] = "full"
+    feature_side: Literal["patch", "channel"] = "patch"
+    heads: str | Sequence[str] = ()
+    max_rows: int = ROWS_PER_UPDATE
+    warn_above: float = 0.95
+
+    def __post_init__(self) -> None:
+        if isinstance(self.heads, str):
+            object.__setattr__(self, "heads", (self.heads,))
+        if not all(isinstance(pattern, str) for pattern in self.heads):
+            raise ConfigError(f"heads={self.heads!r} is not a list of name patterns such as ['classifier', 'heads.*'].")
+        if not 0.0 < self.threshold <= 1.0:
+            raise ConfigError(
+                f"threshold={self.threshold!r} is not allowed. Allowed: a fraction in (0, 1], such as 0.97."
+            )
+        if not 0.0 <= self.threshold_growth < 1.0:
+            raise ConfigError(
+                f"threshold_growth={self.threshold_growth!r} is not allowed. Allowed: [0, 1), such as 0.003."
+            )
+        if not _is_reserved(self.reserved):
+            raise ConfigError(
+                f"reserved={self.reserved!r} is not allowed. Allowed: 'full', an int of at least 1 (directions), "
+                "a float in (0, 1] (their energy)."
+            )
+        if self.feature_side not in ("patch", "channel"):
+            raise ConfigError(f"feature_side={self.feature_side!r} is not allowed. Allowed: 'patch', 'channel'.")
+        if isinstance(self.max_rows, bool) or self.max_rows < 1:
+            raise ConfigError(f"max_rows={self.max_rows!r} is not allowed. Allowed: an int of at least 1.")
+
+    def threshold_of(self, experience: int) -> float:
+        """Threshold after an experience, counted from 0."""
+        grown = self.threshold + self.threshold_growth * experience
+        return max(self.threshold, min(grown, HIGHEST_THRESHOLD))
+
+
+def _is_reserved(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return value >= 1
+    return value == "full" or (isinstance(value, float) and 0.0 < value <= 1.0)

@@ -1,0 +1,196 @@
+"""Layers in training whose weight can only change outside of what their memory protects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from lightning_lance.continual.memory import LayerMemory
+from lightning_lance.layers import registry
+from lightning_lance.layers.compressed import Compressed, LayerState
+from lightning_lance.layers.conv import CompressedConv
+from lightning_lance.layers.linear import CompressedLinear
+from lightning_lance.ops.conv import Geometry, geometry
+from lightning_lance.ops.features import FeatureSide
+from lightning_lance.ops.reserved import Form, Parts, effective_weight, reserved_conv, reserved_linear
+from lightning_lance.ranks import ModeRanks
+from lightning_lance.sampling import SampleOrder
+
+
+class Reservation:
+    """Fixed and trained tensors of one layer during one experience.
+
+    They are parameters, for they live as long as the weight does: state, and no activation.
+
+    Args:
+        weight: the layer's weight, at the start of the experience.
+        memory: of the layer, with its directions reserved.
+        side: feature side of the layer.
+
+    Attributes:
+        update: ``V``, the trained parameter of a truncated reservation; ``None``: the weight itself is trained.
+    """
+
+    def __init__(self, weight: Tensor, memory: LayerMemory, side: FeatureSide) -> None:
+        whole = memory.reserved is None
+        self.form = Form(side, weight.shape, whole)
+        basis = memory.protected if memory.reserved is None else memory.reserved
+        self.basis = Parameter(basis.to(weight).contiguous(), requires_grad=False)
+        self.anchor: Parameter | None = None
+        self.update: Parameter | None = None
+        if whole:
+            exact = side.rows(weight.detach()).double() @ self.basis.double()
+            self.anchor = Parameter(exact.to(weight.dtype), requires_grad=False)
+        else:
+            rows = weight.numel() // side.width
+            self.update = Parameter(weight.new_zeros(rows, self.basis.shape[2]))
+
+    def parts(self, weight: Tensor) -> Parts:
+        """Tensors of the parametrisation, given the layer's weight as it is now."""
+        if self.update is None:
+            assert self.anchor is not None
+            return Parts(weight, self.basis, self.anchor)
+        return Parts(self.update, self.basis, weight)
+
+    @torch.no_grad()
+    def effective(self, weight: Tensor) -> Tensor:
+        """The weight that the layer works with, computed in float64 and rounded once."""
+        trained, basis, anchor = (tensor.double() for tensor in self.parts(weight))
+        return effective_weight(Parts(trained, basis, anchor), self.form).to(weight.dtype)
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor) -> None:
+        """Drop what an optimiser has added to the weight inside of the protected basis: no output changes.
+
+        A truncated reservation has nothing to drop.
+        """
+        if self.update is None:
+            # Through .data, so that a graph that saved the weight can still run backward.
+            weight.data.copy_(self.effective(weight))
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor) -> None:
+        """Write the effective weight into the layer's own."""
+        weight.data.copy_(self.effective(weight))
+        if self.update is not None:
+            self.update.zero_()
+
+
+@dataclass
+class ReservedState(LayerState):
+    """State of a compressed layer with a reservation."""
+
+    reservation: Reservation | None = None
+
+
+class Reserved(Compressed):
+    """Base of the variants with a reservation."""
+
+    _lance: ReservedState
+    weight: Tensor
+
+    @property
+    def reservation(self) -> Reservation:
+        """The layer's reservation."""
+        assert self._lance.reservation is not None
+        return self._lance.reservation
+
+    def lance_trains(self) -> bool:
+        """Whether a gradient of the weight is wanted, so that something of the input must be kept."""
+        trained = self.reservation.parts(self.weight).trained
+        return torch.is_grad_enabled() and trained.requires_grad
+
+    def lance_leave(self) -> None:
+        self.reservation.fold(self.weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # What is saved is the weight that the layer works with, whoever loads it.
+        self.reservation.settle(self.weight)
+        stock: Any = super()
+        stock._save_to_state_dict(destination, prefix, keep_vars)
+        if self.reservation.update is not None:
+            destination[prefix + "weight"] = self.reservation.effective(self.weight)
+
+
+class ReservedLinear(Reserved, CompressedLinear):
+    """:class:`torch.nn.Linear` in a reserved subspace."""
+
+    in_features: int
+    bias: Tensor | None
+
+    @staticmethod
+    def side(module: Any, patch: bool) -> tuple[FeatureSide, Geometry | None]:
+        """Feature side of a layer, and the geometry of its patches."""
+        return FeatureSide(1, module.in_features), None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        self.lance_observe(input)
+        factors = self.lance_factors(input) if self.lance_trains() else None
+        reservation = self.reservation
+        return reserved_linear(input, reservation.parts(self.weight), self.bias, reservation.form, factors)
+
+
+class ReservedConv(Reserved, CompressedConv):
+    """:class:`torch.nn.Conv1d`, 2d and 3d in a reserved subspace."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def side(module: Any, patch: bool) -> tuple[FeatureSide, Geometry | None]:
+        """Feature side of a layer, and the geometry of its patches."""
+        shape = geometry(
+            module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+        )
+        return FeatureSide(module.groups, module.in_channels // module.groups, module.kernel_size, patch), shape
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if input.dim() == len(self.kernel_size) + 1:
+            return self._conv_forward(input.unsqueeze(0), weight, bias).squeeze(0)
+        self.lance_observe(input)
+        factors = self.lance_factors(input) if self.lance_trains() else None
+        reservation = self.reservation
+        return reserved_conv(input, reservation.parts(weight), bias, self.lance_geometry(), reservation.form, factors)
+
+
+_RESERVED: dict[type[registry.Variant], type[ReservedLinear] | type[ReservedConv]] = {
+    CompressedLinear: ReservedLinear,
+    CompressedConv: ReservedConv,
+}
+
+
+def reserved_variant(module: nn.Module) -> type[ReservedLinear] | type[ReservedConv] | None:
+    """The variant that can reserve a subspace of a module, or ``None`` where its type is not supported."""
+    for variant in registry.find(module):
+        for cls in variant.__mro__:
+            if cls in _RESERVED:
+                return _RESERVED[cls]
+    return None
+
+
+def install_reservation(module: nn.Module, name: str, reservation: Reservation, order: SampleOrder) -> None:
+    """Make a module, compressed or not, train in its reservation, until it gets its own class back.
+
+    Args:
+        module: a supported layer.
+        name: its qualified name.
+        reservation: made from its weight as it is now.
+        order: source of sample orders, for a layer that is not compressed.
+    """
+    variant = reserved_variant(module)
+    assert variant is not None
+    state = module._lance if isinstance(module, Compressed) else LayerState(name, False, ModeRanks(), True, order)
+    registry.uninstall(module)
+    registry.install(module, variant)
+    module.__dict__["_lance"] = ReservedState(**vars(state), reservation=reservation)
+
+
+def reserved_layers(model: nn.Module) -> dict[str, Reserved]:
+    """Name -> layer, for the layers that train in a reservation."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Reserved)}

@@ -1,0 +1,501 @@
+"""A stream of experiences, without a Trainer: what the Avalanche plugin and the Lightning callback drive."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lance.calibration import Reduce, eager
+from lightning_lance.config import LanceConfig
+from lightning_lance.continual.config import ContinualConfig
+from lightning_lance.continual.layers import Reservation, install_reservation, reserved_variant
+from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
+from lightning_lance.continual.moments import FeatureMoments
+from lightning_lance.errors import LanceWarning, PlanError, StateError
+from lightning_lance.isolation import isolated
+from lightning_lance.layers import registry
+from lightning_lance.layers.compressed import Compressed
+from lightning_lance.ranks import closest, matches
+from lightning_lance.sampling import SampleOrder
+from lightning_lance.session import LanceSession, Pass
+
+CONTINUAL_STATE_VERSION = 1
+
+SumOver = Callable[[Sequence[Tensor]], None]
+"""Sums tensors over processes, in place."""
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
+)
+
+
+class ContinualSession:
+    """Train a model on one experience after another without forgetting, with any optimiser.
+
+    The first experience trains in all directions. After each one the input directions that its layers need are
+    protected; from then on the weight of a layer changes only outside of them, and everything of the shared layers that
+    cannot be protected in this way is frozen: biases, affine parameters and running statistics of norms, and layers of
+    other types. Heads train freely. A module that was not there before trains as in a first experience.
+
+    Args:
+        config: what to compress, and how far.
+        options: what to protect.
+
+    Attributes:
+        experience: number of experiences that have ended.
+        memories: layer name -> what it protects.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lance.continual import ContinualConfig, ContinualSession
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> session = ContinualSession(options=ContinualConfig(heads=["2"]))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        >>> for experience in range(2):
+        ...     x = torch.randn(64, 2) @ torch.randn(2, 16)
+        ...     session.begin_experience(model, [lambda: model(x)])
+        ...     for step in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(x).square().mean().backward()
+        ...         optimizer.step()
+        ...     capacity = session.end_experience(model, [lambda: model(x)])
+        >>> capacity["0"].width, capacity["0"].protected <= 4
+        (16, True)
+    """
+
+    def __init__(self, config: LanceConfig | None = None, options: ContinualConfig | None = None) -> None:
+        self.config = config or LanceConfig()
+        self.options = options or ContinualConfig()
+        self.experience = 0
+        self.memories: dict[str, LayerMemory] = {}
+        self._known: set[str] = set()
+        self._said: set[str] = set()
+        self._run: _Run | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether an experience has begun and not ended."""
+        return self._run is not None
+
+    @property
+    def compression(self) -> LanceSession | None:
+        """The compression of the running experience; ``None`` outside of one, or where nothing could be compressed."""
+        return None if self._run is None else self._run.compression
+
+    def begin_experience(
+        self,
+        model: nn.Module,
+        passes: Sequence[Pass],
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        heads: Iterable[str] = (),
+        reduce: Reduce | None = None,
+        sum_over: SumOver | None = None,
+    ) -> None:
+        """Swap, calibrate, freeze and reserve; then train.
+
+        Args:
+            model: the model, adapted to the experience already.
+            passes: forward passes on batches of the experience, run in training mode and without a trace.
+            optimizers: hold the model's parameters; needed where ``reserved`` is not ``"full"``, since the trained
+                parameter of a layer is then a smaller one, put in its place until the experience ends.
+            heads: names of modules that are not protected, beside those that match ``heads`` of the options.
+            reduce: sums calibration accumulators over processes.
+            sum_over: sums moments over processes.
+
+        Raises:
+            StateError: an experience is running, or an optimiser does not hold a weight that it should train.
+            PlanError: nothing can be compressed in the first experience, or a pattern matches nothing.
+            CalibrationError: the inputs hold NaN or Inf, or no layer saw any.
+        """
+        if self._run is not None:
+            raise StateError("begin_experience() while one is running: call end_experience() or abandon() first.")
+        self._check_heads(model)
+        run = self._run = _Run(model, self.config, _matching(model, [*self.options.heads, *heads]))
+        try:
+            self._begin(run, passes, list(optimizers), reduce, sum_over)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _begin(
+        self,
+        run: _Run,
+        passes: Sequence[Pass],
+        optimizers: list[torch.optim.Optimizer],
+        reduce: Reduce | None,
+        sum_over: SumOver | None,
+    ) -> None:
+        layers = self._protectable(run.model, run.heads)
+        self._freeze(run, layers)
+        trained = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+        self._add_memories(trained)
+        moments = {}
+        if self.options.reserved != "full":
+            moments = self._moments({name: layer for name, layer in trained.items() if name in self._reservable()})
+        compression = LanceSession(run.model, self.config)
+        try:
+            compression.start()
+        except PlanError:
+            if self.experience == 0:
+                raise
+            self._say("compress", "no layer that still trains can be compressed; the experience trains uncompressed.")
+        else:
+            run.compression = compression
+        handles = _observe(run.model, moments)
+        try:
+            if run.compression is not None:
+                run.compression.calibrate(passes, reduce)
+            elif moments:
+                _run_passes(run.model, passes, training=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if sum_over is not None:
+            _sum(moments, sum_over)
+        order = _order(run.model, self.config.seed)
+        for name, layer in trained.items():
+            memory = self.memories[name]
+            memory.reserve(moments.get(name), self.options.reserved if any(memory.counts) else "full")
+            memory.start()
+            run.layers[name] = layer
+            if not any(memory.counts):
+                continue
+            if memory.reserved is not None and memory.reserved.shape[2] == 0:
+                run.freeze(layer.weight)
+                continue
+            side, _ = _side(layer, self.options)
+            reservation = Reservation(layer.weight, memory, side)  # type: ignore[arg-type]
+            install_reservation(layer, name, reservation, order)
+            if reservation.update is not None:
+                run.replace(layer.weight, reservation.update, optimizers, name)
+
+    def end_experience(
+        self, model: nn.Module, passes: Sequence[Pass], sum_over: SumOver | None = None
+    ) -> dict[str, Capacity]:
+        """Restore the model, then protect what the experience needs.
+
+        Args:
+            model: the model of :meth:`begin_experience`.
+            passes: forward passes on batches of the experience, run in evaluation mode and without a trace.
+            sum_over: sums moments over processes.
+
+        Returns:
+            Layer name -> capacity.
+
+        Raises:
+            StateError: no experience is running, or the model is another one.
+            CalibrationError: the inputs hold NaN or Inf. The model is restored and nothing is protected.
+        """
+        run = self._run
+        if run is None:
+            raise StateError("end_experience() without begin_experience().")
+        if run.model is not model:
+            raise StateError("end_experience() got another model than begin_experience().")
+        run.restore()
+        moments = self._moments(run.layers)
+        handles = _observe(model, moments)
+        try:
+            _run_passes(model, passes, training=False)
+            if sum_over is not None:
+                _sum(moments, sum_over)
+            spectra = {name: found.groups() for name, found in moments.items()}
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+        threshold = self.options.threshold_of(self.experience)
+        for name, found in moments.items():
+            if any(group.total > 0.0 for group in spectra[name]) or found.count:
+                self.memories[name].protect(found, threshold)
+            else:
+                # Its weight is used, if at all, by a function that we do not see: freeze it from now on.
+                del self.memories[name]
+        self._known |= {name for name, _ in model.named_modules()}
+        self.experience += 1
+        self._run = None
+        capacity = self.capacity()
+        self._warn_of_little(capacity)
+        return capacity
+
+    def abandon(self) -> None:
+        """End a failed experience: the model is restored, what it learned stays in it, nothing more is protected."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.restore()
+        for name, memory in list(self.memories.items()):
+            memory.abandon()
+            if memory.stage is Stage.EMPTY and name not in self._known:
+                del self.memories[name]
+
+    def capacity(self) -> dict[str, Capacity]:
+        """Layer name -> directions taken and free."""
+        return {name: memory.capacity() for name, memory in self.memories.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Size of all protected bases."""
+        return sum(capacity.bytes for capacity in self.capacity().values())
+
+    def _reservable(self) -> set[str]:
+        return {name for name, memory in self.memories.items() if any(memory.counts)}
+
+    def _check_heads(self, model: nn.Module) -> None:
+        names = [name for name, _ in model.named_modules() if name]
+        for pattern in self.options.heads:
+            if not any(matches(name, pattern) for name in names):
+                raise PlanError(
+                    f"heads={pattern!r} matches no module. There are {len(names)}, such as {closest(pattern, names)}. "
+                    "Patterns are shell-style ('heads.*') or the name of a container."
+                )
+
+    def _protectable(self, model: nn.Module, heads: set[str]) -> dict[str, nn.Module]:
+        """Layers that have, or may get, a memory."""
+        uses: dict[int, int] = {}
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+        found = {}
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if name in heads or weight is None or reserved_variant(module) is None or registry.refusal(module):
+                continue
+            if not weight.requires_grad or uses.get(id(weight), 0) > 1:
+                continue
+            if name in self._known and name not in self.memories:
+                continue
+            found[name] = module
+        return found
+
+    def _freeze(self, run: _Run, layers: dict[str, nn.Module]) -> None:
+        """Freeze what earlier experiences share and no basis protects."""
+        unprotected, full = [], []
+        for name, module in run.model.named_modules():
+            if name in run.heads or name not in self._known:
+                continue
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                run.keep_statistics(module)
+            for key, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    continue
+                if name in layers and key == "weight":
+                    if not self.memories[name].capacity().full:
+                        continue
+                    full.append(name)
+                elif name not in layers and not isinstance(module, _NORMS):
+                    unprotected.append(f"{name}.{key}" if name else key)
+                run.freeze(parameter)
+        for name in full:
+            self._say(f"full {name}", f"{name}: every direction is protected; its weight is frozen from now on.")
+        named = [
+            name for name in unprotected if not name.endswith("bias") or name.rpartition(".")[0] not in self.memories
+        ]
+        if named:
+            self._say(
+                "unprotected",
+                f"frozen from the second experience on, since no basis can protect them: {', '.join(unprotected)}. "
+                "Name them in heads to train them unprotected.",
+            )
+
+    def _add_memories(self, layers: dict[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            weight: Any = layer.weight
+            side, _ = _side(layer, self.options)
+            memory = self.memories.get(name)
+            if memory is None:
+                dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+                memory = self.memories[name] = LayerMemory(side.width, side.groups, name, dtype, weight.device)
+            if (memory.groups, memory.width) != (side.groups, side.width):
+                raise StateError(
+                    f"{name}: its memory is for {memory.groups} groups of width {memory.width}, the layer has "
+                    f"{side.groups} of width {side.width}. A layer that grows between experiences cannot be protected: "
+                    "name it in heads."
+                )
+            memory.protected = memory.protected.to(weight.device)
+
+    def _moments(self, layers: dict[str, nn.Module]) -> dict[str, FeatureMoments]:
+        found = {}
+        for name, layer in layers.items():
+            side, shape = _side(layer, self.options)
+            found[name] = FeatureMoments(side, shape, name, self.options.max_rows)
+        return found
+
+    def _warn_of_little(self, capacity: dict[str, Capacity]) -> None:
+        little = {name: found for name, found in capacity.items() if found.fraction > self.options.warn_above}
+        fresh = [name for name in little if f"little {name}" not in self._said]
+        self._said |= {f"little {name}" for name in fresh}
+        if fresh:
+            told = ", ".join(f"{name} ({little[name].free} of {little[name].width} directions free)" for name in fresh)
+            warnings.warn(
+                f"nearly full after {self.experience} experiences: {told}. A lower threshold leaves more to learn in, "
+                "and keeps less of what was learned.",
+                LanceWarning,
+                stacklevel=3,
+            )
+
+    def _say(self, key: str, text: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(text, LanceWarning, stacklevel=4)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and CPU tensors, safe for ``torch.load(weights_only=True)``.
+
+        In the middle of an experience it holds the state at its beginning: load it together with the model's weights
+        of the same moment and begin the experience again.
+        """
+        memories = {}
+        for name, memory in self.memories.items():
+            state = memory.state_dict()
+            if memory.stage in (Stage.CALIBRATED, Stage.TRAINING):
+                state["stage"] = (Stage.CONSOLIDATED if any(memory.counts) else Stage.EMPTY).value
+                state["reserved"] = None
+            memories[name] = [memory.width, memory.groups, str(memory.protected.dtype).removeprefix("torch."), state]
+        return {
+            "version": CONTINUAL_STATE_VERSION,
+            "feature_side": self.options.feature_side,
+            "experience": self.experience,
+            "memories": memories,
+            "known": sorted(self._known),
+            "said": sorted(self._said),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a stored stream between two experiences.
+
+        Raises:
+            StateError: an experience is running, or the state is of another version or feature side.
+        """
+        if self._run is not None:
+            raise StateError(
+                "load_state_dict() while an experience is running: call end_experience() or abandon() first."
+            )
+        if state.get("version") != CONTINUAL_STATE_VERSION:
+            raise StateError(
+                f"the stored state has version {state.get('version')!r}; this package reads {CONTINUAL_STATE_VERSION}. "
+                "What it protected cannot be rebuilt: continue with the version that wrote it."
+            )
+        if state["feature_side"] != self.options.feature_side:
+            raise StateError(
+                f"the stored stream protects feature_side={state['feature_side']!r}, asked for is "
+                f"{self.options.feature_side!r}. Give the stored one."
+            )
+        self.memories = {}
+        for name, (width, groups, dtype, stored) in state["memories"].items():
+            memory = self.memories[name] = LayerMemory(width, groups, name, getattr(torch, dtype))
+            memory.load_state_dict(stored)
+        self.experience = state["experience"]
+        self._known, self._said = set(state["known"]), set(state["said"])
+
+
+class _Run:
+    """What one experience changes in a model, and how to undo it."""
+
+    def __init__(self, model: nn.Module, config: LanceConfig, heads: set[str]) -> None:
+        self.model = model
+        self.heads = heads
+        self.compression: LanceSession | None = None
+        self.layers: dict[str, nn.Module] = {}
+        self._frozen: list[nn.Parameter] = []
+        self._handles: list[Any] = []
+        self._replaced: list[tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]] = []
+
+    def freeze(self, parameter: Any) -> None:
+        parameter.requires_grad_(False)
+        parameter.grad = None  # an optimiser steps on any gradient that is there
+        self._frozen.append(parameter)
+
+    def keep_statistics(self, norm: nn.Module) -> None:
+        """Normalise with the running statistics, and leave them as they are, also after ``model.train()``."""
+        norm.eval()
+        self._handles.append(norm.register_forward_pre_hook(_to_eval))
+
+    def replace(self, weight: Any, update: nn.Parameter, optimizers: list[torch.optim.Optimizer], name: str) -> None:
+        """Let the optimiser train ``update`` in the place of ``weight``, with state of its own."""
+        found = False
+        for optimizer in optimizers:
+            if _substitute(optimizer, weight, update):
+                optimizer.state.pop(weight, None)
+                self._replaced.append((optimizer, weight, update))
+                found = True
+        if not found:
+            raise StateError(
+                f"{name}: no optimiser given to begin_experience() holds its weight, and reserved trains a smaller "
+                "parameter in its place. Give optimizers=[...], or reserved='full'."
+            )
+        self.freeze(weight)
+
+    def restore(self) -> None:
+        """Undo everything; the effective weights stay. Does nothing the second time."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            registry.uninstall(module)
+        for optimizer, weight, update in self._replaced:
+            _substitute(optimizer, update, weight)
+            optimizer.state.pop(update, None)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._handles, self._frozen, self._replaced, self.compression = [], [], [], None
+
+
+def _to_eval(norm: nn.Module, _: Any) -> None:
+    norm.training = False
+
+
+def _substitute(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> bool:
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            if parameter is old:
+                group["params"][index] = new
+                return True
+    return False
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    return {name for name, _ in model.named_modules() if any(matches(name, pattern) for pattern in patterns)}
+
+
+def _side(layer: nn.Module, options: ContinualConfig) -> Any:
+    variant = reserved_variant(layer)
+    assert variant is not None
+    return variant.side(layer, options.feature_side == "patch")
+
+
+def _order(model: nn.Module, seed: int) -> SampleOrder:
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            return module._lance.order
+    return SampleOrder(seed)
+
+
+def _observe(model: nn.Module, moments: dict[str, FeatureMoments]) -> list[Any]:
+    modules = dict(model.named_modules())
+
+    def see(found: FeatureMoments) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.update(args[0])
+
+        return hook
+
+    return [modules[name].register_forward_pre_hook(see(found)) for name, found in moments.items()]
+
+
+def _run_passes(model: nn.Module, passes: Sequence[Pass], training: bool) -> None:
+    with isolated(model), torch.no_grad(), eager():
+        model.train(training)
+        for run in passes:
+            run()
+
+
+def _sum(moments: dict[str, FeatureMoments], sum_over: SumOver) -> None:
+    for name in sorted(moments):
+        sum_over(moments[name].tensors())

@@ -1,0 +1,297 @@
+"""Linear maps and convolutions whose weight can only change outside of a protected basis.
+
+With ``M`` orthonormal and ``W₀`` the weight at the start of an experience, two parametrisations of the weight:
+
+- *complement*: ``W = T - (T M - C) Mᵀ`` with ``C = W₀ M`` fixed and ``T``, of the shape of the weight, trained;
+- *subspace*: ``W = W₀ + V Uᵀ`` with ``W₀`` and ``U ⟂ M`` fixed and ``V``, one column for each of ``U``'s, trained.
+
+In both ``W M = W₀ M`` whatever an optimiser does to ``T`` or ``V``, and the gradient is exact but for the compression
+of the input. No copy of ``W`` is kept for backward.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_lance.linalg import project_out
+from lightning_lance.ops.conv import Geometry, conv_input_grad, conv_weight_grad, convolve
+from lightning_lance.ops.factors import Factors, compress
+from lightning_lance.ops.features import FeatureSide
+from lightning_lance.ops.linear import linear_weight_grad
+
+
+class Form(NamedTuple):
+    """Static part of a parametrisation.
+
+    Attributes:
+        side: feature side of the layer.
+        shape: shape of the weight.
+        complement: which of the two parametrisations.
+    """
+
+    side: FeatureSide
+    shape: torch.Size
+    complement: bool
+
+
+class Parts(NamedTuple):
+    """Tensors of a parametrisation.
+
+    Attributes:
+        trained: ``T`` of the weight's shape, or ``V`` of shape ``(rows, r)``.
+        basis: ``M`` or ``U``, shape ``(groups, K, m)``.
+        anchor: ``C`` of shape ``(groups, rows / groups, m)``, or ``W₀`` of the weight's shape.
+    """
+
+    trained: Tensor
+    basis: Tensor
+    anchor: Tensor
+
+
+def effective_weight(parts: Parts, form: Form) -> Tensor:
+    """``W``, in the precision of the parameters also under autocast."""
+    trained, basis, anchor = parts
+    with _full_precision(trained.device.type):
+        if form.complement:
+            rows = form.side.rows(trained)
+            excess = torch.baddbmm(anchor, rows, basis, beta=-1)
+            return form.side.weight(torch.baddbmm(rows, excess, basis.mT, alpha=-1), form.shape)
+        update = trained.view(form.side.groups, -1, trained.shape[1])
+        return form.side.weight(torch.baddbmm(form.side.rows(anchor), update, basis.mT), form.shape)
+
+
+def trained_grad(weight_grad: Tensor, basis: Tensor, form: Form) -> Tensor:
+    """Gradient of ``T``, or of ``V``, from that of ``W``."""
+    rows, basis = form.side.rows(weight_grad), basis.to(weight_grad.dtype)
+    if form.complement:
+        return form.side.weight(project_out(rows, basis), form.shape)
+    return (rows @ basis).flatten(0, 1)
+
+
+def _full_precision(device: str) -> Any:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _on_activations(rows: int, dtype: torch.dtype, parts: Parts, form: Form) -> bool:
+    """Whether projecting inputs and gradients costs less than writing the weight out, forward and backward."""
+    out, width = form.shape
+    if (
+        dtype != parts.trained.dtype
+        or parts.basis.shape[2] == 0
+        or torch.is_autocast_enabled(parts.trained.device.type)
+    ):
+        return False
+    return rows * (2 * width + out) < 2 * out * width if form.complement else rows * (out + width) < out * width
+
+
+def _linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form) -> tuple[Tensor, Tensor | None]:
+    """Output, and the input's projection where one was computed on the way, both with flat rows."""
+    trained, basis, anchor = parts
+    if not _on_activations(input.numel() // input.shape[-1], input.dtype, parts, form):
+        return F.linear(input, effective_weight(parts, form), bias), None
+    flat = input.reshape(-1, input.shape[-1])
+    part = flat @ basis[0]
+    if form.complement:
+        projected = torch.addmm(flat, part, basis[0].T, alpha=-1)
+        output = F.linear(projected, trained, bias).addmm_(part, anchor[0].T)
+    else:
+        projected = part
+        output = F.linear(flat, anchor, bias).addmm_(part, trained.T)
+    return output.view(*input.shape[:-1], -1), projected.view(*input.shape[:-1], -1)
+
+
+def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
+    trained, basis, anchor = parts
+    if not _on_activations(grad.numel() // grad.shape[-1], grad.dtype, parts, form):
+        return grad @ effective_weight(parts, form).to(grad.dtype)
+    flat = grad.reshape(-1, grad.shape[-1])
+    if form.complement:
+        found = flat @ trained
+        found.addmm_(flat @ anchor[0] - found @ basis[0], basis[0].T)
+    else:
+        found = (flat @ anchor).addmm_(flat @ trained, basis[0].T)
+    return found.view(*grad.shape[:-1], -1)
+
+
+class ReservedLinear(torch.autograd.Function):
+    """Linear map with a reparametrised weight, that keeps the core of its input.
+
+    Saved: core, ``trained``, ``basis``, ``anchor``, factors. For the subspace form the core is that of ``x U``.
+    ``apply(input, trained, bias, basis, anchor, form, scale, batch, order, channel, *spatial)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        trained: Tensor,
+        bias: Tensor | None,
+        basis: Tensor,
+        anchor: Tensor,
+        form: Form,
+        scale: float,
+        batch: Tensor | None,
+        order: Tensor | None,
+        channel: Tensor | None,
+        *spatial: Tensor | None,
+    ) -> Tensor:
+        parts = Parts(trained, basis, anchor)
+        output, projected = _linear(input, parts, bias, form)
+        core = None
+        # In the complement form x(I - MMᵀ) replaces x only where it is compressed: x itself may be shared with others.
+        ctx.projected = not form.complement or (projected is not None and batch is not None and channel is None)
+        if ctx.needs_input_grad[1]:
+            if form.complement:
+                source = projected if ctx.projected and projected is not None else input
+                core = compress(source, Factors(batch, order, scale, channel, spatial), input.dim() - 1, 1)
+            elif projected is not None and channel is None:
+                core = compress(projected, Factors(batch, order, scale, None, spatial), input.dim() - 1, 1)
+            else:
+                core = compress(input, Factors(batch, order, scale, channel, spatial), input.dim() - 1, 1)
+                core = core @ (basis[0] if channel is None else channel.T @ basis[0]).to(core.dtype)
+        ctx.form, ctx.scale = form, scale
+        ctx.save_for_backward(core, trained, basis, anchor, batch, order, channel, *spatial)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        core, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
+        grad_input = grad_trained = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _linear_input_grad(grad, Parts(trained, basis, anchor), ctx.form)
+        if ctx.needs_input_grad[1]:
+            complement = ctx.form.complement
+            factors = Factors(batch, order, ctx.scale, channel if complement else None, tuple(spatial))
+            few = channel is None and core.numel() // core.shape[-1] < grad.shape[-1]
+            if not ctx.projected and few:
+                core = project_out(core.to(grad.dtype), basis[0].to(grad.dtype))
+            grad_trained = linear_weight_grad(grad, core, factors)
+            if not ctx.projected and not few:
+                grad_trained = trained_grad(grad_trained, basis, ctx.form)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return (grad_input, grad_trained, grad_bias, *[None] * (7 + len(spatial)))
+
+
+class ReservedConv(torch.autograd.Function):
+    """Convolution with a reparametrised weight, that keeps the core of its input.
+
+    The weight is written out in forward and again in backward, which costs its rows times the basis: little next to
+    the positions that it is applied to.
+    ``apply(input, trained, bias, basis, anchor, geometry, form, scale, batch, order, channel, *spatial)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        trained: Tensor,
+        bias: Tensor | None,
+        basis: Tensor,
+        anchor: Tensor,
+        geometry: Geometry,
+        form: Form,
+        scale: float,
+        batch: Tensor | None,
+        order: Tensor | None,
+        channel: Tensor | None,
+        *spatial: Tensor | None,
+    ) -> Tensor:
+        core = None
+        if ctx.needs_input_grad[1]:
+            core = compress(input, Factors(batch, order, scale, channel, spatial), 1, 2)
+        ctx.geometry, ctx.form, ctx.scale, ctx.shape = geometry, form, scale, tuple(input.shape)
+        ctx.save_for_backward(core, trained, basis, anchor, batch, order, channel, *spatial)
+        return convolve(input, effective_weight(Parts(trained, basis, anchor), form), bias, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        core, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
+        grad_input = grad_trained = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = effective_weight(Parts(trained, basis, anchor), ctx.form)
+            grad_input = conv_input_grad(grad, weight, ctx.geometry, ctx.shape)
+        if ctx.needs_input_grad[1]:
+            factors = Factors(batch, order, ctx.scale, channel, tuple(spatial))
+            stand_in = grad.new_empty(1).expand(ctx.form.shape)  # read for its shape only
+            weight_grad = conv_weight_grad(grad, core, stand_in, ctx.geometry, factors)
+            grad_trained = trained_grad(weight_grad, basis, ctx.form)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
+        return (grad_input, grad_trained, grad_bias, *[None] * (8 + len(spatial)))
+
+
+def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form, factors: Factors | None) -> Tensor:
+    """Linear map in a reserved subspace.
+
+    Args:
+        input: ``(B, *tokens, K)``.
+        parts: tensors of the parametrisation.
+        bias: ``(O,)`` or ``None``.
+        form: static part of the parametrisation.
+        factors: projections of the input that is kept for the gradient; ``None``: it is kept whole.
+
+    Returns:
+        ``(B, *tokens, O)``.
+    """
+    if not torch.is_grad_enabled():
+        return _linear(input, parts, bias, form)[0]
+    factors = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
+    result: Tensor = ReservedLinear.apply(
+        input,
+        parts.trained,
+        bias,
+        parts.basis,
+        parts.anchor,
+        form,
+        factors.scale,
+        factors.basis,
+        factors.order,
+        factors.channel,
+        *factors.spatial,
+    )
+    return result
+
+
+def reserved_conv(
+    input: Tensor, parts: Parts, bias: Tensor | None, geometry: Geometry, form: Form, factors: Factors | None
+) -> Tensor:
+    """Convolution in a reserved subspace.
+
+    Args:
+        input: ``(B, C, *sizes)`` with one to three spatial axes.
+        parts: tensors of the parametrisation.
+        bias: ``(O,)`` or ``None``.
+        geometry: static arguments of the convolution.
+        form: static part of the parametrisation.
+        factors: projections of the input that is kept for the gradient; ``None``: it is kept whole.
+
+    Returns:
+        ``(B, O, *out)``.
+    """
+    if not torch.is_grad_enabled():
+        return convolve(input, effective_weight(parts, form), bias, geometry)
+    factors = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
+    result: Tensor = ReservedConv.apply(
+        input,
+        parts.trained,
+        bias,
+        parts.basis,
+        parts.anchor,
+        geometry,
+        form,
+        factors.scale,
+        factors.basis,
+        factors.order,
+        factors.channel,
+        *factors.spatial,
+    )
+    return result
