@@ -1,0 +1,158 @@
+"""Activations whose derivative takes two values: one bit per element instead of the input or output.
+
+The forward pass is the stock kernel and so is the backward pass, on a stand-in value for each side of the flag: the
+gradient is bit for bit the stock one. (For a NaN input the gradient of the stock hardtanh depends on the place of
+the element in memory; ours lets it pass.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_lance.ops.mask import flagged_gradient, pack_bits
+
+_aten: Any = torch.ops.aten
+
+
+def _save(ctx: Any, flags: Tensor) -> None:
+    ctx.stride = flags.stride()
+    ctx.save_for_backward(pack_bits(flags))
+
+
+def _outside(input: Tensor, low: float, high: float) -> Tensor:
+    """Flags of ``x <= low or x >= high``; a NaN is inside."""
+    if input.dtype.itemsize == 2 and not (_short(low) and _short(high)):
+        input = input.float()  # as the stock kernel does; comparing in half precision would round the threshold
+    return input.le(low).logical_or_(input.ge(high))
+
+
+def _short(value: float) -> bool:
+    """Whether float16 and bfloat16 both hold the number: eight significant bits, a moderate exponent."""
+    mantissa, exponent = math.frexp(value)
+    return (mantissa * 256).is_integer() and abs(exponent) < 14
+
+
+class ReLU(torch.autograd.Function):
+    """``max(x, 0)``. Saved: 1 bit per element. ``apply(input, inplace)``."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, inplace: bool) -> Tensor:
+        output = torch.relu_(input) if inplace else torch.relu(input)
+        if inplace:
+            ctx.mark_dirty(input)
+        _save(ctx, output <= 0)  # a NaN lets the gradient pass
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        return flagged_gradient(_aten.threshold_backward, grad, bits, ctx.stride, 1.0, 0.0, 0), None
+
+
+class Hardtanh(torch.autograd.Function):
+    """``min(max(x, low), high)``, with 0 and 6 also ReLU6. Saved: 1 bit per element.
+
+    ``apply(input, low, high, inplace)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, low: float, high: float, inplace: bool) -> Tensor:
+        _save(ctx, _outside(input, low, high))
+        if inplace:
+            ctx.mark_dirty(input)
+        return F.hardtanh(input, low, high, inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        return flagged_gradient(_aten.hardtanh_backward, grad, bits, ctx.stride, 0.0, 1.0, -1, 1), None, None, None
+
+
+class LeakyReLU(torch.autograd.Function):
+    """``max(x, 0) + slope min(x, 0)``. Saved: 1 bit per element. ``apply(input, slope, inplace)``."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, slope: float, inplace: bool) -> Tensor:
+        ctx.slope = slope
+        _save(ctx, input > 0)
+        if inplace:
+            ctx.mark_dirty(input)
+        return F.leaky_relu(input, slope, inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        kernel = _aten.leaky_relu_backward
+        return flagged_gradient(kernel, grad, bits, ctx.stride, -1.0, 1.0, ctx.slope, False), None, None
+
+
+class Hardsigmoid(torch.autograd.Function):
+    """``min(max(x + 3, 0), 6) / 6``. Saved: 1 bit per element. ``apply(input, inplace)``."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, inplace: bool) -> Tensor:
+        _save(ctx, input.gt(-3).logical_and_(input.lt(3)))
+        if inplace:
+            ctx.mark_dirty(input)
+        return F.hardsigmoid(input, inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        return flagged_gradient(_aten.hardsigmoid_backward, grad, bits, ctx.stride, 4.0, 0.0), None
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.relu` that keeps 1 bit per element.
+
+    Args:
+        input: any shape, floating point.
+        inplace: overwrite the input.
+
+    Returns:
+        Same shape and dtype.
+    """
+    result: Tensor = ReLU.apply(input, inplace)
+    return result
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.hardtanh` that keeps 1 bit per element; arguments as there.
+
+    Raises:
+        ValueError: ``min_val`` exceeds ``max_val``.
+    """
+    result: Tensor = Hardtanh.apply(input, min_val, max_val, inplace)
+    return result
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.relu6` that keeps 1 bit per element; arguments as there."""
+    return hardtanh(input, 0.0, 6.0, inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.leaky_relu` that keeps 1 bit per element; arguments as there.
+
+    A negative slope in place, whose stock backward is an error, goes to the stock operator.
+    """
+    if inplace and negative_slope < 0:
+        return F.leaky_relu(input, negative_slope, inplace)
+    result: Tensor = LeakyReLU.apply(input, negative_slope, inplace)
+    return result
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.hardsigmoid` that keeps 1 bit per element; arguments as there."""
+    result: Tensor = Hardsigmoid.apply(input, inplace)
+    return result

@@ -1,0 +1,72 @@
+"""Dropout that keeps one bit per element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_lance.ops.mask import expand_bits, pack_bits
+
+_FUSED = ("cuda", "xpu")
+
+
+class Dropout(torch.autograd.Function):
+    """Bernoulli mask times ``1 / (1 - p)``, from the same random draws as the stock operator.
+
+    Saved: 1 bit per element. ``apply(input, p, inplace)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, p: float, inplace: bool) -> Tensor:
+        ctx.p = p
+        ctx.fused = (input.device.type in _FUSED or torch.compiler.is_compiling()) and not inplace
+        if ctx.fused:
+            output, kept = torch.native_dropout(input, p, True)
+        else:
+            noise = torch.empty_like(input).bernoulli_(1 - p)
+            kept = noise != 0
+            noise.div_(1 - p)
+            output = input.mul_(noise) if inplace else input * noise
+        if inplace:
+            ctx.mark_dirty(input)
+        ctx.stride = kept.stride()
+        ctx.save_for_backward(pack_bits(kept))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        if ctx.fused:
+            kept = expand_bits(bits, grad.shape, ctx.stride, 0.0, 1.0, torch.bool)
+            return torch.ops.aten.native_dropout_backward(grad, kept, 1 / (1 - ctx.p)), None, None
+        # The stock operator multiplies by the mask in the dtype of the input, with 1 / (1 - p) rounded to it.
+        scale = float(torch.ones((), dtype=grad.dtype).div_(1 - ctx.p))
+        noise = expand_bits(bits, grad.shape, ctx.stride, 0.0, scale, grad.dtype)
+        return (noise.mul_(grad) if grad.stride() == ctx.stride else grad * noise), None, None
+
+
+def replaceable(input: Tensor, p: float) -> bool:
+    """Whether :func:`dropout` can take the stock operator's place on this input, its random draws included."""
+    return 0 < p < 1 and input.numel() > 0 and input.device.type in ("cpu", *_FUSED)
+
+
+def dropout(input: Tensor, p: float = 0.5, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.dropout` in training mode that keeps 1 bit per element.
+
+    Draws from the generator of the input's device exactly what the stock operator draws.
+
+    Args:
+        input: any shape, floating point.
+        p: probability of 0 for an element, in the open interval (0, 1); at its ends the stock operator keeps
+            nothing that is worth replacing.
+        inplace: overwrite the input.
+
+    Returns:
+        Same shape and dtype.
+    """
+    result: Tensor = Dropout.apply(input, p, inplace)
+    return result

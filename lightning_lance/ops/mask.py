@@ -1,0 +1,108 @@
+"""Flags of one bit per element, and gradients that pass through them.
+
+Flags are kept in the memory order of the tensor that they belong to, whatever its memory format; no pass reorders
+them. Packing reads eight bools as one 64-bit word and gathers their bits with one multiplication; unpacking reads
+one row of a table of 256 for every byte, so that no separate bool tensor is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bits 0, 9, 18 … 63. Times a word of eight bools, byte k of the word (0 or 1) lands on bit 63 - k, and no two of the
+# partial products meet. The word and the bits are read in the same order, so that the byte order of the machine
+# cancels out.
+_GATHER = 0x8040201008040201 - (1 << 64)
+_SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
+_MAX_TABLES = 64
+
+_tables: dict[tuple[float, float, torch.dtype, torch.device], Tensor] = {}
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Eight flags in a byte, in memory order.
+
+    Args:
+        flags: bool, any shape, without gaps or overlaps in memory, as every freshly computed tensor is. Its memory
+            is overwritten.
+
+    Returns:
+        uint8 of shape ``(ceil(n / 8),)`` for ``n`` flags; the unused bits of the last byte are 0.
+    """
+    flat = flags.as_strided((flags.numel(),), (1,))
+    missing = -flat.numel() % 8
+    if missing:
+        flat = F.pad(flat, (0, missing))
+    if torch.compiler.is_compiling():  # fuses with the comparison that makes the flags
+        shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=flags.device)
+        return (flat.view(-1, 8).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
+    return flat.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def expand_bits(
+    bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], off: float, on: float, dtype: torch.dtype
+) -> Tensor:
+    """A value for every flag.
+
+    Args:
+        bits: what :func:`pack_bits` returned.
+        shape: shape of the flags.
+        stride: their strides.
+        off: value where the flag is not set.
+        on: value where it is.
+        dtype: dtype of the result.
+
+    Returns:
+        A new tensor of that shape, strides and dtype.
+    """
+    if torch.compiler.is_compiling():
+        shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=bits.device)
+        flat = ((bits.unsqueeze(-1) >> shifts) & 1).to(dtype)
+        if (off, on) != (0.0, 1.0):
+            values = torch.tensor((off, on), dtype=dtype, device=bits.device)
+            flat = torch.where(flat != 0, values[1], values[0])
+    else:
+        flat = _table(off, on, dtype, bits.device).index_select(0, bits.int())
+    return flat.as_strided(shape, stride)
+
+
+def _table(off: float, on: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    key = (off, on, dtype, device)
+    found = _tables.get(key)
+    if found is None:
+        shifts = torch.tensor(_SHIFTS, device=device)
+        set_ = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & 1
+        values = torch.tensor((off, on), dtype=dtype, device=device)
+        found = values.index_select(0, set_.view(-1)).view(256, 8)
+        if type(found) is Tensor:  # a fake tensor of some tracer must not outlive it
+            if len(_tables) >= _MAX_TABLES:
+                _tables.clear()
+            _tables[key] = found
+    return found
+
+
+def flagged_gradient(
+    kernel: Any, grad: Tensor, bits: Tensor, stride: tuple[int, ...], off: float, on: float, *arguments: Any
+) -> Tensor:
+    """Run a stock elementwise backward kernel on stand-ins for its input.
+
+    Args:
+        kernel: an operator ``kernel(grad, input, *arguments)`` with a ``grad_input`` overload.
+        grad: any shape.
+        bits: packed flags of the same shape.
+        stride: strides that the flags had.
+        off: an input for which the kernel does what it does where the flag is not set.
+        on: the same where it is.
+        arguments: further arguments of the kernel.
+
+    Returns:
+        What the kernel returns for an input with those strides.
+    """
+    stand_in = expand_bits(bits, grad.shape, stride, off, on, grad.dtype)
+    if grad.stride() == stride and not torch.compiler.is_compiling():
+        return kernel.grad_input(grad, stand_in, *arguments, grad_input=stand_in)  # type: ignore[no-any-return]
+    return kernel(grad, stand_in, *arguments)  # type: ignore[no-any-return]

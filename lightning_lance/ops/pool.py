@@ -1,0 +1,239 @@
+"""Pooling that keeps the place of the maximum in its window, or nothing but the shape of its input.
+
+Forward and backward run the stock kernels; what changes is what lies between them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_aten: Any = torch.ops.aten
+
+
+class Window(NamedTuple):
+    """Static arguments of a pooling operator with ``len(kernel)`` spatial axes.
+
+    Attributes:
+        kernel: window sizes.
+        stride: strides.
+        padding: symmetric padding.
+        dilation: dilations; ones for average pooling.
+        ceil_mode: whether a window may end beyond the padded input.
+        count_include_pad: average pooling: whether padding counts.
+        divisor: average pooling: replaces the number of elements, or ``None``.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool
+    count_include_pad: bool = True
+    divisor: int | None = None
+
+
+Sizes = int | tuple[int, ...] | list[int]
+
+
+def _tuple(value: Sizes, axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def window(
+    axes: int,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> Window:
+    """Window from the arguments of a stock pooling operator with ``axes`` spatial axes."""
+    kernel = _tuple(kernel_size, axes)
+    strides = _tuple(stride, axes) if stride is not None and stride != [] and stride != () else kernel
+    return Window(kernel, strides, _tuple(padding, axes), _tuple(dilation, axes), ceil_mode, count_include_pad, divisor)
+
+
+def _channels_last(input: Tensor, axes: int) -> torch.memory_format | None:
+    """The channels-last format of an input that has it and not the contiguous one as well."""
+    wanted = {2: torch.channels_last, 3: torch.channels_last_3d}[axes]
+    found = input.dim() == axes + 2 and input.is_contiguous(memory_format=wanted) and not input.is_contiguous()
+    return wanted if found else None
+
+
+def _run(
+    kernel: Any, grad: Tensor, shape: tuple[int, ...], channels_last: torch.memory_format | None, *arguments: Any
+) -> Tensor:
+    """A stock backward kernel ``(grad, input, *arguments)``, which asks the input for shape and memory format only."""
+    if channels_last is None:
+        stand_in = grad.new_empty(1).expand(shape)
+    else:
+        stand_in = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=channels_last)
+        if channels_last is torch.channels_last and not torch.compiler.is_compiling():
+            # The buffer of the result stands in for the input. (Of the kernels in 3d not all can write channels last.)
+            overload, name = (
+                (kernel.grad_input, "grad_input") if "grad_input" in kernel.overloads() else (kernel.out, "out")
+            )
+            return overload(grad, stand_in, *arguments, **{name: stand_in})  # type: ignore[no-any-return]
+    return kernel(grad, stand_in, *arguments)  # type: ignore[no-any-return]
+
+
+class _Codes(NamedTuple):
+    """Tables between indices into the input and places in the window.
+
+    Attributes:
+        start: int64, index of the first element of every window, broadcastable to the output.
+        distance: int64 ``(number of places,)``, from the start of a window to each place in it.
+        code: ``(largest distance + 1,)``, number of the place at a distance.
+    """
+
+    start: Tensor
+    distance: Tensor
+    code: Tensor
+
+
+def _codes(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, device: torch.device) -> _Codes:
+    start = distance = torch.zeros((), dtype=torch.int64, device=device)
+    for axis, size in enumerate(sizes):
+        first = torch.arange(out_sizes[axis], device=device) * window.stride[axis] - window.padding[axis]
+        place = torch.arange(window.kernel[axis], device=device) * window.dilation[axis]
+        start = start.unsqueeze(-1) * size + first
+        distance = distance.unsqueeze(-1) * size + place
+    distance = distance.flatten()
+    places = distance.numel()
+    dtype = torch.uint8 if places <= 256 else torch.int16 if places <= 2**15 else torch.int32
+    longest = 0
+    for axis, size in enumerate(sizes):
+        longest = longest * size + (window.kernel[axis] - 1) * window.dilation[axis]
+    code = torch.zeros(longest + 1, dtype=dtype, device=device)
+    # Where the window is wider than the input two places can lie at one distance; either code leads back to it.
+    code[distance] = torch.arange(places, device=device).to(dtype)
+    return _Codes(start, distance, code)
+
+
+class MaxPool(torch.autograd.Function):
+    """Maximum over windows, 2 or 3 spatial axes. Saved: the place of the maximum in its window, 1 byte per output.
+
+    Two bytes where a window has more than 256 elements. ``apply(input, window)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, window: Window) -> Tensor:
+        axes = len(window.kernel)
+        kernel = _aten.max_pool2d_with_indices if axes == 2 else _aten.max_pool3d_with_indices
+        output, index = kernel(input, *map(list, window[:4]), window.ceil_mode)
+        ctx.window, ctx.shape, ctx.channels_last = window, tuple(input.shape), _channels_last(input, axes)
+        ctx.index_shape, ctx.index_stride = tuple(index.shape), index.stride()
+        tables = _codes(ctx.shape[-axes:], ctx.index_shape[-axes:], window, input.device)
+        distance = index.sub_(tables.start).as_strided((index.numel(),), (1,))
+        ctx.save_for_backward(tables.code.index_select(0, distance))
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (codes,) = ctx.saved_tensors
+        window: Window = ctx.window
+        axes = len(window.kernel)
+        tables = _codes(ctx.shape[-axes:], ctx.index_shape[-axes:], window, grad.device)
+        index = tables.distance.index_select(0, codes.int()).as_strided(ctx.index_shape, ctx.index_stride)
+        index.add_(tables.start)
+        kernel = _aten.max_pool2d_with_indices_backward if axes == 2 else _aten.max_pool3d_with_indices_backward
+        arguments = (*map(list, window[:4]), window.ceil_mode, index)
+        return _run(kernel, grad, ctx.shape, ctx.channels_last, *arguments), None
+
+
+class AvgPool(torch.autograd.Function):
+    """Mean over windows, 2 or 3 spatial axes. Saved: nothing. ``apply(input, window)``."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, window: Window) -> Tensor:
+        axes = len(window.kernel)
+        ctx.window, ctx.shape, ctx.channels_last = window, tuple(input.shape), _channels_last(input, axes)
+        kernel: Any = F.avg_pool2d if axes == 2 else F.avg_pool3d
+        return kernel(input, *window[:3], *window[4:])  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        window: Window = ctx.window
+        kernel = _aten.avg_pool2d_backward if len(window.kernel) == 2 else _aten.avg_pool3d_backward
+        return _run(kernel, grad, ctx.shape, ctx.channels_last, *map(list, window[:3]), *window[4:]), None
+
+
+class AdaptiveAvgPool(torch.autograd.Function):
+    """Mean over windows that divide the input, 2 or 3 spatial axes. Saved: nothing. ``apply(input, output_size)``."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, output_size: tuple[int, ...]) -> Tensor:
+        axes = len(output_size)
+        ctx.axes, ctx.shape, ctx.channels_last = axes, tuple(input.shape), _channels_last(input, axes)
+        kernel: Any = F.adaptive_avg_pool2d if axes == 2 else F.adaptive_avg_pool3d
+        return kernel(input, output_size)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernel = _aten._adaptive_avg_pool2d_backward if ctx.axes == 2 else _aten._adaptive_avg_pool3d_backward
+        return _run(kernel, grad, ctx.shape, ctx.channels_last), None
+
+
+def max_pool(input: Tensor, window: Window) -> Tensor:
+    """``torch.nn.functional.max_pool1d``, 2d or 3d that keeps at most 1 byte per output element.
+
+    Args:
+        input: ``(B, C, *sizes)`` or ``(C, *sizes)``.
+        window: static arguments, one to three spatial axes; see :func:`window`.
+
+    Returns:
+        ``(B, C, *out)`` or ``(C, *out)``.
+    """
+    return _apply(MaxPool, input, window)
+
+
+def avg_pool(input: Tensor, window: Window) -> Tensor:
+    """``torch.nn.functional.avg_pool1d``, 2d or 3d that keeps nothing; arguments as in :func:`max_pool`."""
+    return _apply(AvgPool, input, window)
+
+
+def _apply(function: Any, input: Tensor, window: Window) -> Tensor:
+    if len(window.kernel) == 1:  # the stock operator does the same
+        flat = Window(
+            (1, *window.kernel), (1, *window.stride), (0, *window.padding), (1, *window.dilation), *window[4:]
+        )
+        return function.apply(input.unsqueeze(-2), flat).squeeze(-2)  # type: ignore[no-any-return]
+    result: Tensor = function.apply(input, window)
+    return result
+
+
+def adaptive_avg_pool(input: Tensor, output_size: int | tuple[int | None, ...], axes: int) -> Tensor:
+    """``torch.nn.functional.adaptive_avg_pool1d``, 2d or 3d that keeps nothing.
+
+    Args:
+        input: ``(B, C, *sizes)`` or ``(C, *sizes)``.
+        output_size: as the stock operator takes it; ``None`` for the size of the input.
+        axes: number of spatial axes, 1 to 3.
+
+    Returns:
+        ``(B, C, *output_size)`` or ``(C, *output_size)``. A global mean goes to the stock operator, which keeps
+        nothing either.
+    """
+    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size,) * axes
+    target = tuple(input.shape[i - axes] if size is None else size for i, size in enumerate(sizes))
+    if axes == 1:
+        target = (1, *target)
+        input = input.unsqueeze(-2)
+    if math.prod(target) == 1:
+        kernel: Any = F.adaptive_avg_pool3d if axes == 3 else F.adaptive_avg_pool2d
+        result: Tensor = kernel(input, target)
+    else:
+        result = AdaptiveAvgPool.apply(input, target)
+    return result.squeeze(-2) if axes == 1 else result

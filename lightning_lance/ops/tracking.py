@@ -1,0 +1,20 @@
+"""When an operation may keep less for backward than the stock one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tracked(input: Tensor) -> bool:
+    """Whether autograd will record an operation on this tensor, and the tensor is one that we know how to keep.
+
+    Nested, sparse and functorch-wrapped tensors take the stock path, and so does everything without a gradient.
+    """
+    return (
+        torch.is_grad_enabled()
+        and input.requires_grad
+        and input.layout is torch.strided
+        and not input.is_nested
+        and not torch._C._are_functorch_transforms_active()
+    )
