@@ -65,16 +65,13 @@ class LanceConfig:
             )
         if self.companions not in (True, False, "approximate"):
             raise ConfigError(f"companions={self.companions!r} is not allowed. Allowed: True, False, 'approximate'.")
-        if isinstance(self.layers, bool) or (isinstance(self.layers, int) and self.layers < 1):
+        if self.freeze_norms not in (True, False):
+            raise ConfigError(f"freeze_norms={self.freeze_norms!r} is not allowed. Allowed: True, False.")
+        if not _selects(self.layers):
             raise ConfigError(
                 f"layers={self.layers!r} is not allowed. Allowed: 'trainable', an int of at least 1 (the last n "
-                "trainable layers), a name pattern or a list of them."
+                "trainable layers), a name pattern or a list of them such as ['layer4.*', 'fc']."
             )
-        if not isinstance(self.layers, (int, str)):
-            wrong = [pattern for pattern in self.layers if not isinstance(pattern, str)]
-            if wrong or not self.layers:
-                raise ConfigError(f"layers={self.layers!r} is not a list of name patterns such as ['layer4.*', 'fc'].")
-
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
         if self.refresh not in (None, "epoch") and not _positive(self.refresh):
@@ -85,6 +82,8 @@ class LanceConfig:
             raise ConfigError(
                 f"calibration_batches={self.calibration_batches!r} is not allowed. Allowed: an int of at least 1."
             )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed!r} is not allowed. Allowed: an int of 64 bits.")
 
     @property
     def budget(self) -> int | None:
@@ -94,6 +93,14 @@ class LanceConfig:
     def rules(self) -> RankRules:
         """The parsed rank rules."""
         return RankRules(self.rank)
+
+
+def _selects(layers: object) -> bool:
+    if isinstance(layers, str):
+        return bool(layers)
+    if isinstance(layers, Sequence):
+        return bool(layers) and all(isinstance(pattern, str) and pattern for pattern in layers)
+    return _positive(layers)
 
 
 def _positive(value: object) -> bool:
