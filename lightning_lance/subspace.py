@@ -97,18 +97,24 @@ class LayerSubspace:
         return replace(self, channel=move(self.channel), spatial=spatial)
 
     def core_shape(self, batch: int, channels: int, sizes: Sizes) -> tuple[int, ...]:
-        """``(r_batch, r_channel, r_spatial...)`` of the core of an input."""
-        group = self.spatial_factors(sizes) or (None,) * len(sizes)
+        """``(r_batch, r_channel, r_spatial...)`` of what is kept of an input: its own shape for unknown sizes."""
+        group = self.spatial_factors(sizes)
+        if group is None:
+            return (batch, channels, *sizes)
         spatial = [size if factor is None else factor.shape[1] for size, factor in zip(sizes, group, strict=True)]
         return (self.batch.columns(batch), channels if self.channel is None else self.channel.shape[1], *spatial)
 
     def formula_bytes(self, batch: int, channels: int, sizes: Sizes, itemsize: int) -> int:
         """Bytes kept for one call by formula: core, factors, and the sample order (int32 each).
 
-        The cosine basis is not in it: one copy per batch size serves all layers.
+        The cosine basis is not in it: one copy per batch size serves all layers. An input of sizes without factors is
+        kept whole.
         """
-        factors = [self.channel, *self.spatial.get(sizes, ())]
-        kept = math.prod(self.core_shape(batch, channels, sizes)) + sum(f.numel() for f in factors if f is not None)
+        kept = math.prod(self.core_shape(batch, channels, sizes))
+        group = self.spatial_factors(sizes)
+        if group is None:
+            return kept * itemsize
+        kept += sum(factor.numel() for factor in (self.channel, *group) if factor is not None)
         ordered = self.batch.unbiased and self.batch.columns(batch) < batch
         return kept * itemsize + (4 * batch if ordered else 0)
 
