@@ -86,43 +86,91 @@ def _run(
     return kernel(grad, stand_in, *arguments)  # type: ignore[no-any-return]
 
 
-class _Codes(NamedTuple):
+class _Places(NamedTuple):
     """Tables between indices into the input and places in the window.
 
     Attributes:
         start: int64, index of the first element of every window, broadcastable to the output.
         distance: int64 ``(number of places,)``, from the start of a window to each place in it.
-        code: ``(largest distance + 1,)``, number of the place at a distance.
+        longest: the largest of them, at the last place.
+        packed: how many places one byte holds: 4, 2 or 1; 0 where a place takes more than a byte.
     """
 
     start: Tensor
     distance: Tensor
-    code: Tensor
+    longest: int
+    packed: int
 
 
-def _codes(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, device: torch.device) -> _Codes:
+def _places(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, device: torch.device) -> _Places:
     start = distance = torch.zeros((), dtype=torch.int64, device=device)
+    longest = 0
     for axis, size in enumerate(sizes):
         first = torch.arange(out_sizes[axis], device=device) * window.stride[axis] - window.padding[axis]
         place = torch.arange(window.kernel[axis], device=device) * window.dilation[axis]
         start = start.unsqueeze(-1) * size + first
         distance = distance.unsqueeze(-1) * size + place
-    distance = distance.flatten()
-    places = distance.numel()
-    dtype = torch.uint8 if places <= 256 else torch.int16 if places <= 2**15 else torch.int32
-    longest = 0
-    for axis, size in enumerate(sizes):
         longest = longest * size + (window.kernel[axis] - 1) * window.dilation[axis]
-    code = torch.zeros(longest + 1, dtype=dtype, device=device)
+    count = math.prod(window.kernel)
+    return _Places(
+        start, distance.flatten(), longest, 4 if count <= 4 else 2 if count <= 16 else 1 if count <= 256 else 0
+    )
+
+
+# Four (two) bytes of memory seen as one integer, and shifted onto each other, are one byte of 2 (4) bits each.
+_WORDS = {4: (torch.int32, (6, 12, 18)), 2: (torch.int16, (4,))}
+
+
+def _pack(codes: Tensor, packed: int) -> Tensor:
+    if packed < 2:
+        return codes
+    missing = -codes.numel() % packed
+    if missing:
+        codes = F.pad(codes, (0, missing))
+    dtype, shifts = _WORDS[packed]
+    words = codes.view(dtype)
+    folded = words
+    for shift in shifts:
+        folded = folded | (words >> shift)
+    return folded.to(torch.uint8)
+
+
+def _encode(index: Tensor, places: _Places) -> Tensor:
+    """Places of the maxima, packed in memory order. The indices are overwritten."""
+    distance = index.sub_(places.start).as_strided((index.numel(),), (1,))
+    count = places.distance.numel()
+    dtype = torch.uint8 if places.packed else torch.int16 if count <= 2**15 else torch.int32
+    code = torch.zeros(places.longest + 1, dtype=dtype, device=index.device)
     # Where the window is wider than the input two places can lie at one distance; either code leads back to it.
-    code[distance] = torch.arange(places, device=device).to(dtype)
-    return _Codes(start, distance, code)
+    code[places.distance] = torch.arange(count, device=index.device).to(dtype)
+    return _pack(code.index_select(0, distance), places.packed)
+
+
+def _decode(codes: Tensor, places: _Places, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """Indices of the maxima, from :func:`_encode`."""
+    distance = places.distance
+    if places.packed > 1:
+        distance = distance.index_select(0, _unpacked(places.packed, distance.numel(), codes.device))
+        distance = distance.view(256, places.packed)  # what each byte stands for
+    index = distance.index_select(0, codes.int()).as_strided(shape, stride)
+    return index.add_(places.start)
+
+
+def _unpacked(packed: int, count: int, device: torch.device) -> Tensor:
+    """The places in each of the 256 bytes, as one vector; found by packing every combination."""
+    width = 8 // packed
+    shifts = torch.arange(0, 8, width, device=device)
+    combinations = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & (2**width - 1)
+    rows = torch.empty_like(combinations)
+    rows[_pack(combinations.flatten().to(torch.uint8), packed).long()] = combinations
+    return rows.flatten().clamp_(max=count - 1)  # no window has the places beyond
 
 
 class MaxPool(torch.autograd.Function):
-    """Maximum over windows, 2 or 3 spatial axes. Saved: the place of the maximum in its window, 1 byte per output.
+    """Maximum over windows, 2 or 3 spatial axes.
 
-    Two bytes where a window has more than 256 elements. ``apply(input, window)``.
+    Saved: the place of the maximum in its window, in 2, 4, 8, or 16 bits per output for windows of up to 4, 16, 256
+    or more elements. ``apply(input, window)``.
     """
 
     @staticmethod
@@ -132,9 +180,8 @@ class MaxPool(torch.autograd.Function):
         output, index = kernel(input, *map(list, window[:4]), window.ceil_mode)
         ctx.window, ctx.shape, ctx.channels_last = window, tuple(input.shape), _channels_last(input, axes)
         ctx.index_shape, ctx.index_stride = tuple(index.shape), index.stride()
-        tables = _codes(ctx.shape[-axes:], ctx.index_shape[-axes:], window, input.device)
-        distance = index.sub_(tables.start).as_strided((index.numel(),), (1,))
-        ctx.save_for_backward(tables.code.index_select(0, distance))
+        places = _places(ctx.shape[-axes:], ctx.index_shape[-axes:], window, input.device)
+        ctx.save_for_backward(_encode(index, places))
         return output  # type: ignore[no-any-return]
 
     @staticmethod
@@ -143,9 +190,8 @@ class MaxPool(torch.autograd.Function):
         (codes,) = ctx.saved_tensors
         window: Window = ctx.window
         axes = len(window.kernel)
-        tables = _codes(ctx.shape[-axes:], ctx.index_shape[-axes:], window, grad.device)
-        index = tables.distance.index_select(0, codes.int()).as_strided(ctx.index_shape, ctx.index_stride)
-        index.add_(tables.start)
+        places = _places(ctx.shape[-axes:], ctx.index_shape[-axes:], window, grad.device)
+        index = _decode(codes, places, ctx.index_shape, ctx.index_stride)
         kernel = _aten.max_pool2d_with_indices_backward if axes == 2 else _aten.max_pool3d_with_indices_backward
         arguments = (*map(list, window[:4]), window.ceil_mode, index)
         return _run(kernel, grad, ctx.shape, ctx.channels_last, *arguments), None
@@ -187,7 +233,7 @@ class AdaptiveAvgPool(torch.autograd.Function):
 
 
 def max_pool(input: Tensor, window: Window) -> Tensor:
-    """``torch.nn.functional.max_pool1d``, 2d or 3d that keeps at most 1 byte per output element.
+    """``torch.nn.functional.max_pool1d``, 2d or 3d that keeps a few bits per output element.
 
     Args:
         input: ``(B, C, *sizes)`` or ``(C, *sizes)``.
