@@ -1,0 +1,50 @@
+"""The command line tool ``lightning-lance``; it needs the extra ``cli``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+PROGRAM = "lightning-lance"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the tool, and leave with a short message where a value is not allowed.
+
+    Classes named in a configuration are also looked up in the current directory.
+
+    Args:
+        args: the arguments after the program name; those of the process by default.
+
+    Raises:
+        SystemExit: with 2 for an argument that is not allowed or a package that is missing, with 1 where the model
+            and the options do not fit together.
+    """
+    if importlib.util.find_spec("jsonargparse") is None:
+        _leave("the command line needs jsonargparse; pip install 'lightning-lance[cli]' installs it.", 2)
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    # Lightning's own calls of jsonargparse: nothing that a user of the tool could change.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    from lightning_lance.cli.app import run
+    from lightning_lance.cli.messages import explain
+    from lightning_lance.errors import ConfigError, LanceError
+
+    try:
+        run(None if args is None else list(args))
+    except ConfigError as error:
+        _leave(str(error), 2)
+    except LanceError as error:
+        _leave(str(error), 1)
+    except ValueError as error:
+        found = explain(error)
+        if found is None:
+            raise
+        _leave(found, 2)
+
+
+def _leave(message: str, code: int) -> None:
+    sys.stderr.write(f"{PROGRAM}: error: {message}\n")
+    raise SystemExit(code)

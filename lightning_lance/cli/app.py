@@ -1,0 +1,123 @@
+"""The subcommands that run a Lightning Trainer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_lance.callback import LanceCallback
+from lightning_lance.cli import PROGRAM
+from lightning_lance.cli.messages import shorten
+from lightning_lance.cli.profiling import profile
+from lightning_lance.config import LanceConfig
+from lightning_lance.errors import ConfigError
+from lightning_lance.report import Report
+
+DESCRIPTION = """Train with compressed activations. The section "lance" of a configuration holds the options of
+lightning_lance.LanceCallback, "trainer", "model" and "data" are those of every LightningCLI."""
+
+
+class LanceTrainer(Trainer):
+    """The Trainer of the command line tool."""
+
+    def profile(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        top: int = 12,
+        json: str | None = None,
+        plot: str | None = None,
+    ) -> Report:
+        """Measure what autograd keeps for one training batch, plainly and with LANCE; trains nothing.
+
+        Args:
+            model: the model.
+            datamodule: its data; the model's own ``train_dataloader`` by default.
+            top: rows of each table, the largest first; the rest is summed up in one.
+            json: file to write the measurement to.
+            plot: image file to draw it in; needs matplotlib.
+        """
+        return profile(self, model, datamodule, top, json, plot)
+
+
+class LanceParser(LightningArgumentParser):
+    """Says in one line what is wrong with an argument."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a parser of a nested class: the outer one reports
+            super().error(message, ex)
+        sys.stderr.write(f"{PROGRAM}: error: {shorten(message, self.options())}\n")
+        raise SystemExit(2) from ex
+
+    def options(self) -> list[str]:
+        """Names of all options, those of subcommands included."""
+        found = {action.dest for action in self._actions}
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                found |= {name for parser in action.choices.values() for name in parser.options()}
+        return sorted(found)
+
+
+class LanceCLI(LightningCLI):
+    """A LightningCLI with the section ``lance`` and the subcommand ``profile``."""
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        super().__init__(
+            trainer_class=LanceTrainer,
+            parser_class=LanceParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION},
+            args=args,
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "profile": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(LanceCallback, "lance")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert args is None or isinstance(args, list)
+        self.config = parser.parse_args(args)
+        check_options(self.config[self.config.subcommand]["lance"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand == "profile":
+            # No logger, no checkpoint, no validation before the first batch, and as many batches as calibration reads.
+            batches = self._get(self.config, "lance")["calibration_batches"]
+            kwargs |= {"fast_dev_run": batches, "enable_progress_bar": False, "enable_model_summary": False}
+        return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        given = config.get("callbacks") or []
+        if any(isinstance(callback, LanceCallback) for callback in (given if isinstance(given, list) else [given])):
+            raise ConfigError(
+                "trainer.callbacks holds a LanceCallback, and this tool adds the one of the section 'lance'. Move the "
+                "options there."
+            )
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def check_options(section: Any) -> None:
+    """Refuse values of the section ``lance`` before a model or data are built.
+
+    Raises:
+        ConfigError: a value is not allowed; the message names it as ``lance.NAME``.
+    """
+    names = LanceConfig.__dataclass_fields__
+    try:
+        LanceConfig(**{name: value for name, value in section.items() if name in names})
+    except ConfigError as error:
+        raise ConfigError(f"lance.{error}") from None
+
+
+def run(args: list[str] | None = None) -> None:
+    """Parse the arguments, those of the process by default, and run the subcommand."""
+    LanceCLI(args)

@@ -1,0 +1,121 @@
+"""What autograd keeps for one training batch, before and after."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_lance.callback import LanceCallback
+from lightning_lance.errors import ConfigError, StateError
+from lightning_lance.report import Report, plain_table
+from lightning_lance.units import format_bytes
+
+
+class _Measured(Exception):
+    """Ends a fit that has measured what it was started for."""
+
+
+class _StopWhenMeasured(Callback):
+    def __init__(self, lance: LanceCallback) -> None:
+        self.lance = lance
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.lance.report is None:
+            raise StateError(
+                "profile needs the batches of calibration before the first training step, and this model takes them "
+                "from the loader itself (dataloader_iter). Profile it with a training_step(self, batch, batch_idx)."
+            )
+        raise _Measured
+
+
+def profile(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    datamodule: pl.LightningDataModule | None = None,
+    top: int = 12,
+    json: str | None = None,
+    plot: str | None = None,
+) -> Report:
+    """Start a fit, let the callback calibrate and measure on the first batch, and stop before the first step.
+
+    Args:
+        trainer: with a :class:`~lightning_lance.LanceCallback`.
+        model: the model.
+        datamodule: its data; the model's own ``train_dataloader`` by default.
+        top: rows of each table.
+        json: file to write the measurement to.
+        plot: image file to draw it in; needs matplotlib.
+
+    Returns:
+        The callback's report.
+
+    Raises:
+        StateError: the Trainer has no LanceCallback, or nothing can be measured before the first step.
+    """
+    lance = next((found for found in trainer.callbacks if isinstance(found, LanceCallback)), None)  # type: ignore[attr-defined]
+    if lance is None:
+        raise StateError("profile() needs a Trainer with a LanceCallback: Trainer(callbacks=[LanceCallback()]).")
+    lance.measure, lance.verbose = True, False
+    stop = _StopWhenMeasured(lance)
+    trainer.callbacks.insert(trainer.callbacks.index(lance) + 1, stop)  # type: ignore[attr-defined]
+    try:
+        trainer.fit(model, datamodule=datamodule)
+    except _Measured:
+        pass
+    finally:
+        trainer.callbacks.remove(stop)  # type: ignore[attr-defined]
+    report = lance.report
+    if report is None or report.plain is None or report.compressed is None:
+        raise StateError("the fit ended before its first training batch: is there training data?")
+    if trainer.is_global_zero:
+        print(_text(report, top))  # noqa: T201 - what the command is for
+        if json is not None:
+            Path(json).write_text(jsonlib.dumps(as_dict(report), indent=2) + "\n")
+        if plot is not None:
+            try:
+                report.plot(plot)
+            except ImportError:
+                raise ConfigError(
+                    f"plot={plot!r} needs matplotlib; pip install 'lightning-lance[plot]' installs it."
+                ) from None
+    return report
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """The report as plain containers, with the sums by operation and by module."""
+    found = report.as_dict()
+    assert report.plain is not None
+    assert report.compressed is not None
+    for key, saved in (("plain", report.plain), ("compressed", report.compressed)):
+        found[key]["by_op"] = saved.by_op()
+        found[key]["by_module"] = dict(sorted(saved.by_module().items(), key=lambda item: -item[1]))
+    return found
+
+
+def _text(report: Report, top: int) -> str:
+    assert report.plain is not None
+    assert report.compressed is not None
+    by_op = _compared("operation", report.plain.by_op(), report.compressed.by_op(), top)
+    by_module = _compared("module", report.plain.by_module(), report.compressed.by_module(), top)
+    return "\n\n".join([report.render(), by_op, by_module])
+
+
+def _compared(what: str, before: dict[str, int], after: dict[str, int], top: int) -> str:
+    names = sorted({*before, *after}, key=lambda name: -max(before.get(name, 0), after.get(name, 0)))
+    shown, rest = names[:top], names[top:]
+    rows = [_row(name or "the model itself", before.get(name, 0), after.get(name, 0)) for name in shown]
+    if rest:
+        sums = [sum(kept.get(name, 0) for name in rest) for kept in (before, after)]
+        rows.append(_row(f"{len(rest)} more", *sums))
+    rows.append(_row("all", sum(before.values()), sum(after.values())))
+    return plain_table([f"kept by {what}", "plain", "LANCE", "ratio"], rows)
+
+
+def _row(name: str, before: int, after: int) -> list[str]:
+    ratio = before / after if before and after else 0.0
+    text = "-" if not ratio else f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+    return [name, format_bytes(before), format_bytes(after), text]
