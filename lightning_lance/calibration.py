@@ -60,7 +60,7 @@ class Calibration:
             layer._lance.observer = None
 
     def finish(self, reduce: Reduce | None = None) -> None:
-        """Assign the subspaces. A layer that saw nothing, or only zeros, is swapped back.
+        """Assign the subspaces. A layer that saw nothing, or only zeros, keeps the one it has, or is swapped back.
 
         Args:
             reduce: sums the accumulators over the processes of a distributed run.
@@ -73,20 +73,23 @@ class Calibration:
         spectra: dict[str, LayerSpectra] = {}
         gone: dict[str, str] = {}
         for name, statistics in self.statistics.items():
+            known = self.layers[name]._lance.subspace is not None
             if not statistics.tensors():
-                gone[name] = "calibration never saw an input of it"
+                if not known:
+                    gone[name] = "calibration never saw an input of it"
                 continue
             try:
                 spectra[name] = statistics.spectra()
             except ZeroInputError:
-                gone[name] = "its calibration inputs were all zero"
-        if not spectra:
+                if not known:
+                    gone[name] = "its calibration inputs were all zero"
+        if not spectra and gone:
             raise CalibrationError(
                 "no swapped layer saw a usable input during calibration: "
                 + "; ".join(f"{name}: {reason}" for name, reason in gone.items())
                 + ". Run the forward pass that training runs, on real batches."
             )
-        for name, subspace in self._cut(spectra).items():
+        for name, subspace in self._cut(spectra).items() if spectra else ():
             self.layers[name]._lance.subspace = subspace
         for name, reason in gone.items():
             module: Any = self.layers[name]

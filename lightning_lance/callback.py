@@ -12,11 +12,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
 
 from lightning_lance.config import LanceConfig
-from lightning_lance.errors import CalibrationError, LanceWarning
-from lightning_lance.peeking import copied, peek, prepare, quiet, run_step
+from lightning_lance.errors import LanceError, LanceWarning
+from lightning_lance.norms import FrozenNorms
+from lightning_lance.peeking import copied, peek, prepare, rewind_loaders, uses_dataloader_iter
+from lightning_lance.rehearsal import rehearsal
 from lightning_lance.report import Report
 from lightning_lance.session import LanceSession
 from lightning_lance.subspace import LayerStatistics
@@ -27,8 +28,9 @@ class LanceCallback(Callback):
 
     At fit start, layers are swapped in place for variants that keep a low-rank core of their input; on the first
     batch the subspaces are computed from the next ``calibration_batches`` batches, which are trained on as usual; at
-    the end, on an exception and on Ctrl-C the model gets its own layers back. Method: LANCE (Apolinario & Roy, arXiv
-    2509.21617), with a batch mode that is unbiased.
+    the end, on an exception and on Ctrl-C the model gets its own layers back. Layers that a fine-tuning schedule
+    unfreezes join at the start of an epoch. Method: LANCE (Apolinario & Roy, arXiv 2509.21617), with a batch mode that
+    is unbiased.
 
     The subspaces are part of the checkpoint: a resumed run continues with them.
 
@@ -47,9 +49,10 @@ class LanceCallback(Callback):
         refresh: ``"epoch"`` or a number of training batches between two updates of the subspaces; ``None``: once.
         calibration_batches: number of batches that define the subspaces.
         measure: measure what autograd keeps for one batch, with and without compression (three forward passes).
-        verbose: print the table of layers once per fit.
+        verbose: print the table of layers once per fit, and again when layers join.
         forward_fn: ``forward_fn(module, batch)``, the forward pass to calibrate and measure on. By default
-            ``training_step``, or the module's own call on the inputs under manual optimisation.
+            ``training_step``, with optimisers that take no step under manual optimisation. Where that cannot run
+            without gradients, the first ordinary training steps run uncompressed and define the subspaces.
         seed: seed of the random sample orders.
 
     Raises:
@@ -90,10 +93,9 @@ class LanceCallback(Callback):
         self.session: LanceSession | None = None
         self._loaded: dict[str, Any] | None = None
         self._saved: dict[str, Any] = {}
-        self._batches = 0
-        self._observed = 0
+        self._norms: FrozenNorms | None = None
         self._ready = False
-        self._norms: list[nn.Module] = []
+        self._measured = False
 
     @property
     def report(self) -> Report | None:
@@ -106,94 +108,113 @@ class LanceCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready = False
-        self._batches = self._observed = 0
+        self._measured = not self.measure
         self._saved = {}
         self.session = LanceSession(pl_module, self.config)
         self.session.start()
-        self._norms = _frozen_norms(pl_module) if self.config.freeze_norms else []
+        self._norms = FrozenNorms(pl_module) if self.config.freeze_norms else None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self.session is not None
-        for norm in self._norms:
-            norm.training = False
-        if not self._ready:
-            self._prepare(trainer, pl_module, self.session, batch, batch_idx)
-        elif self._refresh_due(batch_idx) and not self.session.observing:
-            self.session.observe()
-
-    def _prepare(
-        self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession, batch: Any, batch_idx: int
-    ) -> None:
-        self._ready = True
-        if self._loaded is not None:
-            self._batches, self._observed = self._loaded["batches"], self._loaded["observed"]
-            missing = session.load_state_dict(self._loaded["session"])
-            self._loaded = None
-            if (missing or self._refresh_due(batch_idx)) and not session.observing:
-                session.observe()
+        session = self.session
+        assert session is not None
+        first, self._ready = not self._ready, True
+        if (first or batch_idx == 0) and session.join():
+            self._measured = not self.measure
+        if self._norms is not None:
+            if first or batch_idx == 0:
+                self._norms.find()
+            self._norms.apply()
+        if first and self._loaded is not None:
+            session.load_state_dict(self._loaded)
+            fresh, self._loaded = False, None
         else:
-            following = peek(trainer, self.config.calibration_batches - 1)
-            if following is None:
-                session.observe()  # the first training steps run plain and define the subspaces
-                return
-            self._calibrate(trainer, module, session, [copied(batch), *following])
-        if self.measure and session.calibrated:
-            with quiet(module):
-                session.measure(lambda: self._forward(trainer, module, copied(batch)))
-            self._publish(trainer, session)
-
-    def _calibrate(
-        self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession, batches: list[Any]
-    ) -> None:
-        if len(batches) < self.config.calibration_batches:
-            warnings.warn(
-                f"calibration_batches={self.config.calibration_batches}, but the epoch has only {len(batches)} "
-                "batches; the subspaces are computed from those.",
-                LanceWarning,
-                stacklevel=2,
-            )
-
-        def run(index: int) -> Any:
-            ready = batches[0] if index == 0 else prepare(trainer, module, batches[index])
-            return self._forward(trainer, module, ready)
-
-        passes = [functools.partial(run, index) for index in range(len(batches))]
-        with quiet(module):
-            session.calibrate(passes, _reduce(trainer), _share(trainer))
-
-    def _forward(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-        if self.forward_fn is None:
-            try:
-                return run_step(trainer, module, batch)
-            except Exception as error:
-                if module.automatic_optimization:
-                    raise
-                raise CalibrationError(
-                    f"calling {type(module).__name__} on the first element of the batch failed ({error}). Under manual "
-                    "optimisation, give LanceCallback(forward_fn=lambda module, batch: ...) the forward pass to "
-                    "calibrate on."
-                ) from error
-        with trainer.precision_plugin.train_step_context():
-            return self.forward_fn(module, batch)
-
-    def _refresh_due(self, batch_idx: int) -> bool:
-        refresh = self.config.refresh
-        if refresh == "epoch":
-            return batch_idx == 0
-        return isinstance(refresh, int) and self._batches % refresh == 0
+            fresh = first
+        if session.observing and session.observed >= self.config.calibration_batches:
+            session.refresh(_reduce(trainer), _share(trainer))
+        missing = session.uncalibrated
+        if missing:
+            self._calibrate(trainer, pl_module, session, missing, batch, batch_idx)
+        if not fresh and not session.observing and self._refresh_due(trainer, batch_idx):
+            session.observe()
+        if not self._measured and session.calibrated:
+            self._measure(trainer, pl_module, session, batch)
+        session.begin_step()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self.session is not None
-        self._batches += 1
-        if self.session.observing:
-            self._observed += 1
-            if self._observed >= self.config.calibration_batches:
-                self._observed = 0
-                self.session.refresh(_reduce(trainer), _share(trainer))
+        self.session.end_step()
+
+    def _refresh_due(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        refresh = self.config.refresh
+        if refresh == "epoch":
+            return batch_idx == 0
+        return isinstance(refresh, int) and trainer.fit_loop.total_batch_idx % refresh == 0
+
+    def _calibrate(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        session: LanceSession,
+        missing: set[str],
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        following = peek(trainer, self.config.calibration_batches - 1, batch_idx)
+        if following is None:
+            session.observe(None if session.observing else missing)
+            return
+        batches = [copied(batch), *following]
+        if len(batches) < self.config.calibration_batches:
+            warnings.warn(
+                f"calibration_batches={self.config.calibration_batches}, but the epoch has only {len(batches)} more "
+                "batches; the subspaces are computed from those.",
+                LanceWarning,
+                stacklevel=2,
+            )
+
+        def forward(run: Callable[[Any], Any], index: int) -> None:
+            ready = batches[0] if index == 0 else prepare(trainer, module, batches[index])
+            try:
+                run(ready)
+            except LanceError:
+                raise
+            except Exception as error:
+                raise _NotRehearsed(f"{type(error).__name__}: {error}") from error
+
+        try:
+            with rehearsal(trainer, module, self.forward_fn) as run:
+                passes = [functools.partial(forward, run, index) for index in range(len(batches))]
+                session.calibrate(passes, _reduce(trainer), _share(trainer), missing)
+        except _NotRehearsed as error:
+            warnings.warn(
+                f"{_called(self.forward_fn, module)} cannot run without gradients ({error}). The next "
+                f"{self.config.calibration_batches} training steps keep whole activations and define the subspaces. "
+                "Give LanceCallback(forward_fn=lambda module, batch: ...) the forward pass to calibrate on.",
+                LanceWarning,
+                stacklevel=2,
+            )
+            session.observe(None if session.observing else missing)
+
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession, batch: Any) -> None:
+        self._measured = True
+        if uses_dataloader_iter(trainer) and self.forward_fn is None:
+            return  # the batch is the module's to fetch
+        try:
+            with rehearsal(trainer, module, self.forward_fn) as run:
+                session.measure(lambda: run(copied(batch)))
+        except Exception as error:
+            warnings.warn(
+                f"what autograd keeps could not be measured ({type(error).__name__}: {error}); training goes on. "
+                "Give LanceCallback(forward_fn=lambda module, batch: ...) a forward pass to measure, or measure=False.",
+                LanceWarning,
+                stacklevel=2,
+            )
+            return
+        self._publish(trainer, session)
 
     def _publish(self, trainer: pl.Trainer, session: LanceSession) -> None:
         report = session.report
@@ -212,21 +233,37 @@ class LanceCallback(Callback):
             self._finish(pl_module)
 
     def _finish(self, module: pl.LightningModule) -> None:
-        if self.session is not None and self._ready:
+        try:
             self._saved = self.state_dict()
-        self._ready = False
-        if self.session is not None:
-            self.session.stop()
+        finally:
+            self._ready = False
+            if self._norms is not None:
+                self._norms.release()
+            if self.session is not None:
+                self.session.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Subspaces, sample orders and counters; empty before calibration, the last fit's after it."""
+        """Subspaces, sample orders and a running observation; empty before calibration, the last fit's after it."""
         if self.session is None or not self._ready:
-            return self._saved
-        return {"session": self.session.state_dict(), "batches": self._batches, "observed": self._observed}
+            return self._loaded or self._saved
+        return self.session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a stored state for the first batch of the fit that follows."""
         self._loaded = state_dict
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        rewind_loaders(trainer, checkpoint)
+
+
+class _NotRehearsed(Exception):
+    """A training step failed outside of training, where it runs without gradients."""
+
+
+def _called(forward_fn: Any, module: pl.LightningModule) -> str:
+    return f"{type(module).__name__}.training_step" if forward_fn is None else "forward_fn"
 
 
 def _reduce(trainer: pl.Trainer) -> Callable[[Mapping[str, LayerStatistics]], None] | None:
@@ -249,16 +286,6 @@ def _reduce(trainer: pl.Trainer) -> Callable[[Mapping[str, LayerStatistics]], No
 
 def _share(trainer: pl.Trainer) -> Callable[[Any], Any] | None:
     return None if trainer.world_size == 1 else trainer.strategy.broadcast
-
-
-def _frozen_norms(module: nn.Module) -> list[nn.Module]:
-    return [
-        norm
-        for norm in module.modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        and norm.track_running_stats
-        and not any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
-    ]
 
 
 @rank_zero_only

@@ -2,66 +2,108 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torchmetrics import Metric
 
 
 class _Replay:
     """Gives back what was taken, then hands the original iterator back to its owner.
 
     ``itertools.chain`` would call ``iter`` on Lightning's combined loader and restart it.
+
+    Attributes:
+        positions: for each batch that waits here, the states of stateful loaders before it was taken.
     """
 
-    def __init__(self, taken: list[Any], original: Any, owner: Any) -> None:
-        self._taken = taken[::-1]
-        self._original = original
+    def __init__(self, owner: Any) -> None:
         self._owner = owner
+        self._original = owner.iterator
+        self._taken: list[Any] = []
+        self._exhausted = False
+        self.positions: list[Any] = []
+
+    def take(self, position: Any) -> bool:
+        """Take one batch from the original iterator; whether there was one."""
+        try:
+            self._taken.append(next(self._original))
+        except StopIteration:
+            self._exhausted = True
+            return False
+        self.positions.append(position)
+        return True
+
+    @property
+    def waiting(self) -> list[Any]:
+        """What was taken and not given back yet."""
+        return list(self._taken)
 
     def __iter__(self) -> _Replay:
         return self
 
     def __next__(self) -> Any:
         if self._taken:
-            return self._taken.pop()
+            self.positions.pop(0)
+            return self._taken.pop(0)
         if self._owner.iterator is self:
             self._owner.iterator = self._original
+        if self._exhausted:
+            raise StopIteration
         return next(self._original)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
 
-def peek(trainer: pl.Trainer, count: int) -> list[Any] | None:
+def peek(trainer: pl.Trainer, count: int, batch_idx: int) -> list[Any] | None:
     """The next batches of the running epoch, as the loader gave them; none is lost.
 
     Args:
         trainer: inside ``on_train_batch_start``.
         count: how many; fewer where the epoch ends before.
+        batch_idx: index of the current batch in its epoch.
 
     Returns:
-        The batches on the CPU, or ``None`` where this Trainer does not allow it.
+        The batches, not moved to a device, or ``None`` where this Trainer does not allow it.
     """
-    fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
-    if fetcher is None or not hasattr(fetcher, "iterator") or type(fetcher).__name__ == "_DataLoaderIterDataFetcher":
+    fetcher: Any = getattr(trainer.fit_loop, "_data_fetcher", None)
+    if getattr(fetcher, "iterator", None) is None or uses_dataloader_iter(trainer):
         return None
     waiting = list(getattr(fetcher, "batches", []))
-    taken: list[Any] = []
-    try:
-        while len(waiting) + len(taken) < count:
-            taken.append(next(fetcher.iterator))
-    except StopIteration:
-        pass
-    if taken:
-        fetcher.iterator = _Replay(taken, fetcher.iterator, fetcher)
-    return [item[0] for item in [*waiting, *taken][:count]]
+    count = int(min(count, trainer.num_training_batches - batch_idx - 1))
+    replay = fetcher.iterator if isinstance(fetcher.iterator, _Replay) else _Replay(fetcher)
+    waiting += replay.waiting
+    while len(waiting) < count and replay.take(_loader_states(trainer)):
+        waiting.append(replay.waiting[-1])
+    if replay.waiting:
+        fetcher.iterator = replay
+    return [item[0] for item in waiting[: max(count, 0)]]
+
+
+def uses_dataloader_iter(trainer: pl.Trainer) -> bool:
+    """Whether ``training_step`` pulls its batches itself (``dataloader_iter``)."""
+    return type(getattr(trainer.fit_loop, "_data_fetcher", None)).__name__ == "_DataLoaderIterDataFetcher"
+
+
+def rewind_loaders(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Correct the states of stateful loaders in a checkpoint, which are ahead by the batches taken.
+
+    Args:
+        trainer: the running Trainer.
+        checkpoint: as ``on_save_checkpoint`` gets it.
+    """
+    iterator = getattr(getattr(trainer.fit_loop, "_data_fetcher", None), "iterator", None)
+    loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+    if isinstance(iterator, _Replay) and iterator.positions and "combined_loader" in loop:
+        loop["combined_loader"] = iterator.positions[0]
+
+
+def _loader_states(trainer: pl.Trainer) -> Any:
+    loader: Any = getattr(trainer.fit_loop, "_combined_loader", None)
+    return loader._state_dicts() if hasattr(loader, "_state_dicts") else []
 
 
 def prepare(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
@@ -75,51 +117,3 @@ def prepare(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
 def copied(batch: Any) -> Any:
     """A batch whose tensors may be edited in place without harm."""
     return apply_to_collection(batch, Tensor, torch.clone)
-
-
-def run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-    """Forward pass of a training step: loss for automatic optimisation, outputs for manual.
-
-    Manual optimisation steps inside ``training_step``, so there the module is called on the inputs alone.
-    """
-    with trainer.precision_plugin.train_step_context():
-        if not module.automatic_optimization:
-            return module(batch[0] if isinstance(batch, (list, tuple)) else batch)
-        parameters = inspect.signature(module.training_step).parameters
-        keywords = {"batch_idx": 0, "dataloader_idx": 0}
-        extra = {key: value for key, value in keywords.items() if key in parameters}
-        if not extra and len(parameters) > 1:
-            return module.training_step(batch, 0)
-        return module.training_step(batch, **extra)
-
-
-@contextmanager
-def quiet(module: pl.LightningModule) -> Iterator[None]:
-    """Nothing is logged inside the block, and metrics are as before after it."""
-    metrics = [(metric, _metric_state(metric)) for metric in module.modules() if isinstance(metric, Metric)]
-
-    def ignore(*_: Any, **__: Any) -> None:
-        return None
-
-    names = ("log", "log_dict")
-    before = {name: module.__dict__[name] for name in names if name in module.__dict__}
-    for name in names:
-        module.__dict__[name] = ignore
-    try:
-        yield
-    finally:
-        for name in names:
-            module.__dict__.pop(name)
-            if name in before:
-                module.__dict__[name] = before[name]
-        for metric, state in metrics:
-            metric.__dict__.update(state)
-
-
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-    found = {name: getattr(metric, name) for name in names if name in metric.__dict__}
-    return {
-        name: list(value) if isinstance(value, list) else apply_to_collection(value, Tensor, torch.clone)
-        for name, value in found.items()
-    }

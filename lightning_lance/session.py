@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from torch import nn
 
 from lightning_lance.calibration import Calibration, Reduce, calibrate, eager
 from lightning_lance.config import LanceConfig
-from lightning_lance.errors import LanceWarning, StateError
+from lightning_lance.errors import CalibrationError, LanceWarning, PlanError, StateError
 from lightning_lance.isolation import isolated
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import base_class, uninstall
 from lightning_lance.memory import SavedBytes, measure_saved_bytes
+from lightning_lance.norms import frozen_norms
 from lightning_lance.report import LayerReport, Report
 from lightning_lance.subspace import CapturedEnergy, LayerSubspace
-from lightning_lance.surgery import LeftAlone, Plan, bypassed, compressed_layers, is_swapped, plan, restore, swap
+from lightning_lance.surgery import LeftAlone, Plan, bypassed, compressed_layers, is_swapped, join, plan, restore, swap
 
 STATE_VERSION = 1
 
@@ -39,6 +41,7 @@ class LanceSession:
     Attributes:
         report: ranks, energies and bytes, once measured.
         left: layers with trainable parameters that are left alone.
+        observed: ordinary training steps in the current observation.
 
     Example:
         >>> import torch
@@ -58,7 +61,10 @@ class LanceSession:
         self.config = config or LanceConfig()
         self.report: Report | None = None
         self.left: list[LeftAlone] = []
+        self.observed = 0
+        self._dropped: dict[str, LeftAlone] = {}
         self._observing: Calibration | None = None
+        self._trainable: list[bool] = []
 
     def start(self) -> Plan:
         """Plan and swap. A model that an interrupted run left swapped is restored first.
@@ -69,7 +75,30 @@ class LanceSession:
         restore(self.model)
         made = plan(self.model, self.config)
         self.left = list(made.left)
+        self._dropped = {}
+        self._observing = None
+        self._trainable = self._flags()
         return swap(self.model, made)
+
+    def join(self) -> list[str]:
+        """Swap layers that have become trainable since, as fine-tuning schedules do. Cheap where nothing has.
+
+        Returns:
+            Names of the new layers; they run the stock path until calibrated.
+        """
+        flags = self._flags()
+        if flags == self._trainable or not is_swapped(self.model):
+            return []
+        self._trainable = flags
+        try:
+            made = plan(self.model, self.config)
+        except PlanError:  # nothing is trainable now, or nothing that the patterns name
+            return []
+        self.left = [*made.left, *self._dropped.values()]
+        return join(self.model, replace(made, entries=[e for e in made.entries if e.name not in self._dropped]))
+
+    def _flags(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self.model.parameters()]
 
     def stop(self) -> None:
         """Give the model its own classes back; does nothing the second time."""
@@ -82,52 +111,89 @@ class LanceSession:
         return compressed_layers(self.model)
 
     @property
+    def uncalibrated(self) -> set[str]:
+        """Names of compressed layers that have no subspace, and are not being observed to get one."""
+        watched: set[str] = set() if self._observing is None else set(self._observing.layers)
+        return {name for name, layer in self.layers.items() if layer._lance.subspace is None} - watched
+
+    @property
     def calibrated(self) -> bool:
         """Whether every compressed layer has its subspace."""
         layers = self.layers
         return bool(layers) and all(layer._lance.subspace is not None for layer in layers.values())
 
-    def calibrate(self, passes: Sequence[Pass], reduce: Reduce | None = None, share: Share | None = None) -> None:
+    def calibrate(
+        self,
+        passes: Sequence[Pass],
+        reduce: Reduce | None = None,
+        share: Share | None = None,
+        only: set[str] | None = None,
+    ) -> None:
         """Find the subspaces from forward passes that leave no trace.
 
         Args:
             passes: forward passes, one for each calibration batch.
             reduce: sums accumulators over the processes of a distributed run.
             share: hands process 0's factors to all.
+            only: names of the layers; all by default, and always where a memory budget is to be shared by all.
 
         Raises:
             CalibrationError: see :func:`~lightning_lance.calibrate`.
         """
-        with calibrate(self.model, reduce, budget=self.config.budget) as calibration:
+        only = None if self.config.budget is not None else only
+        with calibrate(self.model, reduce, only, self.config.budget) as calibration:
             for run in passes:
                 run()
         self._settle(calibration, share)
 
-    def observe(self) -> None:
-        """Start to collect statistics in ordinary training steps."""
-        self._observing = Calibration(self.model, budget=self.config.budget)
-        self._observing.observe()
+    def observe(self, only: set[str] | None = None) -> None:
+        """Collect statistics in the training steps between :meth:`begin_step` and :meth:`end_step`, from now on.
+
+        Args:
+            only: names of the layers; all by default, and always where a memory budget is to be shared by all.
+        """
+        self._observing = Calibration(self.model, None if self.config.budget is not None else only, self.config.budget)
+        self.observed = 0
 
     @property
     def observing(self) -> bool:
         """Whether statistics are being collected in ordinary training steps."""
         return self._observing is not None
 
+    def begin_step(self) -> None:
+        """Collect, if observing, until :meth:`end_step`; a validation pass in between must not be collected."""
+        if self._observing is not None:
+            self._observing.observe()
+            self.observed += 1
+
+    def end_step(self) -> None:
+        """Stop collecting until the next step."""
+        if self._observing is not None:
+            self._observing.stop()
+
     def refresh(self, reduce: Reduce | None = None, share: Share | None = None) -> None:
-        """Assign new subspaces from what was observed since :meth:`observe`.
+        """Assign new subspaces from what was observed since :meth:`observe`; on NaN or Inf, keep the present ones.
 
         Raises:
             StateError: nothing is being observed.
+            CalibrationError: a layer that has no subspace yet saw NaN or Inf.
         """
         calibration = self._observing
         if calibration is None:
             raise StateError("refresh() without observe(): call observe(), run a few training steps, then refresh().")
         calibration.stop()
         self._observing = None
-        calibration.finish(reduce)
+        try:
+            calibration.finish(reduce)
+        except CalibrationError as error:
+            if not self.calibrated:
+                raise
+            warnings.warn(f"the subspaces were not refreshed: {error}", LanceWarning, stacklevel=2)
+            return
         self._settle(calibration, share)
 
     def _settle(self, calibration: Calibration, share: Share | None) -> None:
+        self._dropped |= {item.name: item for item in calibration.left}
         self.left += calibration.left
         if share is not None:
             self._assign(share(self._subspaces()))
@@ -140,13 +206,8 @@ class LanceSession:
         Args:
             run: a forward pass with gradients.
         """
-        if self._observing is not None:
-            self._observing.stop()
-        try:
-            self.report = self._measured(run)
-        finally:
-            if self._observing is not None:
-                self._observing.observe()
+        self.end_step()
+        self.report = self._measured(run)
         return self.report
 
     def _measured(self, run: Pass) -> Report:
@@ -184,11 +245,7 @@ class LanceSession:
         return Report(rows, list(self.left), before, after, captured, self._notes(after))
 
     def _notes(self, after: SavedBytes) -> list[str]:
-        norms = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and _frozen(module)
-        ]
+        norms = [name for name, module in frozen_norms(self.model).items() if module.training]
         by_module = after.by_module()
         held = sum(by_module.get(name, 0) for name in norms)
         if not held:
@@ -224,20 +281,20 @@ class LanceSession:
             "config": {"rank": repr(self.config.rank), "batch": self.config.batch},
             "subspaces": self._subspaces(),
             "order": order,
-            "left": [[item.name, item.type, item.reason] for item in self.left],
+            "dropped": [[item.name, item.type, item.reason] for item in self._dropped.values()],
+            "observed": self.observed,
             "observing": None
             if observing is None
             else {name: statistics.state_dict() for name, statistics in observing.statistics.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> set[str]:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with stored subspaces in a swapped model. The stored ones win over other options asked for.
+
+        Layers that are swapped but were not part of the stored run are then in :attr:`uncalibrated`.
 
         Args:
             state: what :meth:`state_dict` returned.
-
-        Returns:
-            Names of layers that are swapped but were not part of the stored run, and still need calibration.
 
         Raises:
             StateError: the state is of another version, or does not fit the model.
@@ -257,11 +314,12 @@ class LanceSession:
                 LanceWarning,
                 stacklevel=2,
             )
-        unseen = {name: (kind, reason) for name, kind, reason in state["left"]}
         layers = self.layers
-        for name, layer in layers.items():
-            if name in unseen and name not in state["subspaces"]:
-                module: Any = layer
+        self._dropped = {item[0]: LeftAlone(*item) for item in state["dropped"]}
+        self.left += self._dropped.values()
+        for name in self._dropped:
+            if name in layers:
+                module: Any = layers.pop(name)
                 uninstall(module)
         missing = sorted(set(state["subspaces"]) - set(layers))
         if missing:
@@ -270,23 +328,19 @@ class LanceSession:
                 LanceWarning,
                 stacklevel=2,
             )
-        self.left = [LeftAlone(*item) for item in state["left"]]
         self._assign(state["subspaces"])
         if layers:
             next(iter(layers.values()))._lance.order.state.copy_(torch.tensor(state["order"], dtype=torch.int64))
-        if state["observing"] is not None:
-            self.observe()
+        watched = set(state["observing"] or ()) & set(layers)
+        if watched:
+            self.observe(watched)
             assert self._observing is not None
             for name, statistics in self._observing.statistics.items():
                 if name in state["observing"]:
                     device = self._observing.layers[name].weight.device  # type: ignore[attr-defined]
                     statistics.load_state_dict(state["observing"][name], device)
-        return {name for name, layer in self.layers.items() if layer._lance.subspace is None}
+        self.observed = state["observed"]
 
 
 def _options(config: dict[str, Any]) -> str:
     return f"rank={config['rank']}, batch={config['batch']!r}"
-
-
-def _frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters(recurse=False))

@@ -110,13 +110,13 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
             left.append(LeftAlone(name or "the model itself", registry.base_class(module).__name__, why))
     if not candidates:
         raise PlanError(_nothing(model, left))
-    chosen_names = _select(candidates, config.layers, left)
+    chosen_names = _select(candidates, config.layers, left, _frozen_names(model))
     left += [
         LeftAlone(entry.name, registry.base_class(entry.module).__name__, f"not in layers={config.layers!r}")
         for entry in candidates
         if entry.name not in chosen_names
     ]
-    _check_rank_patterns(rules.patterns, candidates)
+    _check_rank_patterns(rules.patterns, [*(entry.name for entry in candidates), *_frozen_names(model)])
     wanted = {
         entry.name: entry for entry in [*candidates, *companions] if not entry.compress or entry.name in chosen_names
     }
@@ -131,7 +131,7 @@ def _wanted(variant: type[registry.Variant], config: LanceConfig) -> bool:
 
 def _nothing(model: nn.Module, left: list[LeftAlone]) -> str:
     allowed = ", ".join(registry.supported())
-    frozen = [name for name, module in model.named_modules() if registry.find(module) and _is_frozen(module)]
+    frozen = _frozen_names(model)
     text = (
         f"no layer of {type(model).__name__} can be compressed. Supported, with a weight that requires grad: {allowed}."
     )
@@ -144,12 +144,17 @@ def _nothing(model: nn.Module, left: list[LeftAlone]) -> str:
     return text
 
 
+def _frozen_names(model: nn.Module) -> list[str]:
+    """Supported layers whose weight is frozen; they may join when a fine-tuning schedule unfreezes them."""
+    return [name for name, module in model.named_modules() if registry.find(module) and _is_frozen(module)]
+
+
 def _is_frozen(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return weight is not None and not weight.requires_grad and any(v.compresses for v in registry.find(module))
 
 
-def _select(candidates: list[Planned], layers: object, left: list[LeftAlone]) -> set[str]:
+def _select(candidates: list[Planned], layers: object, left: list[LeftAlone], frozen: list[str]) -> set[str]:
     names = [entry.name for entry in candidates]
     if layers == "trainable":
         return set(names)
@@ -159,7 +164,7 @@ def _select(candidates: list[Planned], layers: object, left: list[LeftAlone]) ->
     chosen: set[str] = set()
     for pattern in patterns:
         found = {name for name in names if matches(name, pattern)}
-        if not found:
+        if not found and not any(matches(name, pattern) for name in frozen):
             barred = [str(item) for item in left if matches(item.name, pattern)]
             because = f" It names only what is left alone: {'; '.join(barred[:3])}." if barred else ""
             raise PlanError(
@@ -167,11 +172,15 @@ def _select(candidates: list[Planned], layers: object, left: list[LeftAlone]) ->
                 f"such as {closest(pattern, names)}. Patterns are shell-style ('layer4.*') or the name of a container."
             )
         chosen |= found
+    if not chosen:
+        raise PlanError(
+            f"layers={layers!r} names only layers whose weight is frozen, such as {closest(patterns[0], frozen)}. Set "
+            f"requires_grad on those to train, or name others: there are {len(names)}, such as {', '.join(names[:3])}."
+        )
     return chosen
 
 
-def _check_rank_patterns(patterns: dict[str, ModeRanks], candidates: list[Planned]) -> None:
-    names = [entry.name for entry in candidates]
+def _check_rank_patterns(patterns: dict[str, ModeRanks], names: list[str]) -> None:
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise PlanError(
@@ -198,17 +207,49 @@ def swap(model: nn.Module, what: Plan | LanceConfig | None = None) -> Plan:
         raise StateError("the model is swapped already. Call restore(model) first.")
     made = what if isinstance(what, Plan) else plan(model, what)
     order = SampleOrder(made.config.seed)
-    unbiased = made.config.batch == "unbiased"
     try:
         for entry in made.entries:
-            registry.install(entry.module, entry.variant)
-            if issubclass(entry.variant, Compressed):
-                ranks = entry.ranks or ModeRanks()
-                entry.module.__dict__["_lance"] = LayerState(entry.name, entry.compress, ranks, unbiased, order)
+            _install(entry, made.config, order)
     except BaseException:
         restore(model)
         raise
     return made
+
+
+def join(model: nn.Module, made: Plan) -> list[str]:
+    """Swap, in a swapped model, the layers of a newer plan that are not compressed yet.
+
+    Args:
+        model: a swapped model.
+        made: a plan of the model as it is now, after the weights of some layers were unfrozen.
+
+    Returns:
+        Names of the layers that joined. They run the stock path until calibrated.
+
+    Raises:
+        StateError: the model is not swapped.
+    """
+    order = next((layer._lance.order for layer in _swapped(model)), None)
+    if order is None:
+        raise StateError("the model is not swapped. Call swap(model) first.")
+    joined = []
+    for entry in made.entries:
+        compressed = isinstance(entry.module, Compressed) and entry.module._lance.selected
+        if compressed or (not entry.compress and registry.is_variant(entry.module)):
+            continue
+        registry.uninstall(entry.module)
+        _install(entry, made.config, order)
+        if entry.compress:
+            joined.append(entry.name)
+    return joined
+
+
+def _install(entry: Planned, config: LanceConfig, order: SampleOrder) -> None:
+    registry.install(entry.module, entry.variant)
+    if issubclass(entry.variant, Compressed):
+        ranks = entry.ranks or ModeRanks()
+        unbiased = config.batch == "unbiased"
+        entry.module.__dict__["_lance"] = LayerState(entry.name, entry.compress, ranks, unbiased, order)
 
 
 def restore(model: nn.Module) -> None:
