@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lance.linalg import mode_product
 from lightning_lance.ops.factors import Factors, compress, project_gradient
+from lightning_lance.ops.first_order import first_order_only
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -206,7 +206,7 @@ class LowRankConv(torch.autograd.Function):
         return convolve(input, weight, bias, geometry)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         core, weight, basis, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None

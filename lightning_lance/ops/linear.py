@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lance.linalg import mode_product
 from lightning_lance.ops.factors import Factors, compress, project_gradient
+from lightning_lance.ops.first_order import first_order_only
 
 
 def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
@@ -63,7 +63,7 @@ class LowRankLinear(torch.autograd.Function):
         return F.linear(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         core, weight, basis, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None

@@ -1,0 +1,35 @@
+"""Backward passes that cannot be differentiated again, and say so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lightning_lance.errors import LanceError
+
+Backward = Callable[..., Any]
+
+
+def first_order_only(backward: Backward) -> Backward:
+    """Decorator of a backward pass that reads saved tensors: raises where a graph of it is asked for.
+
+    :func:`~torch.autograd.function.once_differentiable` alone raises only where the incoming gradient requires grad;
+    elsewhere it returns constants, and the second derivative would silently miss what goes through the saved tensors.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise LanceError(
+                "a backward pass with create_graph=True reached a layer that keeps only a projection of its input, from "
+                "which no second derivative can be computed. Allowed: first derivatives. Leave this layer out "
+                "(layers=...), or call restore(model) before second derivatives are needed."
+            )
+        return once(ctx, *grads)
+
+    return checked
