@@ -223,7 +223,7 @@ def peak(device: torch.device) -> int:
 
 def work(options: argparse.Namespace) -> Run:
     """One run, in this process."""
-    for message in (".*does not have many workers", "You passed in a `val_dataloader` but have no"):
+    for message in (".*does not have many workers", "You passed in a `val_dataloader` but", ".*LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -313,7 +313,7 @@ def size(count: float) -> str:
 
 def times(before: float, after: float) -> str:
     """How many times less, as text."""
-    return f"{before / max(after, 1):.3g}x less"
+    return f"{before / max(after, 1):.3g}x"
 
 
 def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -325,7 +325,7 @@ def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """Header and rows of the comparison; memory and time are medians over the seeds."""
+    """Header and rows; memory and time are medians over the seeds, peak memory that above the idle process."""
     groups = by_variant(runs)
 
     def median(group: list[Run], name: str) -> float:
@@ -337,7 +337,7 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
             return text
         return f"{text} ({times(median(groups['plain'], name), median(group, name))})"
 
-    header = ["variant", "accuracy", "autograd keeps", "peak memory over idle", "seconds per step"]
+    header = ["variant", "accuracy", "autograd keeps", "peak memory", "s/step"]
     rows = [
         [
             variant,

@@ -98,7 +98,7 @@ def test_table_compares_with_plain() -> None:
     runs = [run("plain", score=0.95), run("plain", 1, 0.96), run("lance", score=0.94, kept=500_000)]
     assert table(runs)[1:] == [
         ["plain", "0.955 ± 0.007", "25.0 MB", "200.0 MB", "0.250"],
-        ["lance", "0.940", "500.0 KB (50x less)", "200.0 MB", "0.250"],
+        ["lance", "0.940", "500.0 KB (50x)", "200.0 MB", "0.250"],
     ]
     assert table([run("lance")])[1][2] == "25.0 MB"
 
@@ -106,7 +106,7 @@ def test_table_compares_with_plain() -> None:
 def test_benchmark_counts_the_inputs_of_the_convolutions() -> None:
     rows = accuracy.table([run("plain"), run("lance", kept=500_000, inputs=10_000)])
     assert rows[1][2:] == ["1.0 MB", "25.0 MB"]
-    assert rows[2][2:] == ["10.0 KB (100x less)", "500.0 KB (50x less)"]
+    assert rows[2][2:] == ["10.0 KB (100x)", "500.0 KB (50x)"]
 
 
 def test_mean_and_deviation() -> None:
