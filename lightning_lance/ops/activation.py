@@ -46,14 +46,14 @@ class ReLU(torch.autograd.Function):
         output = torch.relu_(input) if inplace else torch.relu(input)
         if inplace:
             ctx.mark_dirty(input)
-        _save(ctx, output <= 0)  # a NaN lets the gradient pass
+        _save(ctx, output.bool())  # positive or NaN, several times as fast as a comparison
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return flagged_gradient(_aten.threshold_backward, grad, bits, ctx.stride, 1.0, 0.0, 0), None
+        return flagged_gradient(_aten.threshold_backward, grad, bits, ctx.stride, 0.0, 1.0, 0), None
 
 
 class Hardtanh(torch.autograd.Function):
