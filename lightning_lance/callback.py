@@ -191,7 +191,7 @@ class LanceCallback(Callback):
                 session.calibrate(passes, _reduce(trainer), _share(trainer), missing)
         except _NotRehearsed as error:
             warnings.warn(
-                f"{_called(self.forward_fn, module)} cannot run without gradients ({error}). The next "
+                f"{_called(self.forward_fn, module)} failed without gradients ({error}). The next "
                 f"{self.config.calibration_batches} training steps keep whole activations and define the subspaces. "
                 "Give LanceCallback(forward_fn=lambda module, batch: ...) the forward pass to calibrate on.",
                 LanceWarning,

@@ -224,6 +224,19 @@ class EpochLoader:
         self._resumed = self.position < len(self)
 
 
+class Batches:
+    """Given batches, in this order in every epoch; a bare list would be several loaders to Lightning."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
 class Reseed(Callback):
     """Dropout that the number of the batch alone decides, so that a resumed run draws the same."""
 
