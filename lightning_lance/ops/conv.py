@@ -123,9 +123,26 @@ def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tup
     Returns:
         ``(B, C, *sizes)``.
     """
-    padded = (*shape[:2], *geometry.padded(shape[2:]))
-    stand_in = grad.new_empty(1).expand(padded)  # one element, read for its shape only
-    grad_padded, _ = _backward(grad, stand_in, weight.to(grad.dtype), geometry, (True, False))
+    # As a transposed convolution, since convolution_backward makes a full copy of any input on the CPU, even of one
+    # that it reads for its shape only. The operator is not one that autocast casts.
+    sizes = geometry.padded(shape[2:])
+    reached = [
+        (out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
+        for out, stride, padding, dilation, kernel in zip(
+            grad.shape[2:], geometry.stride, geometry.padding, geometry.dilation, geometry.kernel, strict=True
+        )
+    ]
+    grad_padded = torch.ops.aten.convolution(
+        grad,
+        weight.to(grad.dtype),
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        True,
+        [size - end for size, end in zip(sizes, reached, strict=True)],
+        geometry.groups,
+    )
     if not geometry.pad:
         return grad_padded
     if geometry.pad_mode == "constant":
