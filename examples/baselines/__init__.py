@@ -1,0 +1,1 @@
+"""Published continual-learning methods that Avalanche does not have."""
