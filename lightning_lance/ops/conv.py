@@ -132,7 +132,7 @@ def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tup
             grad.shape[2:], geometry.stride, geometry.padding, geometry.dilation, geometry.kernel, strict=True
         )
     ]
-    grad_padded = torch.ops.aten.convolution(
+    grad_padded: Tensor = torch.ops.aten.convolution(
         grad,
         weight.to(grad.dtype),
         None,
