@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 SEED = 1234
 
@@ -17,6 +18,9 @@ SEED = 1234
 def pytest_configure() -> None:
     """Use as many threads as `make test` asks for, also where OMP_NUM_THREADS came too late."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    # The same examples in every run, and no limit on time: a loaded machine must not fail a test.
+    settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True)
