@@ -39,12 +39,12 @@ class Reservation:
         whole = memory.reserved is None
         self.form = Form(side, weight.shape, whole)
         basis = memory.protected if memory.reserved is None else memory.reserved
-        self.basis = Parameter(basis.to(weight).contiguous(), requires_grad=False)
+        self.basis = Parameter(basis.to(weight.device).contiguous(), requires_grad=False)
         self.anchor: Parameter | None = None
         self.update: Parameter | None = None
         if whole:
             exact = side.rows(weight.detach()).double() @ self.basis.double()
-            self.anchor = Parameter(exact.to(weight.dtype), requires_grad=False)
+            self.anchor = Parameter(exact.to(basis.dtype), requires_grad=False)
         else:
             rows = weight.numel() // side.width
             self.update = Parameter(weight.new_zeros(rows, self.basis.shape[2]))

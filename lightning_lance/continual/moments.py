@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -104,20 +102,27 @@ class FeatureMoments:
         grams = [] if self._gram is None else [self._gram]
         return grams + [tensor for sketch in self._sketches for tensor in sketch.tensors()]
 
+    def check(self) -> None:
+        """Look for NaN and Inf.
+
+        Raises:
+            CalibrationError: there are some.
+        """
+        tensors = [*self._rows, *([] if self._gram is None else [self._gram]), *(s.sample for s in self._sketches)]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise CalibrationError(
+                f"{self.label} received NaN or Inf. Finite inputs are needed: check the data, its normalisation, and "
+                "whether training diverged."
+            )
+
     def groups(self) -> list[Moments]:
         """Moments of each group.
 
         Raises:
             CalibrationError: the inputs hold NaN or Inf.
         """
-        found = [self._moments(group) for group in range(self.side.groups)]
-        for moments in found:
-            if not math.isfinite(moments.total):
-                raise CalibrationError(
-                    f"{self.label} received NaN or Inf (sum of squares {moments.total}). Finite inputs are needed: "
-                    "check the data, its normalisation, and whether training diverged."
-                )
-        return found
+        self.check()
+        return [self._moments(group) for group in range(self.side.groups)]
 
     def _moments(self, group: int) -> Moments:
         if self._gram is not None:

@@ -22,6 +22,7 @@ from lightning_lance.layers.compressed import Compressed
 from lightning_lance.ranks import closest, matches
 from lightning_lance.sampling import SampleOrder
 from lightning_lance.session import LanceSession, Pass
+from lightning_lance.surgery import restore
 
 CONTINUAL_STATE_VERSION = 1
 
@@ -117,7 +118,7 @@ class ContinualSession:
         if self._run is not None:
             raise StateError("begin_experience() while one is running: call end_experience() or abandon() first.")
         self._check_heads(model)
-        run = self._run = _Run(model, self.config, _matching(model, [*self.options.heads, *heads]))
+        run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
         try:
             self._begin(run, passes, list(optimizers), reduce, sum_over)
         except BaseException:
@@ -200,12 +201,14 @@ class ContinualSession:
             raise StateError("end_experience() got another model than begin_experience().")
         run.restore()
         moments = self._moments(run.layers)
-        handles = _observe(model, moments)
+        called: set[str] = set()
+        handles = [*_observe(model, moments), *_note_calls(model, called)]
         try:
             _run_passes(model, passes, training=False)
             if sum_over is not None:
                 _sum(moments, sum_over)
-            spectra = {name: found.groups() for name, found in moments.items()}
+            for found in moments.values():
+                found.check()
         except BaseException:
             self.abandon()
             raise
@@ -214,12 +217,15 @@ class ContinualSession:
                 handle.remove()
         threshold = self.options.threshold_of(self.experience)
         for name, found in moments.items():
-            if any(group.total > 0.0 for group in spectra[name]) or found.count:
-                self.memories[name].protect(found, threshold)
+            memory = self.memories[name]
+            if found.count:
+                memory.protect(found, threshold)
+            elif any(memory.counts):
+                memory.abandon()
             else:
-                # Its weight is used, if at all, by a function that we do not see: freeze it from now on.
+                # Its forward never ran. Where its weight has changed, a function that we do not see uses it.
                 del self.memories[name]
-        self._known |= {name for name, _ in model.named_modules()}
+        self._known |= called | run.changed()
         self.experience += 1
         self._run = None
         capacity = self.capacity()
@@ -399,7 +405,7 @@ class ContinualSession:
 class _Run:
     """What one experience changes in a model, and how to undo it."""
 
-    def __init__(self, model: nn.Module, config: LanceConfig, heads: set[str]) -> None:
+    def __init__(self, model: nn.Module, known: set[str], heads: set[str]) -> None:
         self.model = model
         self.heads = heads
         self.compression: LanceSession | None = None
@@ -407,6 +413,12 @@ class _Run:
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
         self._replaced: list[tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]] = []
+        self._before = {name: _fingerprint(module) for name, module in model.named_modules() if name not in known}
+
+    def changed(self) -> set[str]:
+        """Names of modules whose own parameters or buffers have changed, among those that were not known before."""
+        modules = dict(self.model.named_modules())
+        return {n for n, before in self._before.items() if n in modules and _fingerprint(modules[n]) != before}
 
     def freeze(self, parameter: Any) -> None:
         parameter.requires_grad_(False)
@@ -437,8 +449,7 @@ class _Run:
         """Undo everything; the effective weights stay. Does nothing the second time."""
         for handle in self._handles:
             handle.remove()
-        for module in self.model.modules():
-            registry.uninstall(module)
+        restore(self.model)
         for optimizer, weight, update in self._replaced:
             _substitute(optimizer, update, weight)
             optimizer.state.pop(update, None)
@@ -487,6 +498,18 @@ def _observe(model: nn.Module, moments: dict[str, FeatureMoments]) -> list[Any]:
         return hook
 
     return [modules[name].register_forward_pre_hook(see(found)) for name, found in moments.items()]
+
+
+def _note_calls(model: nn.Module, called: set[str]) -> list[Any]:
+    def note(name: str) -> Any:
+        return lambda _, __: called.add(name)
+
+    return [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
+
+
+def _fingerprint(module: nn.Module) -> float:
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return sum(float(tensor.detach().double().sum()) for tensor in own)
 
 
 def _run_passes(model: nn.Module, passes: Sequence[Pass], training: bool) -> None:

@@ -55,15 +55,17 @@ class Parts(NamedTuple):
 
 
 def effective_weight(parts: Parts, form: Form) -> Tensor:
-    """``W``, in the precision of the parameters also under autocast."""
+    """``W``, computed in the precision of the basis, also under autocast."""
     trained, basis, anchor = parts
+    dtype = basis.dtype
     with _full_precision(trained.device.type):
         if form.complement:
-            rows = form.side.rows(trained)
+            rows = form.side.rows(trained).to(dtype)
             excess = torch.baddbmm(anchor, rows, basis, beta=-1)
-            return form.side.weight(torch.baddbmm(rows, excess, basis.mT, alpha=-1), form.shape)
-        update = trained.view(form.side.groups, -1, trained.shape[1])
-        return form.side.weight(torch.baddbmm(form.side.rows(anchor), update, basis.mT), form.shape)
+            return form.side.weight(torch.baddbmm(rows, excess, basis.mT, alpha=-1), form.shape).to(trained.dtype)
+        update = trained.view(form.side.groups, -1, trained.shape[1]).to(dtype)
+        merged = torch.baddbmm(form.side.rows(anchor).to(dtype), update, basis.mT)
+        return form.side.weight(merged, form.shape).to(anchor.dtype)
 
 
 def trained_grad(weight_grad: Tensor, basis: Tensor, form: Form) -> Tensor:

@@ -1,0 +1,143 @@
+"""The plugin: which Avalanche hook calls which step of :class:`~lightning_lance.continual.ContinualSession`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+from avalanche.core import SupervisedPlugin
+
+from lightning_lance.avalanche.heads import find_heads
+from lightning_lance.config import LanceConfig, Layers, Rank
+from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
+from lightning_lance.errors import LanceWarning
+from lightning_lance.isolation import isolated
+
+
+class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
+    """Learn a stream without forgetting, with compressed activations, in any Avalanche strategy and with any optimiser.
+
+    Before an experience the layers are calibrated on a few of its batches and swapped in place for variants that keep
+    a low-rank core of their input; after it the model gets its own layers back, and the input directions that they need
+    are protected. From the second experience on the weights of shared layers change only outside of them, and what
+    cannot be protected in this way is frozen: biases, norms, layers of other types. Heads that Avalanche adapts
+    (``MultiHeadClassifier``, ``IncrementalClassifier``) are found by themselves; name other heads in ``heads``.
+
+    Method: LANCE (Apolinario & Roy, arXiv 2509.21617). Give it as the first plugin, so that others see the model as it
+    is between experiences. Where training fails, call :meth:`restore`, or use
+    :class:`~lightning_lance.avalanche.LanceStrategy`, which does it for you.
+
+    Args:
+        rank: see :class:`~lightning_lance.LanceConfig`, as ``batch``, ``layers``, ``companions``, ``memory_budget``,
+            ``calibration_batches`` and ``seed``.
+        batch: ``"unbiased"`` or ``"projected"``.
+        layers: which layers keep a compressed input. Which are protected does not depend on it.
+        companions: also swap the layers beside them for exact variants that keep less.
+        memory_budget: bytes for the cores and factors of all compressed layers.
+        calibration_batches: batches of the experience that define the subspaces, before and after it.
+        seed: seed of the random sample orders.
+        threshold: see :class:`~lightning_lance.continual.ContinualConfig`, as ``threshold_growth``, ``reserved``,
+            ``feature_side`` and ``heads``.
+        threshold_growth: added to the threshold after each experience.
+        reserved: directions that an experience may change: ``"full"``, an int or a float.
+        feature_side: ``"patch"`` or ``"channel"``.
+        heads: name patterns of modules that train freely and are not protected.
+
+    Attributes:
+        session: the bases and the state of the stream.
+
+    Raises:
+        ConfigError: an option has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: Rank = "auto",
+        batch: Literal["unbiased", "projected"] = "unbiased",
+        layers: Layers = "trainable",
+        companions: bool | Literal["approximate"] = True,
+        memory_budget: int | str | None = None,
+        calibration_batches: int = 8,
+        seed: int = 0,
+        threshold: float = 0.97,
+        threshold_growth: float = 0.003,
+        reserved: int | float | Literal["full"] = "full",
+        feature_side: Literal["patch", "channel"] = "patch",
+        heads: str | Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        config = LanceConfig(
+            rank=rank,
+            batch=batch,
+            layers=layers,
+            companions=companions,
+            memory_budget=memory_budget,
+            calibration_batches=calibration_batches,
+            seed=seed,
+        )
+        options = ContinualConfig(
+            threshold=threshold,
+            threshold_growth=threshold_growth,
+            reserved=reserved,
+            feature_side=feature_side,
+            heads=heads,
+        )
+        self.session = ContinualSession(config, options)
+        self._said: set[str] = set()
+
+    @property
+    def capacity(self) -> dict[str, Capacity]:
+        """Layer name -> directions taken and free."""
+        return self.session.capacity()
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Swap, calibrate, freeze and reserve. The model is adapted to the experience already."""
+        self.restore()  # what an interrupted run has left
+        own, shared = find_heads(strategy.model)
+        self._say_unprotected(shared)
+        self.session.begin_experience(
+            strategy.model, self._passes(strategy), [strategy.optimizer], heads=[*own, *shared]
+        )
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Restore the model and protect what the experience needs."""
+        self.session.end_experience(strategy.model, self._passes(strategy))
+
+    def restore(self) -> None:
+        """Give the model its own layers back after an error in training. Does nothing where there is nothing to do.
+
+        What the failed experience has learned so far stays in the weights, and earlier ones are still protected.
+        """
+        if self.session.running:
+            self.session.abandon()
+
+    def _passes(self, strategy: Any) -> list[Callable[[], Any]]:
+        """Forward passes of the strategy on the first batches of its loader, drawn without a trace."""
+        with isolated(strategy.model):
+            batches = list(islice(strategy.dataloader, self.session.config.calibration_batches))
+
+        def run(batch: Any) -> Any:
+            current = strategy.mbatch
+            strategy.mbatch = list(batch)
+            try:
+                strategy._unpack_minibatch()
+                return strategy.forward()
+            finally:
+                strategy.mbatch = current
+
+        return [lambda batch=batch: run(batch) for batch in batches]  # type: ignore[misc]
+
+    def _say_unprotected(self, shared: list[str]) -> None:
+        fresh = [name for name in shared if name not in self._said]
+        self._said.update(fresh)
+        if fresh:
+            warnings.warn(
+                f"{', '.join(name or 'the model' for name in fresh)}: one classifier for all experiences, which is not "
+                "protected; it forgets as without LANCE. A MultiHeadClassifier has a head for each task, and a plain "
+                "linear classifier is protected.",
+                LanceWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,92 @@
+"""The strategy: Avalanche's supervised template with the plugin in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from avalanche.core import BasePlugin
+from avalanche.training.templates import SupervisedTemplate
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lance.avalanche.plugin import LancePlugin
+from lightning_lance.config import Layers, Rank
+
+
+class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
+    """Learn a stream without forgetting, with compressed activations: ``LanceStrategy(model=..., optimizer=...)``.
+
+    Takes the arguments of Avalanche's own strategies (``criterion``, ``train_mb_size``, ``train_epochs``,
+    ``eval_mb_size``, ``device``, ``plugins``, ``evaluator``, ``eval_every``, ``peval_mode``) and those of
+    :class:`~lightning_lance.avalanche.LancePlugin`. After an error in :meth:`train` the model has its own layers back.
+
+    Args:
+        model: the model.
+        optimizer: any optimiser of the model's parameters.
+        plugins: further plugins, which come after ours; the list is not changed.
+        rank: see :class:`~lightning_lance.avalanche.LancePlugin`, as all that follow.
+        batch: ``"unbiased"`` or ``"projected"``.
+        layers: which layers keep a compressed input.
+        companions: also swap the layers beside them for exact variants that keep less.
+        memory_budget: bytes for the cores and factors of all compressed layers.
+        calibration_batches: batches that define the subspaces of an experience.
+        seed: seed of the random sample orders.
+        threshold: fraction of an experience's input energy that is protected after it.
+        threshold_growth: added to the threshold after each experience.
+        reserved: directions that an experience may change: ``"full"``, an int or a float.
+        feature_side: ``"patch"`` or ``"channel"``.
+        heads: name patterns of modules that train freely and are not protected.
+        base_kwargs: all other arguments of :class:`avalanche.training.templates.SupervisedTemplate`.
+
+    Attributes:
+        lance: the plugin.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        plugins: Sequence[BasePlugin] | None = None,
+        rank: Rank = "auto",
+        batch: Literal["unbiased", "projected"] = "unbiased",
+        layers: Layers = "trainable",
+        companions: bool | Literal["approximate"] = True,
+        memory_budget: int | str | None = None,
+        calibration_batches: int = 8,
+        seed: int = 0,
+        threshold: float = 0.97,
+        threshold_growth: float = 0.003,
+        reserved: int | float | Literal["full"] = "full",
+        feature_side: Literal["patch", "channel"] = "patch",
+        heads: str | Sequence[str] = (),
+        **base_kwargs: Any,
+    ) -> None:
+        lance = LancePlugin(
+            rank=rank,
+            batch=batch,
+            layers=layers,
+            companions=companions,
+            memory_budget=memory_budget,
+            calibration_batches=calibration_batches,
+            seed=seed,
+            threshold=threshold,
+            threshold_growth=threshold_growth,
+            reserved=reserved,
+            feature_side=feature_side,
+            heads=heads,
+        )
+        super().__init__(model=model, optimizer=optimizer, plugins=[lance, *(plugins or ())], **base_kwargs)
+
+    @property
+    def lance(self) -> LancePlugin:
+        """The plugin."""
+        return next(plugin for plugin in self.plugins if isinstance(plugin, LancePlugin))
+
+    def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
+        """See :meth:`avalanche.training.templates.SupervisedTemplate.train`."""
+        try:
+            return super().train(experiences, eval_streams, **kwargs)
+        finally:
+            self.lance.restore()
