@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -271,6 +271,9 @@ class LanceSession:
                 dtype = module.weight.dtype if factor is None else factor.dtype
                 layer._lance.subspace = found.to(module.weight.device, dtype)
 
+    def _options(self) -> dict[str, Any]:
+        return {"rank": _plain(self.config.rank), "batch": self.config.batch}
+
     def state_dict(self) -> dict[str, Any]:
         """Subspaces and the state of the sample orders, in plain containers and CPU tensors."""
         layers = self.layers
@@ -278,7 +281,7 @@ class LanceSession:
         observing = self._observing
         return {
             "version": STATE_VERSION,
-            "config": {"rank": repr(self.config.rank), "batch": self.config.batch},
+            "config": self._options(),
             "subspaces": self._subspaces(),
             "order": order,
             "dropped": [[item.name, item.type, item.reason] for item in self._dropped.values()],
@@ -306,14 +309,19 @@ class LanceSession:
             )
         if not is_swapped(self.model):
             raise StateError("load_state_dict() needs a swapped model: call start() first.")
-        asked = {"rank": repr(self.config.rank), "batch": self.config.batch}
-        if state["config"] != asked:
+        stored, asked = state["config"], self._options()
+        if stored != asked:
             warnings.warn(
-                f"the resumed run continues with its stored subspaces ({_options(state['config'])}); {_options(asked)} "
-                "was asked for and is ignored. Start a new fit to use it.",
+                f"the resumed run continues with its stored subspaces ({_text(stored)}); {_text(asked)} was asked for "
+                "and is ignored. Start a new fit to use it.",
                 LanceWarning,
                 stacklevel=2,
             )
+            self.config = replace(self.config, **stored)
+            rules = self.config.rules()
+            for name, layer in self.layers.items():
+                layer._lance.ranks = rules.for_layer(name)
+                layer._lance.unbiased = self.config.batch == "unbiased"
         layers = self.layers
         self._dropped = {item[0]: LeftAlone(*item) for item in state["dropped"]}
         self.left += self._dropped.values()
@@ -342,5 +350,9 @@ class LanceSession:
         self.observed = state["observed"]
 
 
-def _options(config: dict[str, Any]) -> str:
-    return f"rank={config['rank']}, batch={config['batch']!r}"
+def _text(config: dict[str, Any]) -> str:
+    return f"rank={config['rank']!r}, batch={config['batch']!r}"
+
+
+def _plain(rank: Any) -> Any:
+    return {key: _plain(value) for key, value in rank.items()} if isinstance(rank, Mapping) else rank
