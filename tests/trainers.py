@@ -198,16 +198,19 @@ class EpochLoader:
     def __init__(self, count: int = 40, batch_size: int = 8) -> None:
         self.images = Images(count)
         self.batch_size = batch_size
-        self.epoch = -1
+        self.epoch = 0
         self.position = 0
         self._resumed = False
+        self.sampler = self  # whose set_epoch the Trainer calls
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         if not self._resumed:
-            self.epoch += 1
             self.position = 0
         self._resumed = False
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch)).tolist()
