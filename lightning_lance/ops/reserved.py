@@ -11,6 +11,7 @@ of the input. No copy of ``W`` is kept for backward.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -63,8 +64,9 @@ def effective_weight(parts: Parts, form: Form) -> Tensor:
             rows = form.side.rows(trained).to(dtype)
             excess = torch.baddbmm(anchor, rows, basis, beta=-1)
             return form.side.weight(torch.baddbmm(rows, excess, basis.mT, alpha=-1), form.shape).to(trained.dtype)
-        update = trained.view(form.side.groups, -1, trained.shape[1]).to(dtype)
-        merged = torch.baddbmm(form.side.rows(anchor).to(dtype), update, basis.mT)
+        rows = form.side.rows(anchor).to(dtype)
+        update = trained.view(rows.shape[0], rows.shape[1], -1).to(dtype)
+        merged = torch.baddbmm(rows, update, basis.mT)
         return form.side.weight(merged, form.shape).to(anchor.dtype)
 
 
@@ -83,11 +85,8 @@ def _full_precision(device: str) -> Any:
 def _on_activations(rows: int, dtype: torch.dtype, parts: Parts, form: Form) -> bool:
     """Whether projecting inputs and gradients costs less than writing the weight out, forward and backward."""
     out, width = form.shape
-    if (
-        dtype != parts.trained.dtype
-        or parts.basis.shape[2] == 0
-        or torch.is_autocast_enabled(parts.trained.device.type)
-    ):
+    plain = dtype == parts.trained.dtype == parts.basis.dtype and parts.basis.shape[2] > 0
+    if not plain or torch.is_autocast_enabled(parts.trained.device.type):
         return False
     return rows * (2 * width + out) < 2 * out * width if form.complement else rows * (out + width) < out * width
 
@@ -105,7 +104,8 @@ def _linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form) -> tup
     else:
         projected = part
         output = F.linear(flat, anchor, bias).addmm_(part, trained.T)
-    return output.view(*input.shape[:-1], -1), projected.view(*input.shape[:-1], -1)
+    leading = input.shape[:-1]
+    return output.view(*leading, output.shape[1]), projected.view(*leading, projected.shape[1])
 
 
 def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
@@ -118,7 +118,7 @@ def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
         found.addmm_(flat @ anchor[0] - found @ basis[0], basis[0].T)
     else:
         found = (flat @ anchor).addmm_(flat @ trained, basis[0].T)
-    return found.view(*grad.shape[:-1], -1)
+    return found.view(*grad.shape[:-1], found.shape[1])
 
 
 class ReservedLinear(torch.autograd.Function):
@@ -171,7 +171,7 @@ class ReservedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             complement = ctx.form.complement
             factors = Factors(batch, order, ctx.scale, channel if complement else None, tuple(spatial))
-            few = channel is None and core.numel() // core.shape[-1] < grad.shape[-1]
+            few = channel is None and math.prod(core.shape[:-1]) < grad.shape[-1]
             if not ctx.projected and few:
                 core = project_out(core.to(grad.dtype), basis[0].to(grad.dtype))
             grad_trained = linear_weight_grad(grad, core, factors)
