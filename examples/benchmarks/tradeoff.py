@@ -46,6 +46,11 @@ SETTINGS: dict[str, LanceConfig | None] = {
     "batch 8, spatial .9 (auto)": LanceConfig(rank={"batch": 8, "spatial": 0.9}),
     "batch 8, spatial .7": LanceConfig(rank={"batch": 8, "spatial": 0.7}),
     "batch 4, spatial .9": LanceConfig(rank={"batch": 4, "spatial": 0.9}),
+    "spatial .9": LanceConfig(rank={"batch": "full", "spatial": 0.9}),
+    "spatial .97": LanceConfig(rank={"batch": "full", "spatial": 0.97}),
+    "spatial .99": LanceConfig(rank={"batch": "full", "spatial": 0.99}),
+    "batch 8, spatial .97": LanceConfig(rank={"batch": 8, "spatial": 0.97}),
+    "batch 8, spatial .99": LanceConfig(rank={"batch": 8, "spatial": 0.99}),
     "published, energy .7, refresh": LanceConfig(rank=0.7, batch="projected", refresh="epoch"),
     "published, energy .9, refresh": LanceConfig(rank=0.9, batch="projected", refresh="epoch"),
 }
