@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lance.linalg import mode_product
+from lightning_lance.ops.backward import first_order_only, outside_autocast
 from lightning_lance.ops.factors import Factors, compress, project_gradient
-from lightning_lance.ops.first_order import first_order_only
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -82,6 +82,37 @@ def pad_input(tensor: Tensor, geometry: Geometry) -> Tensor:
     return F.pad(tensor, geometry.pad, geometry.pad_mode) if geometry.pad else tensor
 
 
+def pad_adjoint(grad: Tensor, geometry: Geometry, sizes: tuple[int, ...]) -> Tensor:
+    """Adjoint of :func:`pad_input`: what was padded goes back to the positions that it was copied from.
+
+    Args:
+        grad: ``(B, C, *padded)``.
+        geometry: static arguments.
+        sizes: spatial sizes before padding.
+
+    Returns:
+        ``(B, C, *sizes)``.
+    """
+    if geometry.pad_mode == "constant":
+        return F.pad(grad, [-n for n in geometry.pad])
+    for axis, size in enumerate(sizes):
+        before, after = geometry.pad[::2][-1 - axis], geometry.pad[1::2][-1 - axis]
+        if not before and not after:
+            continue
+        position = torch.arange(-before, size + after, device=grad.device)
+        if geometry.pad_mode == "circular":
+            source = position.remainder(size)
+        elif geometry.pad_mode == "replicate":
+            source = position.clamp(0, size - 1)
+        else:
+            source = (size - 1) - ((size - 1) - position.abs()).abs()
+        inner = grad.narrow(2 + axis, before, size).clone()
+        for start, length in ((0, before), (before + size, after)):
+            inner.index_add_(2 + axis, source[start : start + length], grad.narrow(2 + axis, start, length))
+        grad = inner
+    return grad
+
+
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The stock convolution of a geometry, differentiable."""
     conv: Any = _CONV[len(geometry.kernel)]
@@ -145,12 +176,7 @@ def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tup
     )
     if not geometry.pad:
         return grad_padded
-    if geometry.pad_mode == "constant":
-        return F.pad(grad_padded, [-n for n in geometry.pad])
-    with torch.enable_grad():
-        origin = grad_padded.new_zeros(shape, requires_grad=True)
-        padded_origin = pad_input(origin, geometry)
-    return torch.autograd.grad(padded_origin, origin, grad_padded)[0]
+    return pad_adjoint(grad_padded, geometry, shape[2:])
 
 
 def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geometry, factors: Factors) -> Tensor:
@@ -224,6 +250,7 @@ class LowRankConv(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         core, weight, basis, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None

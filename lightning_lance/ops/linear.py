@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lance.linalg import mode_product
+from lightning_lance.ops.backward import first_order_only, outside_autocast
 from lightning_lance.ops.factors import Factors, compress, project_gradient
-from lightning_lance.ops.first_order import first_order_only
 
 
 def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
@@ -64,6 +64,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         core, weight, basis, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None

@@ -1,4 +1,4 @@
-"""Backward passes that cannot be differentiated again, and say so."""
+"""Decorators of backward passes that are written out by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_lance.errors import LanceError
@@ -33,3 +34,20 @@ def first_order_only(backward: Backward) -> Backward:
         return once(ctx, *grads)
 
     return checked
+
+
+def outside_autocast(backward: Backward) -> Backward:
+    """Decorator of a backward pass that casts its operands itself, for a call of ``backward()`` under autocast.
+
+    Autocast would give the operations in it dtypes of its own, and some of them, such as padding by reflection,
+    another one than their neighbours.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> Any:
+        if not torch.is_autocast_enabled(grad.device.type):
+            return backward(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return run
