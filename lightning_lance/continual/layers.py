@@ -38,6 +38,7 @@ class Reservation:
     def __init__(self, weight: Tensor, memory: LayerMemory, side: FeatureSide) -> None:
         whole = memory.reserved is None
         self.form = Form(side, weight.shape, whole)
+        self._start = fingerprint(weight)
         basis = memory.protected if memory.reserved is None else memory.reserved
         self.basis = Parameter(basis.to(weight.device).contiguous(), requires_grad=False)
         self.anchor: Parameter | None = None
@@ -68,16 +69,22 @@ class Reservation:
 
         A truncated reservation has nothing to drop.
         """
-        if self.update is None:
+        if self.update is None and fingerprint(weight) != self._start:
             # Through .data, so that a graph that saved the weight can still run backward.
             weight.data.copy_(self.effective(weight))
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> None:
-        """Write the effective weight into the layer's own."""
-        weight.data.copy_(self.effective(weight))
-        if self.update is not None:
+        """Write the effective weight into the layer's own; one that was not trained stays bit for bit."""
+        self.settle(weight)
+        if self.update is not None and bool(self.update.any()):
+            weight.data.copy_(self.effective(weight))
             self.update.zero_()
+
+
+def fingerprint(*tensors: Tensor) -> float:
+    """A number that changes when values do."""
+    return sum(float(tensor.detach().double().sum()) for tensor in tensors)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lance.calibration import Reduce, eager
 from lightning_lance.config import LanceConfig
 from lightning_lance.continual.config import ContinualConfig
-from lightning_lance.continual.layers import Reservation, install_reservation, reserved_variant
+from lightning_lance.continual.layers import Reservation, fingerprint, install_reservation, reserved_variant
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import FeatureMoments
 from lightning_lance.errors import LanceWarning, PlanError, StateError
@@ -412,6 +412,7 @@ class _Run:
         self.layers: dict[str, nn.Module] = {}
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
+        self._in_training: list[nn.Module] = []
         self._replaced: list[tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]] = []
         self._before = {name: _fingerprint(module) for name, module in model.named_modules() if name not in known}
 
@@ -427,7 +428,8 @@ class _Run:
 
     def keep_statistics(self, norm: nn.Module) -> None:
         """Normalise with the running statistics, and leave them as they are, also after ``model.train()``."""
-        norm.eval()
+        self._in_training += [norm] if norm.training else []
+        norm.training = False
         self._handles.append(norm.register_forward_pre_hook(_to_eval))
 
     def replace(self, weight: Any, update: nn.Parameter, optimizers: list[torch.optim.Optimizer], name: str) -> None:
@@ -455,7 +457,10 @@ class _Run:
             optimizer.state.pop(update, None)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._handles, self._frozen, self._replaced, self.compression = [], [], [], None
+        for norm in self._in_training:
+            norm.training = True
+        self._handles, self._in_training, self._frozen, self._replaced = [], [], [], []
+        self.compression = None
 
 
 def _to_eval(norm: nn.Module, _: Any) -> None:
@@ -508,8 +513,7 @@ def _note_calls(model: nn.Module, called: set[str]) -> list[Any]:
 
 
 def _fingerprint(module: nn.Module) -> float:
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return sum(float(tensor.detach().double().sum()) for tensor in own)
+    return fingerprint(*module.parameters(recurse=False), *module.buffers(recurse=False))
 
 
 def _run_passes(model: nn.Module, passes: Sequence[Pass], training: bool) -> None:
