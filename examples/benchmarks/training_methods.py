@@ -1,0 +1,200 @@
+"""Ways to train a case, side by side: each makes a network ready in place and finds what it needs before training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from examples.baselines.asi import install_asi
+from examples.baselines.hosvd import install_hosvd
+from examples.benchmarks.cases import NETWORKS, Case
+from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
+
+Pass: TypeAlias = Callable[[], Tensor]
+"""One forward pass with the loss."""
+
+
+class Method:
+    """Plain training, and what the other methods change of it.
+
+    Attributes:
+        calibrates: whether `calibrate` does anything.
+    """
+
+    calibrates = False
+
+    def install(self, model: nn.Module, case: Case) -> None:
+        """Make the network ready, in place; parameters stay the same objects in the same order."""
+
+    def calibrate(self, passes: Sequence[Pass]) -> None:
+        """Find what the method needs before training, from a few forward passes."""
+
+    def saved(self, run: Pass, model: nn.Module) -> int:
+        """Bytes that autograd keeps for one pass."""
+        return measure_saved_bytes(run, model).total
+
+    def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
+        """Bytes kept of the inputs of the trained layers, by formula; `None` where no formula is published."""
+        sizes: list[int] = []
+
+        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sizes.append(inputs[0].numel() * inputs[0].element_size())
+
+        hooks = [layer.register_forward_pre_hook(note) for layer in case.layers(model)]
+        with torch.no_grad():
+            run()
+        for hook in hooks:
+            hook.remove()
+        return sum(sizes)
+
+
+class Checkpointing(Method):
+    """Activation checkpointing of every block: keeps the blocks' inputs, runs their forward pass again in backward."""
+
+    def install(self, model: nn.Module, case: Case) -> None:
+        network = NETWORKS[case.network]
+        for block in network.block_modules(model):
+            self._wrap(block)
+        if network.stem:
+            # One segment, at the place of its first module.
+            first, *rest = network.stem
+            segment = nn.Sequential(*[model.get_submodule(name) for name in network.stem])
+            setattr(model, first, segment)
+            for name in rest:
+                setattr(model, name, nn.Identity())
+            self._wrap(segment)
+
+    @staticmethod
+    def _wrap(module: nn.Module) -> None:
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+    def saved(self, run: Pass, model: nn.Module) -> int:
+        # Reading what a checkpointed node saved would run its block again, so count what is alive instead.
+        return living_bytes(run, model)
+
+    def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
+        return None
+
+
+class PerStep(Method):
+    """A baseline that decomposes each input at every step."""
+
+    def __init__(self, install: Callable[[Sequence[nn.Module]], None]) -> None:
+        self._install = install
+
+    def install(self, model: nn.Module, case: Case) -> None:
+        self._install(case.layers(model))
+
+    def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
+        run()
+        return sum(layer.formula_bytes for layer in case.layers(model))  # type: ignore[misc]
+
+
+class WarmStart(PerStep):
+    """A baseline whose first pass settles the ranks."""
+
+    calibrates = True
+
+    def calibrate(self, passes: Sequence[Pass]) -> None:
+        passes[0]()
+
+
+class Lance(Method):
+    """This package.
+
+    Args:
+        config: its options; the layers are those that train.
+    """
+
+    calibrates = True
+
+    def __init__(self, config: LanceConfig) -> None:
+        self.config = config
+
+    def install(self, model: nn.Module, case: Case) -> None:
+        self.session = LanceSession(model, self.config)
+        self.session.start()
+
+    def calibrate(self, passes: Sequence[Pass]) -> None:
+        self.session.calibrate(passes)
+
+    def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
+        return sum(layer.formula_bytes for layer in self.session.measure(run).layers)
+
+
+class Uncalibrated(Lance):
+    """Swapped, but not calibrated: every compressed layer runs its stock path."""
+
+    calibrates = False
+
+    def calibrate(self, passes: Sequence[Pass]) -> None:
+        """Nothing."""
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "plain": Method,
+    "checkpointing": Checkpointing,
+    "hosvd": lambda: PerStep(install_hosvd),
+    "asi": lambda: WarmStart(install_asi),
+    "published": lambda: Lance(LanceConfig(rank=0.7, batch="projected", companions=False)),
+    "inputs-only": lambda: Lance(LanceConfig(companions=False)),
+    "exact": lambda: Lance(LanceConfig()),
+    "approximate": lambda: Lance(LanceConfig(companions="approximate")),
+    "uncalibrated": lambda: Uncalibrated(LanceConfig(companions=False)),
+}
+
+TITLES = {
+    "plain": "plain",
+    "checkpointing": "activation checkpointing",
+    "hosvd": "HOSVD each step, energy .8",
+    "asi": "ASI, energy .8",
+    "published": "LANCE as published, energy .7",
+    "inputs-only": "ours, inputs only",
+    "exact": "ours",
+    "approximate": "ours, approximate companions",
+    "uncalibrated": "ours, inputs only, uncalibrated",
+}
+
+MEMORY = [name for name in METHODS if name != "uncalibrated"]
+"""The methods that make a difference to memory."""
+
+
+def find(names: Sequence[str]) -> list[str]:
+    """Checked names of methods.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    return list(names)
+
+
+def living_bytes(run: Pass, model: nn.Module) -> int:
+    """Bytes of all storages that autograd keeps alive for the result of a pass, parameters and buffers left out.
+
+    Holds them, as training does, and runs nothing again, which `measure_saved_bytes` would where a block is
+    checkpointed.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    alive: dict[int, Any] = {}
+
+    class Held:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            alive[id(self)] = tensor.untyped_storage()
+
+        def __del__(self) -> None:
+            alive.pop(id(self), None)
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        result = run()
+    storages = {storage.data_ptr(): storage.nbytes() for storage in alive.values()}
+    del result
+    return sum(size for pointer, size in storages.items() if pointer not in own)
