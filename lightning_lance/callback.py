@@ -96,6 +96,8 @@ class LanceCallback(Callback):
         self._norms: FrozenNorms | None = None
         self._ready = False
         self._measured = False
+        self._own_step: Any = None
+        self._wrapped_step: Any = None
 
     @property
     def report(self) -> Report | None:
@@ -112,6 +114,7 @@ class LanceCallback(Callback):
         self._saved = {}
         self.session = LanceSession(pl_module, self.config)
         self.session.start()
+        self._wrap_training_step(pl_module, self.session)
         self._norms = FrozenNorms(pl_module) if self.config.freeze_norms else None
 
     def on_train_batch_start(
@@ -232,7 +235,29 @@ class LanceCallback(Callback):
         if stage == "fit":
             self._finish(pl_module)
 
+    def _wrap_training_step(self, module: pl.LightningModule, session: LanceSession) -> None:
+        """Run ``training_step`` so that functional calls in it keep less too."""
+        self._unwrap_training_step(module)
+        step = module.training_step
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            with session.functional():
+                return step(*args, **kwargs)
+
+        self._own_step = module.__dict__.get("training_step")
+        self._wrapped_step = module.__dict__["training_step"] = training_step
+
+    def _unwrap_training_step(self, module: pl.LightningModule) -> None:
+        wrapped, self._wrapped_step = self._wrapped_step, None
+        if wrapped is None or module.__dict__.get("training_step") is not wrapped:
+            return
+        del module.__dict__["training_step"]
+        if self._own_step is not None:
+            module.__dict__["training_step"] = self._own_step
+
     def _finish(self, module: pl.LightningModule) -> None:
+        self._unwrap_training_step(module)
         try:
             self._saved = self.state_dict()
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from lightning_lance.calibration import Calibration, Reduce, calibrate, eager
 from lightning_lance.config import LanceConfig
 from lightning_lance.errors import CalibrationError, LanceWarning, PlanError, StateError
+from lightning_lance.functional import compact_functional
 from lightning_lance.isolation import isolated
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import base_class, uninstall
@@ -52,7 +54,9 @@ class LanceSession:
         >>> session.start()
         >>> session.calibrate([lambda x=x: model(x) for x in batches])
         >>> for x in batches:
-        ...     model(x).sum().backward()
+        ...     with session.functional():
+        ...         loss = model(x).sum()
+        ...     loss.backward()
         >>> session.stop()
     """
 
@@ -64,6 +68,7 @@ class LanceSession:
         self.observed = 0
         self._dropped: dict[str, LeftAlone] = {}
         self._observing: Calibration | None = None
+        self._plain = False
         self._trainable: list[bool] = []
 
     def start(self) -> Plan:
@@ -198,6 +203,12 @@ class LanceSession:
         if share is not None:
             self._assign(share(self._subspaces()))
 
+    def functional(self) -> AbstractContextManager[Any]:
+        """Context for a forward pass in which functional calls (``F.relu(x)``) keep less for backward too."""
+        if not self.config.companions or self._plain:
+            return nullcontext()
+        return compact_functional(self.config.companions == "approximate")
+
     def measure(self, run: Pass) -> Report:
         """Measure what autograd keeps for one forward pass, with and without compression.
 
@@ -212,8 +223,12 @@ class LanceSession:
 
     def _measured(self, run: Pass) -> Report:
         energies = {}
-        with isolated(self.model), eager(), bypassed(self.model):
-            before = measure_saved_bytes(run, self.model)
+        self._plain = True
+        try:
+            with isolated(self.model), eager(), bypassed(self.model):
+                before = measure_saved_bytes(run, self.model)
+        finally:
+            self._plain = False
         with isolated(self.model), eager():
             after = measure_saved_bytes(run, self.model)
             for name, layer in self.layers.items():

@@ -108,7 +108,7 @@ def lite0() -> Task:
         return torch.cat(found), labels
 
     train, test = map(features, _digits())
-    layers = ["blocks.0.project.0", "blocks.1.expand.0", "blocks.1.project.0", "head.0"]
+    layers = ["blocks.14.project.0", "blocks.15.expand.0", "blocks.15.project.0", "head.0"]
     return Task(Tail, layers, train, test, 6, lambda p: torch.optim.SGD(p, lr=0.05), 0.05, train_mode=False)
 
 
