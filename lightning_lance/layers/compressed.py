@@ -47,7 +47,7 @@ class LayerState:
     observer: Observer | None = None
     unknown_sizes: set[Sizes] = field(default_factory=set)
 
-    def factors(self, input: Tensor, sizes: Sizes) -> Factors | None:
+    def factors(self, input: Tensor, sizes: Sizes, channels: int) -> Factors | None:
         """Factors for one input, or ``None`` where the stock path must run."""
         subspace = self.subspace
         if subspace is None:
@@ -57,6 +57,8 @@ class LayerState:
             self._warn_once(sizes)
             return None
         size = input.shape[0]
+        if not subspace.shrinks(size, channels, sizes):
+            return None
         columns = subspace.batch.columns(size)
         if columns >= size:
             return Factors(None, None, 1.0, subspace.channel, spatial)
@@ -71,13 +73,17 @@ class LayerState:
             return
         self.unknown_sizes.add(sizes)
         assert self.subspace is not None
-        known = ", ".join("x".join(map(str, known)) for known in self.subspace.spatial)
+        known = ", ".join(map(_text, self.subspace.spatial))
         warnings.warn(
-            f"{self.name}: an input of size {'x'.join(map(str, sizes))} came, calibration saw {known}. It is kept "
+            f"{self.name or 'the model'}: an input of size {_text(sizes)} came, calibration saw {known}. It is kept "
             "whole for such calls. Let the calibration batches hold every size, or set rank={'spatial': 'full', ...}.",
             LanceWarning,
             stacklevel=2,
         )
+
+
+def _text(sizes: Sizes) -> str:
+    return "x".join(map(str, sizes)) or "()"
 
 
 class Compressed(Variant):
@@ -103,4 +109,4 @@ class Compressed(Variant):
 
     def lance_factors(self, input: Tensor) -> Factors | None:
         """Factors for a call, or ``None`` where the stock path must run."""
-        return self._lance.factors(input, self.sizes(input))
+        return self._lance.factors(input, self.sizes(input), input.shape[self.channel_axis])
