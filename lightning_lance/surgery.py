@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lightning_lance import layers as _layers  # noqa: F401  (fills the registry)
 from lightning_lance.config import LanceConfig
@@ -89,9 +90,8 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
     companions: list[Planned] = []
     left: list[LeftAlone] = []
     rules = config.rules()
-    for name, module in model.named_modules():
+    for name, module in _layers_of(model):
         variants = registry.find(module)
-        trainable = any(p.requires_grad for p in module.parameters(recurse=False))
         compressing = next((variant for variant in variants if variant.compresses), None)
         reason = registry.refusal(module) if variants else None
         weight = getattr(module, "weight", None)
@@ -105,7 +105,7 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
             if chosen is not None:
                 companions.append(Planned(name, module, chosen, False))
                 continue
-        if trainable and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        if _trains_a_matrix(module):
             why = reason or f"no variant for {registry.base_class(module).__name__}"
             left.append(LeftAlone(name or "the model itself", registry.base_class(module).__name__, why))
     if not candidates:
@@ -122,6 +122,21 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
     }
     ordered = [wanted[name] for name, _ in model.named_modules() if name in wanted]
     return Plan(ordered, left, config)
+
+
+def _layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules, without those that compute the parameters of others (torch.nn.utils.parametrize)."""
+    for name, module in model.named_modules():
+        if ".parametrizations." not in f".{name}.":
+            yield name, module
+
+
+def _trains_a_matrix(module: nn.Module) -> bool:
+    parameters = list(module.parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        parameters += module.parametrizations.parameters()  # type: ignore[union-attr]
+    matrix = any(nn.parameter.is_lazy(parameter) or parameter.dim() > 1 for parameter in parameters)
+    return matrix and any(parameter.requires_grad for parameter in parameters)
 
 
 def _wanted(variant: type[registry.Variant], config: LanceConfig) -> bool:
@@ -200,12 +215,13 @@ def swap(model: nn.Module, what: Plan | LanceConfig | None = None) -> Plan:
         The plan.
 
     Raises:
-        StateError: the model is swapped already.
+        StateError: the model is swapped already, or the plan is one of another model.
         PlanError: see :func:`plan`.
     """
     if is_swapped(model):
         raise StateError("the model is swapped already. Call restore(model) first.")
     made = what if isinstance(what, Plan) else plan(model, what)
+    _check_same_model(model, made)
     order = SampleOrder(made.config.seed)
     try:
         for entry in made.entries:
@@ -214,6 +230,16 @@ def swap(model: nn.Module, what: Plan | LanceConfig | None = None) -> Plan:
         restore(model)
         raise
     return made
+
+
+def _check_same_model(model: nn.Module, made: Plan) -> None:
+    own = set(model.modules())
+    foreign = [entry.name for entry in made.entries if entry.module not in own]
+    if foreign:
+        raise StateError(
+            f"the plan is one of another model: {len(foreign)} of its {len(made.entries)} layers, such as "
+            f"{foreign[0]!r}, are not in this one. Make a new one with plan(model)."
+        )
 
 
 def join(model: nn.Module, made: Plan) -> list[str]:
@@ -265,7 +291,7 @@ def bypassed(model: nn.Module) -> Iterator[None]:
         (module, type(module)) for module in model.modules() if registry.is_variant(module)
     ]
     for module, _ in swapped:
-        module.__class__ = registry.base_class(module)
+        module.__class__ = registry.stock_class(module)
     try:
         yield
     finally:

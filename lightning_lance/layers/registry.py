@@ -105,6 +105,11 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return module.lance_base if isinstance(module, Variant) else type(module)
 
 
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without our mixin, and with what another tool has put on top of ours since."""
+    return _without(type(module))
+
+
 def variant_class(base: type[nn.Module], variant: type[Variant]) -> type[nn.Module]:
     """The class ``(variant, base)``, made once."""
     key = (base, variant)
