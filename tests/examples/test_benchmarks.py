@@ -1,0 +1,157 @@
+"""The benchmark scripts at a tiny size: what they claim about a case is true of it, and they run from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
+
+from examples.benchmarks import memory, speed
+from examples.benchmarks.cases import CASES, HEADLINE, Case, select
+from examples.benchmarks.training_methods import METHODS, find, living_bytes
+from examples.data.photographs import CLASSES, photograph_batch
+from lightning_lance import measure_saved_bytes
+
+TINY = Case.parse("resnet18/conv-4/b4/32px/eval")
+
+
+def test_photographs_are_drawn_from_the_seed_alone() -> None:
+    images, labels = photograph_batch(24, 40, seed=3)
+    torch.manual_seed(9)
+    again, _ = photograph_batch(24, 40, seed=3)
+    assert torch.equal(images, again)
+    assert not torch.equal(images, photograph_batch(24, 40, seed=4)[0])
+    assert images.shape == (24, 3, 40, 40)
+    assert labels.min() >= 0
+    assert labels.max() < CLASSES
+    assert labels.unique().numel() > 4
+    assert 0.3 < images.std() < 2.5
+
+
+def test_photographs_are_smooth_as_noise_is_not() -> None:
+    images, _ = photograph_batch(8, 64, seed=0)
+    step = (images[..., 1:] - images[..., :-1]).square().mean()
+    assert step < 0.2 * 2 * images.var()  # for white noise both sides of the comparison would be equal, less the 0.2
+
+
+def test_names_of_cases_are_read_back() -> None:
+    for name, case in CASES.items():
+        assert Case.parse(name) == case
+        assert case.name == name
+    assert all(Case.parse(name).name == name for name in HEADLINE)
+    assert {case.network for case in select(["*/b64*"])} == {case.network for case in CASES.values()}
+    assert select([TINY.name]) == [TINY]
+    with pytest.raises(ValueError, match="alexnet/conv-4/b8' names no case"):
+        select(["alexnet/conv-4/b8"])
+
+
+@pytest.mark.parametrize("name", ["resnet18/conv-4/b4/32px/eval", "efficientnet_lite0/pointwise-all/b2/32px/train"])
+def test_only_the_named_layers_train(name: str) -> None:
+    case = Case.parse(name)
+    model = case.build()
+    layers = case.layers(model)
+    assert len(layers) == (4 if case.last else 32)
+    trained = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        assert parameter.requires_grad == (id(parameter) in trained)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.training == (case.norms == "train")
+            assert module.momentum is not None
+    assert model.training
+    torch.testing.assert_close(case.build().state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_case_without_weights_has_the_norm_statistics_of_its_data() -> None:
+    case = Case.parse("resnet18/conv-2/b16/64px/eval")
+    model = case.build()
+    with torch.no_grad():
+        features = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(case.batches(1)[0][0])))))
+        normed = model.bn1(model.conv1(case.batches(1)[0][0]))
+    assert 0.5 < normed.std() < 2.0
+    assert features.abs().mean() < 10
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_trains_and_keeps_exact_input_gradients(name: str) -> None:
+    """No method but approximate companions changes the gradient that passes through a layer."""
+    case, (batch,) = TINY, TINY.batches(1)
+    model, plain = case.build(), case.build()
+    image = batch[0].clone().requires_grad_()
+    expected = torch.autograd.grad(case.loss(plain, (image, batch[1])), image)[0]
+    method = METHODS[name]()
+    method.install(model, case)
+    assert len(list(model.parameters())) == len(list(plain.parameters()))
+    method.calibrate([lambda: case.loss(model, batch)])
+    found = torch.autograd.grad(case.loss(model, (image, batch[1])), image)[0]
+    tolerance = 0.05 if name == "approximate" else 1e-4
+    assert (found - expected).norm() <= tolerance * expected.norm()
+    memory.train(model, case, [batch])
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
+    assert moved == [parameter.requires_grad for parameter in plain.parameters()]
+
+
+def test_living_bytes_equal_the_measured_ones_where_nothing_is_checkpointed() -> None:
+    model, batch = TINY.build(), TINY.batches(1)[0]
+    assert (
+        living_bytes(lambda: TINY.loss(model, batch), model)
+        == measure_saved_bytes(lambda: TINY.loss(model, batch), model).total
+    )
+
+
+def test_rows_of_memory_hold_together() -> None:
+    case = Case.parse("resnet18/conv-all/b4/32px/eval")
+    rows = {name: memory.measure(case, name, steps=2, passes=2) for name in ("plain", "checkpointing", "exact")}
+    assert rows["plain"].cosine == pytest.approx(1.0, abs=1e-6)
+    assert rows["checkpointing"].cosine == pytest.approx(1.0, abs=1e-6)
+    assert 0.3 < rows["exact"].cosine < 0.999
+    assert rows["exact"].kept < rows["checkpointing"].kept < rows["plain"].kept
+    assert rows["exact"].formula < rows["plain"].formula < rows["plain"].kept
+    assert rows["checkpointing"].formula is None
+    lines = memory.table(list(rows.values()))
+    assert [len(line) for line in lines] == [len(memory.HEADER)] * 4
+
+
+def test_memory_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--cases", TINY.name, "--methods", "plain", "--steps", "1", "--passes", "1", "--threads", "1"]
+    [row] = memory.main([*arguments, "--json", str(tmp_path / "memory.json")])
+    assert row.error is None
+    assert row.peak >= row.kept > 0
+    assert "plain" in capsys.readouterr().out
+    written = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert [(line["case"], line["method"], line["kept"]) for line in written] == [(TINY.name, "plain", row.kept)]
+
+
+def test_a_method_that_fails_is_a_row_with_its_reason(tmp_path: Path) -> None:
+    broken = Case.parse("resnet18/conv-4/b0/32px/eval")  # a batch of no images
+    [row] = memory.main(["--cases", broken.name, "--methods", "plain", "--json", str(tmp_path / "memory.json")])
+    assert "non-empty list" in row.error
+    assert row.kept is None
+    assert row.error in memory.table([row])[1]
+
+
+def test_speed_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "speed.json"
+    arguments = ["--pairs", "3", "--threads", "1", "--json", str(path), "--cases", TINY.name]
+    threads = torch.get_num_threads()
+    try:
+        rows = speed.main([*arguments, "--methods", "exact,uncalibrated"])
+    finally:
+        torch.set_num_threads(threads)
+    assert [row.method for row in rows] == ["exact", "uncalibrated"]
+    assert rows[0].calibration_steps is not None
+    assert rows[1].calibration_steps is None
+    assert all(row.quartiles[0] <= row.ratio <= row.quartiles[1] for row in rows)
+    assert "ours" in capsys.readouterr().out
+    assert len(json.loads(path.read_text())["rows"]) == 2
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(ValueError, match="unknown methods exakt; there are plain"):
+        find(["plain", "exakt"])
