@@ -21,24 +21,35 @@ def isolated(model: nn.Module) -> Iterator[None]:
     Covers every buffer (running statistics, spectral norms), training flags, the random states of Python, NumPy
     and torch (CPU and the current accelerator), and the count of sample orders drawn.
     """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     training = [(module, module.training) for module in model.modules()]
-    orders: list[tuple[Tensor, Tensor]] = []
-    for module in model.modules():
-        if isinstance(module, Compressed):
-            state = module._lance.order.state
-            orders.append((state, state.clone()))
-            break
+    layers = [module for module in model.modules() if isinstance(module, Compressed)]
+    states = {id(layer._lance.order): layer._lance.order.state for layer in layers}
+    orders = [(state, state.clone()) for state in states.values()]
     random_state = _random_state()
     try:
         yield
     finally:
         with torch.no_grad():
-            for target, saved in [*buffers, *orders]:
-                target.copy_(saved)
+            for module, name, buffer, saved in buffers:
+                module._buffers[name] = buffer  # a forward pass may have put a new tensor in its place
+                _write_back(buffer, saved)
+            for state, saved in orders:
+                state.copy_(saved)
         for module, flag in training:
             module.training = flag
         _set_random_state(random_state)
+
+
+def _write_back(buffer: Tensor, saved: Tensor) -> None:
+    # Not where nothing changed: a buffer made by expand() cannot be written to.
+    if not torch.equal(buffer, saved):
+        buffer.copy_(saved)
 
 
 def _random_state() -> dict[str, Any]:
