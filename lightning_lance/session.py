@@ -51,7 +51,7 @@ class LanceSession:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> batches = [torch.randn(32, 16) for _ in range(4)]
         >>> session = LanceSession(model)
-        >>> session.start()
+        >>> plan = session.start()
         >>> session.calibrate([lambda x=x: model(x) for x in batches])
         >>> for x in batches:
         ...     with session.functional():

@@ -99,7 +99,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "iterable": stream_loader,
     "iterable with workers": lambda: DataLoader(ImageStream(40), batch_size=8, num_workers=1),
     "several loaders": lambda: {"a": loader(40), "b": loader(24, generator=torch.Generator())},
-    "any iterable": lambda: Batches(list(loader())),
+    "any iterable": lambda: Batches(list(generator_loader())),
 }
 
 
