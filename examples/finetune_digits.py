@@ -51,10 +51,14 @@ def lance() -> list[Callback]:
 
 
 def published() -> list[Callback]:
-    """The method of the paper: energy 0.7 in every mode, batch mode projected, inputs only."""
+    """The method of the paper: energy 0.7 in every mode, batch mode projected, inputs only.
+
+    For the convolutions, as there: the classifier would be left with a few directions for its ten classes.
+    """
     from lightning_lance import LanceCallback
 
-    return [LanceCallback(rank=0.7, batch="projected", companions=False, verbose=False)]
+    rank = {"model.classifier": "full", "*": 0.7}
+    return [LanceCallback(rank=rank, batch="projected", companions=False, verbose=False)]
 
 
 VARIANTS: dict[str, Callable[[], list[Callback]]] = {"plain": plain, "lance": lance, "published": published}
