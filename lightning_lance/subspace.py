@@ -74,6 +74,7 @@ class LayerSubspace:
     spatial: dict[Sizes, tuple[Tensor | None, ...]] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
     any_size: bool = False
+    _shrinks: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def spatial_factors(self, sizes: Sizes) -> tuple[Tensor | None, ...] | None:
         """Factors for spatial sizes, or ``None`` where none were made for them."""
@@ -117,6 +118,16 @@ class LayerSubspace:
         kept += sum(factor.numel() for factor in (self.channel, *group) if factor is not None)
         ordered = self.batch.unbiased and self.batch.columns(batch) < batch
         return kept * itemsize + (4 * batch if ordered else 0)
+
+    def shrinks(self, batch: int, channels: int, sizes: Sizes) -> bool:
+        """Whether core, factors and sample order of an input are smaller than the input itself (in float32).
+
+        They are not where the batch is tiny or a factor is as large as the input; then the input is better kept.
+        """
+        key = (batch, channels, *sizes)
+        if key not in self._shrinks:
+            self._shrinks[key] = self.formula_bytes(batch, channels, sizes, 4) < 4 * math.prod(key)
+        return self._shrinks[key]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and detached CPU tensors, safe for ``torch.load(weights_only=True)``."""
