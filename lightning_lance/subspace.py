@@ -185,7 +185,8 @@ class Spectrum:
         factor = self.vectors[:, :columns]
         if factor.dtype == torch.float32 and dtype == torch.float64:
             factor = orthonormalize(factor.double())
-        return factor.to(device, dtype).contiguous(), min(held, 1.0)
+        # A copy: a slice of one column may count as contiguous, and holds the storage of all of them.
+        return factor.to(device, dtype, copy=True, memory_format=torch.contiguous_format), min(held, 1.0)
 
 
 @dataclass(frozen=True)

@@ -401,3 +401,14 @@ def test_energies_of_several_sizes_are_their_least() -> None:
     expected = torch.linalg.svdvals(flat[:, 0])[:2].square().sum() / flat.square().sum()
     assert subspace.energy["spatial_0"] == pytest.approx(float(expected))
     assert not math.isclose(subspace.energy["spatial_0"], 1.0)
+
+
+@pytest.mark.parametrize("size", [40, 1200])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_factor_holds_its_own_columns_only(size: int, columns: int) -> None:
+    statistics = LayerStatistics(ModeRanks("full", columns, "full"), -1, "layer")
+    statistics.update(torch.randn(64, size))
+    subspace = statistics.spectra().subspace(ModeRanks("full", columns, "full"), unbiased=True)
+    assert subspace.channel is not None
+    assert subspace.channel.shape == (size, columns)
+    assert subspace.channel.untyped_storage().nbytes() == 4 * size * columns
