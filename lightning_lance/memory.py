@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ class Holder:
     """One storage that autograd keeps.
 
     Attributes:
-        op: the operation that saved it first, such as ``ConvolutionBackward0``.
+        op: the operation that saved it first, such as ``ConvolutionBackward0``; ``"elsewhere"`` where that is not in
+            the graph of the result, such as the input of a checkpointed segment.
         module: name of the innermost module that ran it, ``""`` outside of any.
         shape: shape of the saved tensor.
         dtype: dtype of the saved tensor.
@@ -77,7 +80,7 @@ class _Packed:
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
         self.module = module
-        self.op = "autograd"
+        self.op = "elsewhere"
         storage = tensor.untyped_storage()
         self.bytes = storage.nbytes()
         # A weak reference keeps the identity of the storage unique without keeping its memory.
@@ -91,7 +94,8 @@ def measure_saved_bytes(
 
     Counts unique storages with saved-tensor hooks, and leaves out those of parameters and buffers. The hooks drop
     each tensor after counting it, so that measuring needs no more memory than a pass without gradients; the graph
-    is useless for backward afterwards.
+    is useless for backward afterwards. What was saved but let go before the function returned does not count; what
+    is kept beside the graph of the result, as by activation checkpointing, does.
 
     Args:
         function: runs a forward pass with gradients on and returns the loss or outputs.
@@ -107,7 +111,7 @@ def measure_saved_bytes(
     if owner is not None:
         for tensor in [*owner.parameters(), *owner.buffers()]:
             _exclude(tensor, excluded)
-    packed: list[_Packed] = []
+    packed: list[weakref.ref[_Packed]] = []
     stack: list[str] = [""]
 
     def pack(tensor: Tensor) -> _Packed:
@@ -115,11 +119,11 @@ def measure_saved_bytes(
         if isinstance(base, nn.Parameter):
             _exclude(base, excluded)
         item = _Packed(tensor, stack[-1])
-        packed.append(item)
+        packed.append(weakref.ref(item))
         return item
 
     def unpack(item: _Packed) -> Tensor:
-        # Only the walk over the graph below asks; it reads which item a node holds, not its values.
+        # Only asked where the walk over the graph cannot look at the item itself; it reads no values.
         asked.append(item)
         return torch.empty(item.shape, dtype=item.dtype, device="meta")
 
@@ -130,7 +134,10 @@ def measure_saved_bytes(
         context.enter_context(torch.enable_grad())
         context.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
         result = function()
-    kept = _reachable(result, packed, asked)
+    reached = _name_operations(result, asked)
+    if any(reference() not in reached for reference in packed if reference() is not None):
+        gc.collect()  # a graph in a dead reference cycle is not kept
+    kept = [item for reference in packed if (item := reference()) is not None]
     if keep is not None:
         keep(result)
     holders: dict[int, Holder] = {}
@@ -165,6 +172,8 @@ def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
         def leave(_: nn.Module, __: Any, ___: Any) -> None:
             stack.pop()
 
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
@@ -174,35 +183,50 @@ def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _reachable(result: Any, packed: list[_Packed], asked: list[_Packed]) -> list[_Packed]:
-    """Items that the graph of the result holds, each with the name of its operation."""
-    roots: list[Any] = [
-        leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None
-    ]
+def _name_operations(result: Any, asked: list[_Packed]) -> set[_Packed]:
+    """Give each item in the graph of the result the name of its operation; the items."""
+    roots: list[Any] = [leaf.grad_fn for leaf in _tensors(result)]
     seen: set[Any] = set()
-    found: list[_Packed] = []
+    found: set[_Packed] = set()
     while roots:
         node = roots.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        asked.clear()
-        _read_saved(node)
-        for item in asked:
+        for item in _items(node, asked):
             item.op = node.name()
-            found.append(item)
+            found.add(item)
         roots += [following for following, _ in node.next_functions]
-    rank = {id(item): index for index, item in enumerate(packed)}
-    return sorted(found, key=lambda item: rank[id(item)])
+    return found
 
 
-def _read_saved(node: Any) -> None:
-    if hasattr(node, "saved_tensors"):
-        _ = node.saved_tensors
-        return
+def _tensors(result: Any) -> Iterator[Tensor]:
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors(list(leaf.values()))
+        elif is_dataclass(leaf):
+            yield from _tensors([getattr(leaf, part.name) for part in fields(leaf)])
+
+
+def _items(node: Any, asked: list[_Packed]) -> Iterator[_Packed]:
+    """What a node saved. A tensor that other hooks hold is not unpacked: that may run a forward pass again."""
     for name in dir(node):
-        if name.startswith("_saved_"):
-            try:
-                getattr(node, name)
-            except RuntimeError:  # an optional tensor that was not saved
-                continue
+        if not name.startswith("_raw_saved_"):
+            continue
+        with suppress(RuntimeError):  # an optional tensor that was not saved
+            raw = getattr(node, name)
+            for saved in raw if isinstance(raw, (tuple, list)) else (raw,):
+                if not hasattr(saved, "data"):  # older torch shows what was saved by unpacking it only
+                    yield from _unpacked(node, name, asked)
+                    break
+                if isinstance(saved.data, _Packed):
+                    yield saved.data
+
+
+def _unpacked(node: Any, name: str, asked: list[_Packed]) -> list[_Packed]:
+    asked.clear()
+    with suppress(Exception):  # the hooks of others fail on stand-ins; what they hold needs no name
+        getattr(node, "saved_tensors" if name == "_raw_saved_tensors" else name.removeprefix("_raw"))
+    return list(asked)
