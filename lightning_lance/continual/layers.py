@@ -44,8 +44,8 @@ class Reservation:
         self.anchor: Parameter | None = None
         self.update: Parameter | None = None
         if whole:
-            exact = side.rows(weight.detach()).double() @ self.basis.double()
-            self.anchor = Parameter(exact.to(basis.dtype), requires_grad=False)
+            anchor = side.rows(exact(weight)) @ exact(self.basis)
+            self.anchor = Parameter(anchor.to(self.basis), requires_grad=False)
         else:
             rows = weight.numel() // side.width
             self.update = Parameter(weight.new_zeros(rows, self.basis.shape[2]))
@@ -60,8 +60,8 @@ class Reservation:
     @torch.no_grad()
     def effective(self, weight: Tensor) -> Tensor:
         """The weight that the layer works with, computed in float64 and rounded once."""
-        trained, basis, anchor = (tensor.double() for tensor in self.parts(weight))
-        return effective_weight(Parts(trained, basis, anchor), self.form).to(weight.dtype)
+        parts = Parts(*map(exact, self.parts(weight)))
+        return effective_weight(parts, self.form).to(weight)
 
     @torch.no_grad()
     def settle(self, weight: Tensor) -> None:
@@ -84,7 +84,13 @@ class Reservation:
 
 def fingerprint(*tensors: Tensor) -> float:
     """A number that changes when values do."""
-    return sum(float(tensor.detach().double().sum()) for tensor in tensors)
+    return sum(float(exact(tensor).sum()) for tensor in tensors)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    tensor = tensor.detach()
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
 @dataclass

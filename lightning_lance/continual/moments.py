@@ -17,8 +17,8 @@ EXACT_UP_TO = 2048
 ROWS_PER_UPDATE = 16_384
 """Feature vectors taken from one input; a random subset where there are more, as in a wide early feature map."""
 
-SKETCH_ENERGY = 0.999
-"""Energy that a sketch is made wide enough for."""
+SKETCH_ENERGY = 0.99
+"""Energy that a sketch is made wide enough for, unless another is asked for."""
 
 
 class FeatureMoments:
@@ -33,6 +33,7 @@ class FeatureMoments:
         geometry: of a convolution; ``None`` for a linear layer.
         label: names the layer in messages.
         max_rows: feature vectors taken from one input.
+        energy: fraction of the energy that a sketch is made wide enough for.
         seed: seed of the subsets.
     """
 
@@ -42,12 +43,14 @@ class FeatureMoments:
         geometry: Geometry | None,
         label: str,
         max_rows: int = ROWS_PER_UPDATE,
+        energy: float = SKETCH_ENERGY,
         seed: int = 0,
     ) -> None:
         self.side = side
         self.geometry = geometry
         self.label = label
         self.max_rows = max_rows
+        self.energy = energy
         self.count = 0
         self._rows: list[Tensor] = []
         self._gram: Tensor | None = None
@@ -91,7 +94,7 @@ class FeatureMoments:
             self._gram = rows.new_zeros(self.side.groups, self.side.width, self.side.width)
         else:
             self._sketches = [
-                NystromSketch(self.side.width, SKETCH_ENERGY, rows.dtype, rows.device, self.label)
+                NystromSketch(self.side.width, self.energy, rows.dtype, rows.device, self.label)
                 for _ in range(self.side.groups)
             ]
         self._accumulate(rows)

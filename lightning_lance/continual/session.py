@@ -14,7 +14,7 @@ from lightning_lance.config import LanceConfig
 from lightning_lance.continual.config import ContinualConfig
 from lightning_lance.continual.layers import Reservation, fingerprint, install_reservation, reserved_variant
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
-from lightning_lance.continual.moments import FeatureMoments
+from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
 from lightning_lance.errors import LanceWarning, PlanError, StateError
 from lightning_lance.isolation import isolated
 from lightning_lance.layers import registry
@@ -200,7 +200,9 @@ class ContinualSession:
         if run.model is not model:
             raise StateError("end_experience() got another model than begin_experience().")
         run.restore()
-        moments = self._moments(run.layers)
+        threshold = self.options.threshold_of(self.experience)
+        # A sketch has to see a little more than what is to be protected.
+        moments = self._moments(run.layers, (1.0 + threshold) / 2)
         called: set[str] = set()
         handles = [*_observe(model, moments), *_note_calls(model, called)]
         try:
@@ -215,7 +217,6 @@ class ContinualSession:
         finally:
             for handle in handles:
                 handle.remove()
-        threshold = self.options.threshold_of(self.experience)
         for name, found in moments.items():
             memory = self.memories[name]
             if found.count:
@@ -327,11 +328,11 @@ class ContinualSession:
                 )
             memory.protected = memory.protected.to(weight.device)
 
-    def _moments(self, layers: dict[str, nn.Module]) -> dict[str, FeatureMoments]:
+    def _moments(self, layers: dict[str, nn.Module], energy: float = SKETCH_ENERGY) -> dict[str, FeatureMoments]:
         found = {}
         for name, layer in layers.items():
             side, shape = _side(layer, self.options)
-            found[name] = FeatureMoments(side, shape, name, self.options.max_rows)
+            found[name] = FeatureMoments(side, shape, name, self.options.max_rows, energy)
         return found
 
     def _warn_of_little(self, capacity: dict[str, Capacity]) -> None:
