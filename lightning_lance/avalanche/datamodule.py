@@ -49,7 +49,7 @@ class AvalancheDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        benchmark: Callable[..., Any] | Any,
+        benchmark: Callable[..., Any],
         arguments: dict[str, Any] | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_lance.avalanche.module import call_network
@@ -35,6 +35,9 @@ class Evaluation(pl.LightningModule):
         self.predict = predict or call_network
         self.correct = torch.zeros(sets, dtype=torch.int64)
         self.total = torch.zeros(sets, dtype=torch.int64)
+        for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+            if isinstance(model, pl.LightningModule) and is_overridden(name, model):
+                setattr(self, name, getattr(model, name))
 
     def setup(self, stage: str) -> None:
         if isinstance(self.model, pl.LightningModule):
@@ -43,16 +46,6 @@ class Evaluation(pl.LightningModule):
     def configure_model(self) -> None:
         if isinstance(self.model, pl.LightningModule):
             self.model.configure_model()
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(self.model, pl.LightningModule):
-            return self.model.on_before_batch_transfer(batch, dataloader_idx)
-        return batch
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(self.model, pl.LightningModule):
-            return self.model.on_after_batch_transfer(batch, dataloader_idx)
-        return batch
 
     def on_test_start(self) -> None:
         self.correct = torch.zeros_like(self.correct, device=self.device)

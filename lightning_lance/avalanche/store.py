@@ -176,6 +176,7 @@ def said_once() -> Any:
                 ".*does not have many workers.*",
                 ".*smaller than the logging interval.*",
                 ".*You defined a `validation_step` but have no `val_dataloader`.*",
+                ".*You passed in a `val_dataloader` but have no `validation_step`.*",
             ):
                 warnings.filterwarnings("ignore", message=text)
             yield
