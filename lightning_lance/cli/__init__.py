@@ -34,6 +34,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
     try:
         run(None if args is None else list(args))
+    except ImportError as error:
+        if "lightning-lance[" not in str(error):  # one of ours names the extra to install
+            raise
+        _leave(str(error), 2)
     except ConfigError as error:
         _leave(str(error), 2)
     except LanceError as error:

@@ -19,6 +19,8 @@ from lightning_lance.report import Report
 DESCRIPTION = """Train with compressed activations. The section "lance" of a configuration holds the options of
 lightning_lance.LanceCallback, "trainer", "model" and "data" are those of every LightningCLI."""
 
+STREAM = "stream"
+
 
 class LanceTrainer(Trainer):
     """The Trainer of the command line tool."""
@@ -80,12 +82,23 @@ class LanceCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "profile": {"model", "datamodule"}}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        # Only to be listed: run() takes it before this parser does.
+        if parser._subcommands_action is not None:
+            parser._subcommands_action.add_subcommand(
+                STREAM, LanceParser(), help="Train on one experience of an Avalanche benchmark after another."
+            )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LanceCallback, "lance")
+        parser.add_argument("--plain", type=bool, default=False, help="run without LANCE, for comparison")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert args is None or isinstance(args, list)
         self.config = parser.parse_args(args)
+        if self.config.subcommand == STREAM:
+            raise ConfigError(f"options before {STREAM} are not read. Give it first: {PROGRAM} {STREAM} --config FILE.")
         check_options(self.config[self.config.subcommand]["lance"])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -102,6 +115,8 @@ class LanceCLI(LightningCLI):
                 "trainer.callbacks holds a LanceCallback, and this tool adds the one of the section 'lance'. Move the "
                 "options there."
             )
+        if self._get(self.config, "plain") and self.subcommand != "profile":
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LanceCallback)]
         return super()._instantiate_trainer(config, callbacks)
 
 
@@ -120,4 +135,10 @@ def check_options(section: Any) -> None:
 
 def run(args: list[str] | None = None) -> None:
     """Parse the arguments, those of the process by default, and run the subcommand."""
-    LanceCLI(args)
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == [STREAM]:  # has a parser of its own, so that the others need no Avalanche
+        from lightning_lance.cli import stream
+
+        stream.run(given[1:])
+    else:
+        LanceCLI(given)
