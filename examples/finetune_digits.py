@@ -80,6 +80,7 @@ class DigitsClassifier(L.LightningModule):
         for layer in self.trained_layers().values():
             layer.requires_grad_(True)
         self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
+        self.train()  # Lightning trains in the modes that it finds: batch norms must be in eval mode from the start
 
     def trained_layers(self) -> dict[str, nn.Module]:
         """The last pointwise convolutions and the classifier, by name."""
