@@ -63,6 +63,28 @@ class Reservation:
         parts = Parts(*map(exact, self.parts(weight)))
         return effective_weight(parts, self.form).to(weight)
 
+    def state_dict(self, weight: Tensor) -> dict[str, Any]:
+        """What does not follow from the memory, on the CPU; the weight too where it is not the trained tensor."""
+        trained = self.update is None
+
+        def stored(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().cpu()
+
+        return {
+            "start": self._start,
+            "anchor": stored(self.anchor),
+            "update": stored(self.update),
+            "weight": None if trained else stored(weight),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], weight: Tensor) -> None:
+        """Go on with stored tensors; the weight gets its stored values where it is not the trained one."""
+        self._start = state["start"]
+        for own, name in ((self.anchor, "anchor"), (self.update, "update"), (weight.data, "weight")):
+            if own is not None and state[name] is not None:
+                own.copy_(state[name])
+
     @torch.no_grad()
     def settle(self, weight: Tensor) -> None:
         """Drop what an optimiser has added to the weight inside of the protected basis: no output changes.

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from lightning_lance.calibration import Reduce, eager
 from lightning_lance.config import LanceConfig
 from lightning_lance.continual.config import ContinualConfig
-from lightning_lance.continual.layers import Reservation, fingerprint, install_reservation, reserved_variant
+from lightning_lance.continual.layers import (
+    Reservation,
+    Reserved,
+    fingerprint,
+    install_reservation,
+    reserved_variant,
+)
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
 from lightning_lance.errors import LanceWarning, PlanError, StateError
@@ -164,18 +170,103 @@ class ContinualSession:
         for name, layer in trained.items():
             memory = self.memories[name]
             memory.reserve(moments.get(name), self.options.reserved if any(memory.counts) else "full")
-            memory.start()
-            run.layers[name] = layer
-            if not any(memory.counts):
-                continue
-            if memory.reserved is not None and memory.reserved.shape[2] == 0:
-                run.freeze(layer.weight)
-                continue
-            side, _ = _side(layer, self.options)
-            reservation = Reservation(layer.weight, memory, side)  # type: ignore[arg-type]
-            install_reservation(layer, name, reservation, order)
-            if reservation.update is not None:
-                run.replace(layer.weight, reservation.update, optimizers, name)
+            self._train(run, name, layer, order, optimizers)
+
+    def _train(
+        self,
+        run: _Run,
+        name: str,
+        layer: Any,
+        order: SampleOrder,
+        optimizers: list[torch.optim.Optimizer],
+        stored: dict[str, Any] | None = None,
+    ) -> None:
+        """Let a layer train in what its memory has reserved, from its start or from a stored moment."""
+        memory = self.memories[name]
+        memory.start()
+        run.layers[name] = layer
+        if not any(memory.counts):
+            return
+        if memory.reserved is not None and memory.reserved.shape[2] == 0:
+            run.freeze(layer.weight)
+            return
+        side, _ = _side(layer, self.options)
+        reservation = Reservation(layer.weight, memory, side)
+        if stored is not None:
+            reservation.load_state_dict(stored, layer.weight)
+        install_reservation(layer, name, reservation, order)
+        if reservation.update is not None:
+            run.replace(layer.weight, reservation.update, optimizers, name, keep_state=stored is not None)
+
+    def running_state(self) -> dict[str, Any] | None:
+        """What a running experience has beside :meth:`state_dict`, in plain containers; ``None`` outside of one.
+
+        It belongs to the weights of a ``model.state_dict()`` taken just before. With both, and the state of the
+        optimiser, :meth:`resume_experience` goes on from here.
+        """
+        run = self._run
+        if run is None:
+            return None
+        layers: dict[str, Any] = {}
+        for name, layer in run.layers.items():
+            reserved = self.memories[name].reserved
+            layers[name] = {
+                "reserved": None if reserved is None else reserved.detach().cpu(),
+                "reservation": layer.reservation.state_dict(layer.weight) if isinstance(layer, Reserved) else None,
+            }
+        compression = None if run.compression is None else run.compression.state_dict()
+        return {"layers": layers, "compression": compression, "before": dict(run.before)}
+
+    def resume_experience(
+        self,
+        model: nn.Module,
+        state: dict[str, Any],
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        heads: Iterable[str] = (),
+    ) -> None:
+        """Go on in the middle of an experience, as if it had not been interrupted.
+
+        Args:
+            model: the model, with the weights that were saved with the state.
+            state: what :meth:`running_state` returned, while this session had the state that it has now.
+            optimizers: hold the model's parameters and the stored state, see :meth:`begin_experience`.
+            heads: see :meth:`begin_experience`.
+
+        Raises:
+            StateError: an experience is running, or the state does not fit the model.
+        """
+        if self._run is not None:
+            raise StateError("resume_experience() while one is running: call end_experience() or abandon() first.")
+        self._check_heads(model)
+        run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
+        try:
+            self._resume(run, state, list(optimizers))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _resume(self, run: _Run, state: dict[str, Any], optimizers: list[torch.optim.Optimizer]) -> None:
+        run.before = dict(state["before"])
+        layers = self._protectable(run.model, run.heads)
+        self._freeze(run, layers)
+        trained = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+        if set(trained) != set(state["layers"]):
+            differing = sorted(set(trained) ^ set(state["layers"]))
+            raise StateError(
+                f"the stored experience trains other layers than the model would: {', '.join(differing)} differ. "
+                "Resume with the model, heads and trainable parameters that it began with."
+            )
+        self._add_memories(trained)
+        if state["compression"] is not None:
+            run.compression = LanceSession(run.model, self.config)
+            run.compression.start()
+            run.compression.load_state_dict(state["compression"])
+        order = _order(run.model, self.config.seed)
+        for name, layer in trained.items():
+            memory, stored = self.memories[name], state["layers"][name]
+            memory.reserve()
+            memory.reserved = None if stored["reserved"] is None else stored["reserved"].to(memory.protected)
+            self._train(run, name, layer, order, optimizers, stored["reservation"])
 
     def end_experience(
         self, model: nn.Module, passes: Sequence[Pass], sum_over: SumOver | None = None
@@ -415,12 +506,12 @@ class _Run:
         self._handles: list[Any] = []
         self._in_training: list[nn.Module] = []
         self._replaced: list[tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]] = []
-        self._before = {name: _fingerprint(module) for name, module in model.named_modules() if name not in known}
+        self.before = {name: _fingerprint(module) for name, module in model.named_modules() if name not in known}
 
     def changed(self) -> set[str]:
         """Names of modules whose own parameters or buffers have changed, among those that were not known before."""
         modules = dict(self.model.named_modules())
-        return {n for n, before in self._before.items() if n in modules and _fingerprint(modules[n]) != before}
+        return {n for n, before in self.before.items() if n in modules and _fingerprint(modules[n]) != before}
 
     def freeze(self, parameter: Any) -> None:
         parameter.requires_grad_(False)
@@ -433,12 +524,21 @@ class _Run:
         norm.training = False
         self._handles.append(norm.register_forward_pre_hook(_to_eval))
 
-    def replace(self, weight: Any, update: nn.Parameter, optimizers: list[torch.optim.Optimizer], name: str) -> None:
-        """Let the optimiser train ``update`` in the place of ``weight``, with state of its own."""
+    def replace(
+        self,
+        weight: Any,
+        update: nn.Parameter,
+        optimizers: list[torch.optim.Optimizer],
+        name: str,
+        keep_state: bool = False,
+    ) -> None:
+        """Let the optimiser train ``update`` in the place of ``weight``, with state of its own or with that one."""
         found = False
         for optimizer in optimizers:
             if _substitute(optimizer, weight, update):
-                optimizer.state.pop(weight, None)
+                state = optimizer.state.pop(weight, None)
+                if keep_state and state is not None:
+                    optimizer.state[update] = state
                 self._replaced.append((optimizer, weight, update))
                 found = True
         if not found:
