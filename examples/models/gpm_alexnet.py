@@ -5,10 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 
-def _normalised(layer: nn.Module, norm: nn.Module, drop_rate: float) -> list[nn.Module]:
-    return [layer, norm, nn.ReLU(), nn.Dropout(drop_rate)]
-
-
 class GPMAlexNet(nn.Sequential):
     """Three convolutions and two linear layers without biases, each with batch norm, ReLU and dropout.
 
@@ -20,30 +16,36 @@ class GPMAlexNet(nn.Sequential):
         size: height and width of the input.
         width: fraction of the published widths (convolutions 64, 128, 256; linear layers 2048, 2048).
         drop_rates: of the first two convolutions, and of the layers after them.
+        groups: normalise in that many groups of channels of each image, with group norm, instead of over the batch.
+            A batch that mixes tasks, as in replay and joint training, has other statistics than one of a single task.
 
     Attributes:
         features: width of the output.
     """
 
     def __init__(
-        self, channels: int = 3, size: int = 32, width: float = 1.0, drop_rates: tuple[float, float] = (0.2, 0.5)
+        self,
+        channels: int = 3,
+        size: int = 32,
+        width: float = 1.0,
+        drop_rates: tuple[float, float] = (0.2, 0.5),
+        groups: int | None = None,
     ) -> None:
         early, late = drop_rates
         first, second, third, hidden = (max(1, round(full * width)) for full in (64, 128, 256, 2048))
-        plan = [(channels, first, 4, early), (first, second, 3, early), (second, third, 2, late)]
         layers: list[nn.Module] = []
+
+        def add(layer: nn.Module, outputs: int, batch_norm: type[nn.Module], drop_rate: float) -> None:
+            norm = batch_norm(outputs, track_running_stats=False) if groups is None else nn.GroupNorm(groups, outputs)
+            layers.extend([layer, norm, nn.ReLU(), nn.Dropout(drop_rate)])
+
+        plan = [(channels, first, 4, early), (first, second, 3, early), (second, third, 2, late)]
         for inputs, outputs, kernel, drop_rate in plan:
-            layers += _normalised(
-                nn.Conv2d(inputs, outputs, kernel, bias=False),
-                nn.BatchNorm2d(outputs, track_running_stats=False),
-                drop_rate,
-            )
+            add(nn.Conv2d(inputs, outputs, kernel, bias=False), outputs, nn.BatchNorm2d, drop_rate)
             layers.append(nn.MaxPool2d(2))
             size = (size - kernel + 1) // 2
         layers.append(nn.Flatten())
         for inputs in (third * size * size, hidden):
-            layers += _normalised(
-                nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden, track_running_stats=False), late
-            )
+            add(nn.Linear(inputs, hidden, bias=False), hidden, nn.BatchNorm1d, late)
         super().__init__(*layers)
         self.features = hidden

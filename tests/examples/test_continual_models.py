@@ -38,6 +38,8 @@ def test_gpm_alexnet_normalises_with_the_batch_in_evaluation() -> None:
     model = GPMAlexNet(width=0.125).eval()
     images = torch.randn(8, 3, 32, 32)
     assert not model(images)[:4].allclose(model(images[:4]))
+    alone = GPMAlexNet(width=0.125, groups=4).eval()
+    torch.testing.assert_close(alone(images)[:4], alone(images[:4]))
 
 
 @pytest.mark.parametrize("size", [28, 32, 64])
