@@ -15,6 +15,7 @@ from lightning_lance.errors import CalibrationError, LanceWarning, StateError
 from lightning_lance.isolation import isolated
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import base_class, uninstall
+from lightning_lance.sharing import link
 from lightning_lance.subspace import LayerSpectra, LayerStatistics, LayerSubspace, ZeroInputError
 from lightning_lance.surgery import LeftAlone, compressed_layers
 
@@ -37,6 +38,7 @@ class Calibration:
 
     def __init__(self, model: nn.Module, only: set[str] | None = None, budget: int | None = None) -> None:
         found = compressed_layers(model)
+        self.model = model
         self.layers: dict[str, Compressed] = {n: layer for n, layer in found.items() if only is None or n in only}
         if not self.layers:
             raise StateError("the model has no swapped layer to calibrate. Call swap(model) first.")
@@ -91,6 +93,7 @@ class Calibration:
             )
         for name, subspace in self._cut(spectra).items() if spectra else ():
             self.layers[name]._lance.subspace = subspace
+        link(compressed_layers(self.model).values())
         for name, reason in gone.items():
             module: Any = self.layers[name]
             self.left.append(LeftAlone(name, base_class(module).__name__, reason))
@@ -104,6 +107,8 @@ class Calibration:
                 stacklevel=3,
             )
 
+    @torch.inference_mode(False)  # factors made under inference mode could not be saved for backward
+    @torch.no_grad()
     def _cut(self, spectra: dict[str, LayerSpectra]) -> dict[str, LayerSubspace]:
         states = {name: self.layers[name]._lance for name in spectra}
         if self.budget is None:

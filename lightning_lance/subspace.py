@@ -125,9 +125,12 @@ class LayerSubspace:
         They are not where the batch is tiny or a factor is as large as the input; then the input is better kept.
         """
         key = (batch, channels, *sizes)
-        if key not in self._shrinks:
-            self._shrinks[key] = self.formula_bytes(batch, channels, sizes, 4) < 4 * math.prod(key)
-        return self._shrinks[key]
+        known = self._shrinks.get(key)
+        if known is None:
+            known = self.formula_bytes(batch, channels, sizes, 4) < 4 * math.prod(key)
+            if not torch.compiler.is_compiling():  # a graph is guarded on what it would write here
+                self._shrinks[key] = known
+        return known
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and detached CPU tensors, safe for ``torch.load(weights_only=True)``."""
@@ -262,6 +265,7 @@ class LayerStatistics:
                 else [mode_statistics(n, rank, accumulate, device, f"{self.label}, spatial mode") for n in sizes]
             )
 
+    @torch.inference_mode(False)  # accumulators made under inference mode could not be added to outside of it
     @torch.no_grad()
     def update(self, input: Tensor) -> None:
         """Add one input, shape ``(B, C, *sizes)`` or ``(B, *sizes, C)``."""
