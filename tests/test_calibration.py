@@ -254,6 +254,22 @@ def test_a_second_calibration_replaces_the_subspaces_by_new_tensors() -> None:
     loss.backward()
 
 
+@pytest.mark.parametrize("width", [6, 1100])
+@pytest.mark.parametrize("place", ["around", "inside", "one pass"])
+def test_inference_mode_leaves_nothing_that_training_cannot_use(place: str, width: int) -> None:
+    model = nn.Sequential(nn.Linear(width, 5), nn.ReLU(), nn.Linear(5, 4))
+    swap(model, LanceConfig(rank={"batch": 4, "channel": 2}))
+    inputs = torch.randn(3, 16, width)
+    with torch.inference_mode(place == "around"), calibrate(model):
+        for index, input in enumerate(inputs):
+            with torch.inference_mode(place == "inside" or (place == "one pass" and index == 0)):
+                model(input.clone())
+    for layer in compressed_layers(model).values():
+        assert layer._lance.subspace is not None
+        assert not any(factor.is_inference() for factor in layer._lance.subspace.factors())
+    model(inputs[0]).sum().backward()
+
+
 def test_only_some_layers() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     swap(model, LanceConfig(rank=2))

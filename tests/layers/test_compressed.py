@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -346,6 +347,17 @@ def test_a_compiled_network_has_the_same_gradients_in_one_graph(batch: Any) -> N
     drawn = next(iter(compressed_layers(model).values()))._lance.order.state.tolist()
     assert drawn == next(iter(compressed_layers(eager).values()))._lance.order.state.tolist()
     assert drawn[1] == (12 if batch == "unbiased" else 0)
+
+
+def test_a_compiled_network_is_compiled_once() -> None:
+    torch._dynamo.reset()
+    input = torch.randn(12, 3, 6, 6, dtype=torch.float64)
+    model = ready(network(), input, rank=EVERYWHERE)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        compiled(input).sum().backward()
+    assert counter.frame_count == 1
 
 
 def test_a_compiled_network_keeps_as_little() -> None:
