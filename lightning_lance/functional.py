@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_lance.ops import activation, pool
+from lightning_lance.ops import activation, attention, pool, rounded_norm, smooth
 from lightning_lance.ops.dropout import dropout, replaceable
 from lightning_lance.ops.norm import fixed_batch_norm
 from lightning_lance.ops.tracking import tracked
@@ -24,6 +24,7 @@ Stock = Callable[..., Any]
 Route = Callable[..., Any]
 
 _EXACT: dict[Stock, Route] = {}
+_APPROXIMATE: dict[Stock, Route] = {}
 
 
 def _replaces(*stock: Stock, table: dict[Stock, Route] = _EXACT) -> Callable[[Route], Route]:
@@ -65,7 +66,9 @@ def compact_functional(approximate: bool = False) -> AbstractContextManager[Any]
     place.
 
     Args:
-        approximate: also those whose gradient is not exact, as with ``companions="approximate"``.
+        approximate: also those whose gradient is not exact, as with ``companions="approximate"``: gelu, silu, mish,
+            hardswish, sigmoid, tanh, batch_norm in its other cases, layer_norm, group_norm,
+            scaled_dot_product_attention and multi_head_attention_forward. Their outputs are.
 
     Example:
         >>> import torch
@@ -78,7 +81,7 @@ def compact_functional(approximate: bool = False) -> AbstractContextManager[Any]
         ...     print(measure_saved_bytes(lambda: F.relu(x * 2)).total)
         8
     """
-    return _CompactFunctional(_EXACT)
+    return _CompactFunctional({**_EXACT, **_APPROXIMATE} if approximate else _EXACT)
 
 
 @_replaces(F.relu)
@@ -209,8 +212,77 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if training or running_mean is None or running_var is None or not tracked(input):
+    if training or running_mean is None or running_var is None or not tracked(input, bias):
         return NotImplemented
     if weight is not None and weight.requires_grad:
         return NotImplemented
     return fixed_batch_norm(input, weight, bias, running_mean, running_var, eps)
+
+
+@_replaces(F.batch_norm, table=_APPROXIMATE)
+def _rounded_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    exact = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if exact is not NotImplemented or not tracked(input, weight, bias):
+        return exact
+    if not training and (running_mean is None or running_var is None):
+        return NotImplemented
+    if input.numel() <= input.shape[1] or eps <= 0:  # errors in training
+        return NotImplemented
+    return rounded_norm.rounded_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
+
+
+@_replaces(F.layer_norm, table=_APPROXIMATE)
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    if not tracked(input, weight, bias):
+        return NotImplemented
+    return rounded_norm.rounded_layer_norm(input, tuple(normalized_shape), weight, bias, eps)
+
+
+@_replaces(F.group_norm, table=_APPROXIMATE)
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    if not tracked(input, weight, bias) or not rounded_norm.groupable(input, num_groups):
+        return NotImplemented
+    return rounded_norm.rounded_group_norm(input, num_groups, weight, bias, eps)
+
+
+def _smooth(function: smooth.Smooth) -> Route:
+    def route(input: Tensor, inplace: bool = False) -> Any:
+        return smooth.few_bit(function, input, inplace) if tracked(input) else NotImplemented
+
+    return route
+
+
+for _function, _stock in (
+    (smooth.SILU, (F.silu,)),
+    (smooth.MISH, (F.mish,)),
+    (smooth.HARDSWISH, (F.hardswish,)),
+    (smooth.SIGMOID, (F.sigmoid, torch.sigmoid, Tensor.sigmoid)),
+    (smooth.TANH, (F.tanh, torch.tanh, Tensor.tanh)),
+):
+    _replaces(*_stock, table=_APPROXIMATE)(_smooth(_function))
+
+
+@_replaces(F.gelu, table=_APPROXIMATE)
+def _gelu(input: Tensor, *, approximate: str = "none") -> Any:
+    return smooth.few_bit(smooth.GELU, input, approximate=approximate) if tracked(input) else NotImplemented
+
+
+_replaces(F.scaled_dot_product_attention, table=_APPROXIMATE)(attention.rounded_attention)
+_replaces(F.multi_head_attention_forward, table=_APPROXIMATE)(attention.rounded_multi_head_attention)

@@ -78,6 +78,54 @@ def test_same_result_in_fewer_bytes(name: str) -> None:
         assert kept(function, x) > expected
 
 
+APPROXIMATE: dict[str, tuple[Callable[[Tensor], Any], float]] = {
+    "F.gelu": (F.gelu, 0.5),
+    "F.gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), 0.5),
+    "F.silu": (F.silu, 0.5),
+    "F.silu in place": (lambda x: F.silu(x, inplace=True), 0.5),
+    "F.mish": (F.mish, 0.5),
+    "F.hardswish": (F.hardswish, 0.5),
+    "torch.sigmoid": (torch.sigmoid, 0.5),
+    "Tensor.sigmoid": (lambda x: x.sigmoid(), 0.5),
+    "F.sigmoid": (F.sigmoid, 0.5),
+    "torch.tanh": (torch.tanh, 0.5),
+    "Tensor.tanh": (lambda x: x.tanh(), 0.5),
+    "F.batch_norm": (lambda x: F.batch_norm(x, None, None, WEIGHT, BIAS, training=True), 0.6),
+    "F.batch_norm, fixed": (lambda x: F.batch_norm(x, MEAN, VAR, WEIGHT, BIAS), 0),
+    "F.layer_norm": (lambda x: F.layer_norm(x, (8, 8)), 0.75),
+    "F.group_norm": (lambda x: F.group_norm(x, 3), 0.75),
+    "F.scaled_dot_product_attention": (lambda x: F.scaled_dot_product_attention(x, x, x), 3.4),
+    "F.relu": (F.relu, 1 / 8),
+}
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_approximate_ones_have_exact_outputs(name: str) -> None:
+    function, bytes_per_element = APPROXIMATE[name]
+
+    def ours(x: Tensor) -> Any:
+        with compact_functional(approximate=True):
+            return function(x)
+
+    x, grad = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    left, right = run(ours, x, grad), run(function, x, grad)
+    assert same_bits(left[0], right[0])
+    assert torch.cosine_similarity(left[1].flatten(), right[1].flatten(), dim=0) > 0.99
+    assert kept(ours, x) <= bytes_per_element * x.numel() < kept(function, x) / 2
+    assert kept(within(function), x) >= kept(ours, x)
+
+
+def test_approximate_batch_norm_updates_running_statistics() -> None:
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    statistics = [(torch.zeros(3), torch.ones(3)) for _ in range(2)]
+    F.batch_norm(x, *statistics[0], training=True, momentum=0.3)
+    with compact_functional(approximate=True):
+        F.batch_norm(x, *statistics[1], training=True, momentum=0.3)
+        with pytest.raises(ValueError, match="more than 1 value"):
+            F.batch_norm(x[:1, :, :1, :1], None, None, training=True)
+    assert all(same_bits(a, b) for a, b in zip(*statistics, strict=True))
+
+
 UNTOUCHED: dict[str, Callable[[Tensor], Any]] = {
     "indices asked for": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
     "no dropout": lambda x: F.dropout(x, training=False),

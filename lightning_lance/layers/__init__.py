@@ -3,6 +3,6 @@
 Importing this package fills the registry.
 """
 
-from lightning_lance.layers import activation, conv, dropout, linear, norm, pool
+from lightning_lance.layers import activation, conv, dropout, linear, norm, pool, smooth
 
-__all__ = ["activation", "conv", "dropout", "linear", "norm", "pool"]
+__all__ = ["activation", "conv", "dropout", "linear", "norm", "pool", "smooth"]

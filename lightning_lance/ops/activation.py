@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_lance.ops import inplace as in_place
 from lightning_lance.ops.mask import flagged_gradient, pack_bits
 
 _aten: Any = torch.ops.aten
@@ -23,6 +24,13 @@ _aten: Any = torch.ops.aten
 def _save(ctx: Any, flags: Tensor) -> None:
     ctx.stride = flags.stride()
     ctx.save_for_backward(pack_bits(flags))
+
+
+def _returned(ctx: Any, input: Tensor, output: Tensor, inplace: bool) -> Tensor:
+    if inplace:
+        ctx.mark_dirty(input)
+        return input
+    return output
 
 
 def _outside(input: Tensor, low: float, high: float) -> Tensor:
@@ -44,10 +52,8 @@ class ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, inplace: bool) -> Tensor:
         output = torch.relu_(input) if inplace else torch.relu(input)
-        if inplace:
-            ctx.mark_dirty(input)
         _save(ctx, output.bool())  # positive or NaN, several times as fast as a comparison
-        return output
+        return _returned(ctx, input, output, inplace)
 
     @staticmethod
     @once_differentiable
@@ -59,15 +65,13 @@ class ReLU(torch.autograd.Function):
 class Hardtanh(torch.autograd.Function):
     """``min(max(x, low), high)``, with 0 and 6 also ReLU6. Saved: 1 bit per element.
 
-    ``apply(input, low, high, inplace)``.
+    ``apply(input, inplace, low, high)``.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, low: float, high: float, inplace: bool) -> Tensor:
+    def forward(ctx: Any, input: Tensor, inplace: bool, low: float, high: float) -> Tensor:
         _save(ctx, _outside(input, low, high))
-        if inplace:
-            ctx.mark_dirty(input)
-        return F.hardtanh(input, low, high, inplace)
+        return _returned(ctx, input, F.hardtanh(input, low, high, inplace), inplace)
 
     @staticmethod
     @once_differentiable
@@ -77,15 +81,13 @@ class Hardtanh(torch.autograd.Function):
 
 
 class LeakyReLU(torch.autograd.Function):
-    """``max(x, 0) + slope min(x, 0)``. Saved: 1 bit per element. ``apply(input, slope, inplace)``."""
+    """``max(x, 0) + slope min(x, 0)``. Saved: 1 bit per element. ``apply(input, inplace, slope)``."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, slope: float, inplace: bool) -> Tensor:
+    def forward(ctx: Any, input: Tensor, inplace: bool, slope: float) -> Tensor:
         ctx.slope = slope
         _save(ctx, input > 0)
-        if inplace:
-            ctx.mark_dirty(input)
-        return F.leaky_relu(input, slope, inplace)
+        return _returned(ctx, input, F.leaky_relu(input, slope, inplace), inplace)
 
     @staticmethod
     @once_differentiable
@@ -101,9 +103,7 @@ class Hardsigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, inplace: bool) -> Tensor:
         _save(ctx, input.gt(-3).logical_and_(input.lt(3)))
-        if inplace:
-            ctx.mark_dirty(input)
-        return F.hardsigmoid(input, inplace)
+        return _returned(ctx, input, F.hardsigmoid(input, inplace), inplace)
 
     @staticmethod
     @once_differentiable
@@ -122,8 +122,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     Returns:
         Same shape and dtype.
     """
-    result: Tensor = ReLU.apply(input, inplace)
-    return result
+    return in_place.apply(ReLU, input, inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -132,8 +131,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     Raises:
         ValueError: ``min_val`` exceeds ``max_val``.
     """
-    result: Tensor = Hardtanh.apply(input, min_val, max_val, inplace)
-    return result
+    return in_place.apply(Hardtanh, input, inplace, min_val, max_val)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
@@ -148,11 +146,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     """
     if inplace and negative_slope < 0:
         return F.leaky_relu(input, negative_slope, inplace)
-    result: Tensor = LeakyReLU.apply(input, negative_slope, inplace)
-    return result
+    return in_place.apply(LeakyReLU, input, inplace, negative_slope)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """:func:`torch.nn.functional.hardsigmoid` that keeps 1 bit per element; arguments as there."""
-    result: Tensor = Hardsigmoid.apply(input, inplace)
-    return result
+    return in_place.apply(Hardsigmoid, input, inplace)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lance.ops.mask import expand_bits, pack_bits
+from lightning_lance.ops import inplace as in_place
+from lightning_lance.ops.mask import expand_bits, pack_bits, product_into
 
 _FUSED = ("cuda", "xpu")
 
@@ -16,13 +17,14 @@ _FUSED = ("cuda", "xpu")
 class Dropout(torch.autograd.Function):
     """Bernoulli mask times ``1 / (1 - p)``, from the same random draws as the stock operator.
 
-    Saved: 1 bit per element. ``apply(input, p, inplace)``.
+    Saved: 1 bit per element. ``apply(input, inplace, p)``.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, p: float, inplace: bool) -> Tensor:
+    def forward(ctx: Any, input: Tensor, inplace: bool, p: float) -> Tensor:
         ctx.p = p
-        ctx.fused = (input.device.type in _FUSED or torch.compiler.is_compiling()) and not inplace
+        # What the stock operator runs; compiled code has random numbers of its own.
+        ctx.fused = torch.compiler.is_compiling() or (input.device.type in _FUSED and not inplace)
         if ctx.fused:
             output, kept = torch.native_dropout(input, p, True)
         else:
@@ -30,10 +32,11 @@ class Dropout(torch.autograd.Function):
             kept = noise != 0
             noise.div_(1 - p)
             output = input.mul_(noise) if inplace else input * noise
-        if inplace:
-            ctx.mark_dirty(input)
         ctx.stride = kept.stride()
         ctx.save_for_backward(pack_bits(kept))
+        if inplace:
+            ctx.mark_dirty(input)
+            return input
         return output
 
     @staticmethod
@@ -46,7 +49,7 @@ class Dropout(torch.autograd.Function):
         # The stock operator multiplies by the mask in the dtype of the input, with 1 / (1 - p) rounded to it.
         scale = float(torch.ones((), dtype=grad.dtype).div_(1 - ctx.p))
         noise = expand_bits(bits, grad.shape, ctx.stride, 0.0, scale, grad.dtype)
-        return (noise.mul_(grad) if grad.stride() == ctx.stride else grad * noise), None, None
+        return product_into(noise, grad), None, None
 
 
 def replaceable(input: Tensor, p: float) -> bool:
@@ -68,5 +71,4 @@ def dropout(input: Tensor, p: float = 0.5, inplace: bool = False) -> Tensor:
     Returns:
         Same shape and dtype.
     """
-    result: Tensor = Dropout.apply(input, p, inplace)
-    return result
+    return in_place.apply(Dropout, input, inplace, p)

@@ -106,3 +106,10 @@ def flagged_gradient(
     if grad.stride() == stride and not torch.compiler.is_compiling():
         return kernel.grad_input(grad, stand_in, *arguments, grad_input=stand_in)  # type: ignore[no-any-return]
     return kernel(grad, stand_in, *arguments)  # type: ignore[no-any-return]
+
+
+def product_into(factors: Tensor, grad: Tensor) -> Tensor:
+    """``grad * factors``, in the memory of the factors where the layouts agree. A compiler finds its own memory."""
+    if grad.stride() == factors.stride() and grad.dtype == factors.dtype and not torch.compiler.is_compiling():
+        return factors.mul_(grad)
+    return grad * factors

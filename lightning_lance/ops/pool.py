@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes
+
 _aten: Any = torch.ops.aten
 
 
@@ -93,13 +95,13 @@ class _Places(NamedTuple):
         start: int64, index of the first element of every window, broadcastable to the output.
         distance: int64 ``(number of places,)``, from the start of a window to each place in it.
         longest: the largest of them, at the last place.
-        packed: how many places one byte holds: 4, 2 or 1; 0 where a place takes more than a byte.
+        per_byte: how many places one byte holds: 4, 2 or 1; 0 where a place takes more than a byte.
     """
 
     start: Tensor
     distance: Tensor
     longest: int
-    packed: int
+    per_byte: int
 
 
 def _places(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, device: torch.device) -> _Places:
@@ -112,58 +114,29 @@ def _places(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, 
         distance = distance.unsqueeze(-1) * size + place
         longest = longest * size + (window.kernel[axis] - 1) * window.dilation[axis]
     count = math.prod(window.kernel)
-    return _Places(
-        start, distance.flatten(), longest, 4 if count <= 4 else 2 if count <= 16 else 1 if count <= 256 else 0
-    )
-
-
-# Four (two) bytes of memory seen as one integer, and shifted onto each other, are one byte of 2 (4) bits each.
-_WORDS = {4: (torch.int32, (6, 12, 18)), 2: (torch.int16, (4,))}
-
-
-def _pack(codes: Tensor, packed: int) -> Tensor:
-    if packed < 2:
-        return codes
-    missing = -codes.numel() % packed
-    if missing:
-        codes = F.pad(codes, (0, missing))
-    dtype, shifts = _WORDS[packed]
-    words = codes.view(dtype)
-    folded = words
-    for shift in shifts:
-        folded = folded | (words >> shift)
-    return folded.to(torch.uint8)
+    return _Places(start, distance.flatten(), longest, codes_per_byte(count) if count <= 256 else 0)
 
 
 def _encode(index: Tensor, places: _Places) -> Tensor:
     """Places of the maxima, packed in memory order. The indices are overwritten."""
     distance = index.sub_(places.start).as_strided((index.numel(),), (1,))
     count = places.distance.numel()
-    dtype = torch.uint8 if places.packed else torch.int16 if count <= 2**15 else torch.int32
+    dtype = torch.uint8 if places.per_byte else torch.int16 if count <= 2**15 else torch.int32
     code = torch.zeros(places.longest + 1, dtype=dtype, device=index.device)
     # Where the window is wider than the input two places can lie at one distance; either code leads back to it.
     code[places.distance] = torch.arange(count, device=index.device).to(dtype)
-    return _pack(code.index_select(0, distance), places.packed)
+    codes = code.index_select(0, distance)
+    return pack_codes(codes, places.per_byte) if places.per_byte else codes
 
 
 def _decode(codes: Tensor, places: _Places, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Indices of the maxima, from :func:`_encode`."""
-    distance = places.distance
-    if places.packed > 1:
-        distance = distance.index_select(0, _unpacked(places.packed, distance.numel(), codes.device))
-        distance = distance.view(256, places.packed)  # what each byte stands for
-    index = distance.index_select(0, codes.int()).as_strided(shape, stride)
-    return index.add_(places.start)
-
-
-def _unpacked(packed: int, count: int, device: torch.device) -> Tensor:
-    """The places in each of the 256 bytes, as one vector; found by packing every combination."""
-    width = 8 // packed
-    shifts = torch.arange(0, 8, width, device=device)
-    combinations = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & (2**width - 1)
-    rows = torch.empty_like(combinations)
-    rows[_pack(combinations.flatten().to(torch.uint8), packed).long()] = combinations
-    return rows.flatten().clamp_(max=count - 1)  # no window has the places beyond
+    if places.per_byte:
+        distance = unpack_codes(codes, places.per_byte, places.distance)
+    else:
+        distance = places.distance.index_select(0, codes.int())
+    index = distance.as_strided(shape, stride)
+    return index + places.start if torch.compiler.is_compiling() else index.add_(places.start)
 
 
 class MaxPool(torch.autograd.Function):

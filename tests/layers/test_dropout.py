@@ -67,9 +67,10 @@ def test_called_twice() -> None:
     assert_same(lambda x: module(module(x)), lambda x: ours(ours(x)), x, grad)
 
 
-def test_compiles_in_one_graph() -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_in_one_graph(inplace: bool) -> None:
     torch._dynamo.reset()
-    ours = torch.compile(compact(nn.Dropout(0.25)), backend="aot_eager", fullgraph=True)
+    ours = torch.compile(compact(nn.Dropout(0.25, inplace)), backend="aot_eager", fullgraph=True)
     output, grad = run(ours, torch.ones(1000), torch.ones(1000))
     assert same_bits(output, grad)
     assert set(output.tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
