@@ -27,7 +27,7 @@ def parse_bytes(value: int | str) -> int:
 def format_bytes(count: float) -> str:
     """``1234567`` -> ``'1.23 MB'`` (decimal units)."""
     for unit in ("B", "KB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
+        if abs(count) < 999.5 or unit == "GB":  # what rounds to 1000 belongs to the next unit
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError
