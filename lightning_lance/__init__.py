@@ -3,6 +3,7 @@
 from lightning_lance.calibration import calibrate
 from lightning_lance.callback import LanceCallback
 from lightning_lance.config import LanceConfig
+from lightning_lance.continual_callback import ContinualCallback
 from lightning_lance.errors import CalibrationError, ConfigError, LanceError, LanceWarning, PlanError, StateError
 from lightning_lance.memory import SavedBytes, measure_saved_bytes
 from lightning_lance.metrics import ContinualMetrics, continual_metrics
@@ -15,6 +16,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CalibrationError",
     "ConfigError",
+    "ContinualCallback",
     "ContinualMetrics",
     "LanceCallback",
     "LanceConfig",

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from lightning_lance.avalanche.datamodule import AvalancheDataModule
 from lightning_lance.avalanche.evaluation import Evaluation, Predict
+from lightning_lance.avalanche.heads import find_heads
 from lightning_lance.avalanche.progress import ExperienceProgress, StreamBars
 from lightning_lance.avalanche.randomness import random_state, set_random_state
 from lightning_lance.avalanche.result import StreamResult
 from lightning_lance.avalanche.store import InsideCheckpoint, StreamStore, check_same, said_once
 from lightning_lance.callback import LanceCallback
+from lightning_lance.continual_callback import ContinualCallback
 from lightning_lance.errors import ConfigError, StateError
 from lightning_lance.metrics import ContinualMetrics, continual_metrics
 
@@ -54,7 +56,9 @@ class StreamRunner:
         root: folder for checkpoints, logs, results and plots; one for each stream.
         trainer: arguments of the Trainer, such as ``{"max_epochs": 5, "precision": "bf16-mixed"}``. Callbacks,
             plugins, strategies and profilers given as objects are copied for each experience; a logger is shared.
-        lance: the callback to train with; ``None`` trains plainly. With ``continual=True`` nothing is forgotten.
+        lance: the callback to train with: :class:`~lightning_lance.ContinualCallback` so that nothing is forgotten,
+            :class:`~lightning_lance.LanceCallback` to compress only; ``None`` trains plainly. Heads that Avalanche
+            adapts are not protected.
         forward_transfer: also evaluate before the first experience and on experiences to come, which FWT needs.
         checkpoint_every: optimiser steps between two checkpoints within an experience.
         restart: begin anew, whatever the folder holds.
@@ -159,8 +163,8 @@ class StreamRunner:
         self.metrics.correct.copy_(state["correct"])
         self.metrics.total.copy_(state["total"])
         self._steps, self._ends, self._kept = state["steps"], list(state["ends"]), list(state["kept"])
-        if self.lance is not None and state["lance"] is not None:
-            self.lance.load_state_dict(state["lance"])
+        if isinstance(self.lance, ContinualCallback) and state["lance"] is not None:
+            self.lance.stream.load_state_dict(state["lance"]["stream"])
         ranks = state["random"]
         set_random_state(ranks[min(_rank(), len(ranks) - 1)])
         return int(following)
@@ -185,6 +189,9 @@ class StreamRunner:
         callbacks: list[Callback] = [state]
         if self.lance is not None:
             callbacks.append(self.lance)
+        if isinstance(self.lance, ContinualCallback):
+            own, shared = find_heads(self.model)
+            self.lance.own_heads = [*own, *shared]
         inside = InsideCheckpoint(self.store.attempt(experience), self.checkpoint_every)
         title = f"experience {experience + 1} of {self.data.num_experiences}"
         trainer = self._trainer(title, callbacks, [inside])

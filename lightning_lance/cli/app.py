@@ -13,6 +13,7 @@ from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.messages import shorten
 from lightning_lance.cli.profiling import profile
 from lightning_lance.config import LanceConfig
+from lightning_lance.continual import ContinualConfig
 from lightning_lance.errors import ConfigError
 from lightning_lance.report import Report
 
@@ -126,11 +127,13 @@ def check_options(section: Any) -> None:
     Raises:
         ConfigError: a value is not allowed; the message names it as ``lance.NAME``.
     """
-    names = LanceConfig.__dataclass_fields__
-    try:
-        LanceConfig(**{name: value for name, value in section.items() if name in names})
-    except ConfigError as error:
-        raise ConfigError(f"lance.{error}") from None
+    for config in (LanceConfig, ContinualConfig):
+        names = config.__dataclass_fields__
+        given = {name: value for name, value in section.items() if name in names and value is not None}
+        try:
+            config(**given)
+        except ConfigError as error:
+            raise ConfigError(f"lance.{error}") from None
 
 
 def run(args: list[str] | None = None) -> None:

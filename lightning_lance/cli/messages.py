@@ -12,11 +12,12 @@ import inspect
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_lance.callback import LanceCallback
 from lightning_lance.config import LanceConfig
+from lightning_lance.continual import ContinualConfig
 from lightning_lance.errors import ConfigError, LanceError
 
 MANY = 24
@@ -184,15 +185,17 @@ def _no_such_option(given: str, options: Sequence[str]) -> str:
 def _own_message(problem: _Problem, message: str) -> str | None:
     """What our own check of an option of the callback says: it knows more than its type."""
     group, _, name = problem.key.rpartition(".")
-    ours = group == "lance" or "LanceCallback" in message
-    if not ours or problem.value is None or name not in {field.name for field in fields(LanceConfig)}:
+    ours = group == "lance" or "LanceCallback" in message or "ContinualCallback" in message
+    if not ours or problem.value is None:
         return None
-    try:
-        LanceConfig(**{name: _value(problem.value)})
-    except ConfigError as error:
-        return f"{group}.{error}"
-    except TypeError:
-        return None
+    for config in (LanceConfig, ContinualConfig):
+        if name in config.__dataclass_fields__:
+            try:
+                config(**{name: _value(problem.value)})
+            except ConfigError as error:
+                return f"{group}.{error}"
+            except TypeError:
+                return None
     return None
 
 

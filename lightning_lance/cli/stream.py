@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 
 from lightning.pytorch import Trainer
@@ -12,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_lance.avalanche.datamodule import AvalancheDataModule
 from lightning_lance.avalanche.result import StreamResult
 from lightning_lance.avalanche.runner import OWN, StreamRunner
-from lightning_lance.callback import LanceCallback
 from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.app import LanceParser, check_options
+from lightning_lance.continual_callback import ContinualCallback
 
 DESCRIPTION = """Train on one experience of an Avalanche benchmark after another, each with a Lightning Trainer. The
 same command goes on where an interrupted one has stopped."""
@@ -49,9 +48,7 @@ class StreamCLI(LightningCLI):
         parser.add_lightning_class_args(AvalancheDataModule, "data")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(LanceCallback, "lance")
-        if "continual" in inspect.signature(LanceCallback).parameters:
-            parser.set_defaults({"lance.continual": True})
+        parser.add_lightning_class_args(ContinualCallback, "lance")
         given = {"model", "data", "trainer", "lance", "trainer_class"}
         parser.add_class_arguments(StreamRunner, "stream", skip=given, instantiate=False)
         parser.add_argument("--plain", type=bool, default=False, help="train without LANCE, for comparison")
