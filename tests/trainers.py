@@ -110,7 +110,7 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, (list, tuple)) and len(batch) > 2:
             self.samples.append(batch[2].tolist())
-        if isinstance(outputs, dict):
+        if isinstance(outputs, dict) and "loss" in outputs:
             self.losses.append(float(outputs["loss"]))
         self.swapped.append(is_swapped(pl_module))
 

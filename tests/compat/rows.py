@@ -1,0 +1,117 @@
+"""What every row of the compatibility table must do, and where its result is written for the table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lance import LanceCallback, Report
+from tests.compat.networks import CLASSES, Case
+from tests.trainers import Recorder, assert_restored, make_trainer, snapshot
+
+RESULTS = os.environ.get("LANCE_COMPATIBILITY")
+"""Folder that results are written to, one file each; set by ``docs/make_compatibility.py``."""
+
+BATCH = 8
+STEPS = 3
+
+
+class Task(pl.LightningModule):
+    """Classify with one network."""
+
+    def __init__(self, net: nn.Module, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.net = net
+        self.lr = lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=self.lr)
+
+
+def data(case: Case, steps: int = STEPS, batch: int = BATCH, **options: Any) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = case.input(batch * steps), torch.randint(0, CLASSES, (batch * steps,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=batch, **options)
+
+
+def lance(**options: Any) -> LanceCallback:
+    return LanceCallback(**{"verbose": False, "calibration_batches": 2, **options})
+
+
+def check_row(
+    module: pl.LightningModule,
+    loader: Any,
+    callbacks: Any = (),
+    callback: LanceCallback | None = None,
+    val: Any = None,
+    ignore: str = "",
+    **options: Any,
+) -> Report:
+    """Fit two epochs; the loss is finite, fewer bytes are kept than by plain training, the model comes back."""
+    callback, recorder = callback or lance(), Recorder()
+    before = snapshot(module)
+    before.pop(ignore, None)
+    trainer = make_trainer([*callbacks, callback, recorder], **options)
+    trainer.fit(module, loader, val)
+    check_fit(module, before, callback, recorder)
+    assert callback.report is not None
+    return callback.report
+
+
+def check_fit(module: Any, before: dict[str, Any], callback: LanceCallback, recorder: Recorder) -> None:
+    del before["training"], before["buffers"]  # a precision or SWA makes buffers anew
+    assert_restored(module, before)
+    assert all(math.isfinite(loss) for loss in recorder.losses)
+    assert all(recorder.swapped)
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    report = callback.report
+    assert report is not None
+    assert report.plain is not None
+    assert report.compressed is not None
+    assert report.compressed.total < report.plain.total
+    for layer in report.layers:
+        assert (layer.measured_bytes or 0) <= max(layer.plain_bytes, layer.formula_bytes) * 1.05 + 4096, layer
+
+
+def write(kind: str, name: str, report: Report | None, note: str = "", **more: Any) -> None:
+    """One line of the table."""
+    if RESULTS is None:
+        return
+    row: dict[str, Any] = {"kind": kind, "name": name, "note": note, **more}
+    if report is not None and report.plain is not None and report.compressed is not None:
+        left: dict[str, int] = {}
+        for item in report.left:
+            key = f"{item.type}: {item.reason}"
+            left[key] = left.get(key, 0) + 1
+        row |= {
+            "layers": len(report.layers),
+            "plain": report.plain.total,
+            "compressed": report.compressed.total,
+            "left": left,
+            "held": report.still_held(2),
+        }
+    path = Path(RESULTS) / f"{kind}-{''.join(c if c.isalnum() else '_' for c in name)}.json"
+    path.write_text(json.dumps(row))
