@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lightning_lance.avalanche.result import StreamResult
 from lightning_lance.avalanche.store import InsideCheckpoint, StreamStore, check_same, said_once
 from lightning_lance.callback import LanceCallback
 from lightning_lance.continual_callback import ContinualCallback
-from lightning_lance.errors import ConfigError, StateError
+from lightning_lance.errors import ConfigError, LanceWarning, StateError
 from lightning_lance.metrics import ContinualMetrics, continual_metrics
 
 STREAM_STATE_VERSION = 1
@@ -192,6 +193,13 @@ class StreamRunner:
         if isinstance(self.lance, ContinualCallback):
             own, shared = find_heads(self.model)
             self.lance.own_heads = [*own, *shared]
+            if shared and experience == 0:
+                warnings.warn(
+                    f"{', '.join(shared)}: one classifier that grows with the classes, which is not protected; it "
+                    "forgets as without LANCE. A head for each task, or a classifier of fixed size, does not.",
+                    LanceWarning,
+                    stacklevel=2,
+                )
         inside = InsideCheckpoint(self.store.attempt(experience), self.checkpoint_every)
         title = f"experience {experience + 1} of {self.data.num_experiences}"
         trainer = self._trainer(title, callbacks, [inside])

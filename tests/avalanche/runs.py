@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_lance import LanceCallback
+from lightning_lance import ContinualCallback, LanceCallback
 from lightning_lance.avalanche.datamodule import AvalancheDataModule
 from lightning_lance.avalanche.module import ContinualClassifier
 from lightning_lance.avalanche.runner import StreamRunner
@@ -119,6 +120,17 @@ def tensors() -> Any:
     )
 
 
+def shuffled() -> Any:
+    """The same classes with the inputs in another order in each experience."""
+    orders = [torch.randperm(WIDTH, generator=torch.Generator().manual_seed(index)) for index in range(EXPERIENCES)]
+    train, test = points(12, 1), points(6, 2)
+    return tensors_benchmark(
+        train_tensors=[(train[0][:, order], train[1]) for order in orders],
+        test_tensors=[(test[0][:, order], test[1]) for order in orders],
+        task_labels=list(range(EXPERIENCES)),
+    )
+
+
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "nc": new_classes,
     "nc with tasks": tasks,
@@ -128,6 +140,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "custom": custom,
     "tensors": tensors,
 }
+LARGER: dict[str, Callable[[], Any]] = {"shuffled": shuffled}
 
 
 def network() -> nn.Sequential:
@@ -224,19 +237,22 @@ def runner(
     kills: list[tuple[int, int]] | None = None,
     augment: bool = False,
     num_workers: int = 0,
+    continual: bool = False,
     **options: Any,
 ) -> StreamRunner:
     """A stream of three experiences of 32 samples, two epochs each in batches of 8."""
     torch.set_num_threads(1)
     pl.seed_everything(3, verbose=False)
-    made = BENCHMARKS[benchmark](augment=True) if augment else BENCHMARKS[benchmark]()  # type: ignore[call-arg]
+    make = (BENCHMARKS | LARGER)[benchmark]
+    made = make(augment=True) if augment else make()  # type: ignore[call-arg]
     data = AvalancheDataModule(made, batch_size=8, num_workers=num_workers)
     flags = root.parent / f"{root.name} flags"
     flags.mkdir(exist_ok=True, parents=True)
     trainer = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_model_summary": False}
     trainer |= options.pop("trainer", {})
     trainer["callbacks"] = [KillAt(*kill, flags / f"{kill[0]}-{kill[1]}") for kill in kills or ()]
-    callback = None if lance is None else LanceCallback(calibration_batches=2, verbose=False, **lance)
+    kind = ContinualCallback if continual else LanceCallback
+    callback = None if lance is None else kind(calibration_batches=2, verbose=False, **lance)
     return StreamRunner(MODELS[model](), data, root, trainer, callback, checkpoint_every=2, progress=False, **options)
 
 
@@ -254,5 +270,44 @@ def final(root: Path) -> dict[str, Any]:
         "weights": last["state_dict"],
         "correct": last["stream"]["correct"],
         "total": last["stream"]["total"],
+        "lance": last["stream"]["lance"],
         "results": json.loads((root / "results.json").read_text()),
     }
+
+
+class Count(Callback):
+    """Samples of each epoch."""
+
+    def __init__(self, seen: list[int]) -> None:
+        self.seen = seen
+
+    def __deepcopy__(self, memo: Any) -> Count:
+        return self
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.seen.append(0)
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen[-1] += len(batch[0])
+
+
+def two_processes(root: Path) -> None:
+    """A continual stream on two processes; each writes what it has."""
+    trainer = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
+    done = runner(root, "task", lance={"threshold": 0.8}, continual=True, trainer=trainer)
+    seen: list[int] = []
+    done.options["callbacks"] = [Count(seen)]
+    done.run()
+    assert isinstance(done.lance, ContinualCallback)
+    found = {
+        "stream": done.lance.stream.state_dict(),
+        "weights": done.model.state_dict(),
+        "correct": done.metrics.correct,
+        "total": done.metrics.total,
+        "seen": seen,
+    }
+    torch.save(found, root.parent / f"rank {os.environ.get('LOCAL_RANK', 0)}.pt")
+
+
+if __name__ == "__main__":
+    two_processes(Path(sys.argv[1]))

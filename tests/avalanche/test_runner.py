@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_lance import ConfigError, StateError, is_swapped
+from lightning_lance import ConfigError, LanceWarning, StateError, is_swapped
 from lightning_lance.avalanche.evaluation import Evaluation
 from lightning_lance.avalanche.module import ContinualClassifier, TaskHeads, takes_task_labels
 from lightning_lance.avalanche.runner import StreamRunner
@@ -66,6 +69,21 @@ def in_process(server: Any, root: Path, **options: Any) -> int:
     return int(process.exitcode)
 
 
+def assert_equal(found: Any, wanted: Any) -> None:
+    if isinstance(found, Tensor):
+        assert torch.equal(found, wanted)
+    elif isinstance(found, dict):
+        assert found.keys() == wanted.keys()
+        for key, value in found.items():
+            assert_equal(value, wanted[key])
+    elif isinstance(found, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_equal(one, other)
+    else:
+        assert found == wanted
+
+
 def assert_same(root: Path, other: Path) -> None:
     found, wanted = final(root), final(other)
     assert found["weights"].keys() == wanted["weights"].keys()
@@ -73,6 +91,7 @@ def assert_same(root: Path, other: Path) -> None:
         assert torch.equal(value, wanted["weights"][name]), name
     assert torch.equal(found["correct"], wanted["correct"])
     assert torch.equal(found["total"], wanted["total"])
+    assert_equal(found["lance"], wanted["lance"])
     assert found["results"] == wanted["results"]
 
 
@@ -171,6 +190,50 @@ class TestLance:
         assert str(seen[1]) != str(seen[2])
 
 
+class TestContinual:
+    def test_nothing_is_forgotten(self, cwd: Path) -> None:
+        """A harder stream than the others: the same classes, shuffled inputs."""
+        plain = runner(cwd / "plain", "own", "shuffled").run()
+        options = {"threshold": 0.95, "heads": ["heads"]}
+        protected = runner(cwd / "lance", "own", "shuffled", lance=options, continual=True).run()
+        assert plain.summary["BWT"] < -0.1
+        assert protected.summary["BWT"] > -0.05
+        assert protected.summary["ACC"] > plain.summary["ACC"]
+
+    def test_weights_move_only_outside_of_what_is_protected(self, cwd: Path) -> None:
+        done = runner(cwd / "run", "task", lance={"threshold": 0.8}, continual=True)
+        done.run()
+        states = [torch.load(cwd / "run" / f"experience_{index:03d}.ckpt", weights_only=True) for index in range(3)]
+        for before, after in pairwise(states):
+            stream = before["stream"]["lance"]["stream"]
+            assert stream["experience"] == before["stream"]["experience"] + 1
+            assert set(stream["memories"]) == {"network.trunk.0", "network.trunk.3"}  # the heads are not protected
+            for name, (*_, memory) in stream["memories"].items():
+                change = after["state_dict"][f"{name}.weight"] - before["state_dict"][f"{name}.weight"]
+                assert change.norm() > 1e-3
+                assert (change @ memory["protected"][0]).norm() <= 1e-5 * change.norm()
+                bias = f"{name}.bias"
+                assert torch.equal(before["state_dict"][bias], after["state_dict"][bias])
+
+    def test_a_shared_head_is_said_to_be_unprotected(self, cwd: Path) -> None:
+        with pytest.warns(LanceWarning, match="network.head.*not protected"):
+            runner(cwd / "run", "growing", "class-incremental", lance={}, continual=True).run()
+
+    def test_two_processes_protect_the_same(self, cwd: Path) -> None:
+        command = [sys.executable, "-W", "ignore", "-m", "tests.avalanche.runs", str(cwd / "run")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr
+        ranks = [torch.load(cwd / f"rank {rank}.pt", weights_only=True) for rank in range(2)]
+        assert len(ranks[0]["stream"]["memories"]) == 2
+        for part in ("stream", "weights", "correct", "total"):
+            assert_equal(ranks[0][part], ranks[1][part])
+        # Each test sample is counted once, by one of the two.
+        assert torch.equal(ranks[0]["total"], final(cwd / "run")["total"])
+        assert ranks[0]["total"].unique().tolist() == [12]
+        assert [sum(pair) for pair in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)] == [32] * (2 * EXPERIENCES)
+
+
 KILLS: dict[str, list[tuple[int, int]]] = {
     "before the first checkpoint": [(0, 1)],
     "in mid-experience": [(1, 5)],
@@ -204,6 +267,8 @@ class TestKilled:
             {"model": "own", "augment": True, "num_workers": 1, "lance": {"refresh": "epoch"}},
             {"model": "task", "trainer": {"accumulate_grad_batches": 2}},
             {"model": "task", "forward_transfer": False},
+            {"model": "task", "continual": True, "lance": {"threshold": 0.8}},
+            {"model": "own", "continual": True, "lance": {"threshold": 0.7, "reserved": 4, "heads": ["heads"]}},
         ],
         ids=lambda options: " ".join(map(str, options.values())),
     )
