@@ -139,10 +139,10 @@ class LanceCallback(Callback):
         missing = session.uncalibrated
         if missing:
             self._calibrate(trainer, pl_module, session, missing, batch, batch_idx)
-        if not fresh and not session.observing and self._refresh_due(trainer, batch_idx):
+        if not fresh and session.calibrated and not session.observing and self._refresh_due(trainer, batch_idx):
             session.observe()
-        if not self._measured and session.calibrated:
-            self._measure(trainer, pl_module, session, batch)
+        if session.calibrated and not (session.checked and self._measured):
+            self._look(trainer, pl_module, session, batch)
         session.begin_step()
 
     def on_train_batch_end(
@@ -202,14 +202,20 @@ class LanceCallback(Callback):
             )
             session.observe(None if session.observing else missing)
 
-    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession, batch: Any) -> None:
-        self._measured = True
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession, batch: Any) -> None:
+        """Look at what autograd keeps for one batch: leave alone what cannot gain, and report the rest."""
         if uses_dataloader_iter(trainer) and self.forward_fn is None:
+            self._measured = True
             return  # the batch is the module's to fetch
         try:
             with rehearsal(trainer, module, self.forward_fn) as run:
-                session.measure(lambda: run(copied(batch)))
+                if not session.checked:
+                    session.drop_redundant(lambda: run(copied(batch)), _share(trainer))
+                if not self._measured:
+                    self._measured = True
+                    session.measure(lambda: run(copied(batch)))
         except Exception as error:
+            self._measured = True
             warnings.warn(
                 f"what autograd keeps could not be measured ({type(error).__name__}: {error}); training goes on. "
                 "Give LanceCallback(forward_fn=lambda module, batch: ...) a forward pass to measure, or measure=False.",
@@ -217,7 +223,8 @@ class LanceCallback(Callback):
                 stacklevel=2,
             )
             return
-        self._publish(trainer, session)
+        if self.measure:
+            self._publish(trainer, session)
 
     def _publish(self, trainer: pl.Trainer, session: LanceSession) -> None:
         report = session.report

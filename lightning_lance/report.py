@@ -20,7 +20,7 @@ class LayerReport:
         input_shape: input of the measured batch.
         core_shape: what is kept of it, ``(batch, channel, spatial...)``.
         energy: fraction of the calibration energy that each truncated mode holds.
-        plain_bytes: bytes of the input.
+        plain_bytes: bytes of the input; 0 where it is that of an earlier layer, which shares its core.
         formula_bytes: bytes of core, factors and sample order.
         measured_bytes: bytes that autograd keeps for the layer; ``None`` where nothing was measured.
     """
@@ -202,7 +202,7 @@ def _row(layer: LayerReport) -> list[str]:
         energy,
         format_bytes(layer.plain_bytes),
         format_bytes(_kept(layer)),
-        _times(layer.plain_bytes, _kept(layer)),
+        _times(layer.plain_bytes, _kept(layer)) if layer.plain_bytes else "shared",
     ]
 
 

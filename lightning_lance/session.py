@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_lance.calibration import Calibration, Reduce, calibrate, eager
 from lightning_lance.config import LanceConfig
@@ -20,7 +21,9 @@ from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import base_class, uninstall
 from lightning_lance.memory import SavedBytes, measure_saved_bytes
 from lightning_lance.norms import frozen_norms
+from lightning_lance.redundancy import kept_anyway
 from lightning_lance.report import LayerReport, Report
+from lightning_lance.sharing import link
 from lightning_lance.subspace import CapturedEnergy, LayerSubspace
 from lightning_lance.surgery import LeftAlone, Plan, bypassed, compressed_layers, is_swapped, join, plan, restore, swap
 
@@ -66,6 +69,7 @@ class LanceSession:
         self.report: Report | None = None
         self.left: list[LeftAlone] = []
         self.observed = 0
+        self._checked = False
         self._dropped: dict[str, LeftAlone] = {}
         self._observing: Calibration | None = None
         self._plain = False
@@ -81,6 +85,7 @@ class LanceSession:
         made = plan(self.model, self.config)
         self.left = list(made.left)
         self._dropped = {}
+        self._checked = False
         self._observing = None
         self._trainable = self._flags()
         return swap(self.model, made)
@@ -100,7 +105,10 @@ class LanceSession:
         except PlanError:  # nothing is trainable now, or nothing that the patterns name
             return []
         self.left = [*made.left, *self._dropped.values()]
-        return join(self.model, replace(made, entries=[e for e in made.entries if e.name not in self._dropped]))
+        made = replace(made, entries=[entry for entry in made.entries if entry.name not in self._dropped])
+        joined = join(self.model, made)
+        self._checked = self._checked and not joined
+        return joined
 
     def _flags(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self.model.parameters()]
@@ -203,6 +211,37 @@ class LanceSession:
         if share is not None:
             self._assign(share(self._subspaces()))
 
+    @property
+    def checked(self) -> bool:
+        """Whether :meth:`drop_redundant` has looked at the calibrated layers as they are now."""
+        return self._checked
+
+    def drop_redundant(self, run: Pass, share: Share | None = None) -> list[str]:
+        """Swap back the layers whose input autograd keeps anyway, for another operation; their gradient is exact then.
+
+        Needs no more memory than a pass without gradients, and leaves no trace.
+
+        Args:
+            run: a forward pass with gradients.
+            share: hands process 0's decision to all.
+
+        Returns:
+            Their names.
+        """
+        self._checked = True
+        self.end_step()
+        with isolated(self.model), eager():
+            found = kept_anyway(run, {n: x for n, x in self.layers.items() if x._lance.subspace is not None})
+        found = found if share is None else share(found)
+        layers: dict[str, Any] = dict(self.layers)
+        for name in found:
+            reason = "its input is kept for another operation anyway"
+            self._dropped[name] = LeftAlone(name, base_class(layers[name]).__name__, reason)
+            self.left.append(self._dropped[name])
+            uninstall(layers[name])
+        link(self.layers.values())
+        return found
+
     def functional(self) -> AbstractContextManager[Any]:
         """Context for a forward pass in which functional calls (``F.relu(x)``) keep less for backward too."""
         if not self.config.companions or self._plain:
@@ -222,7 +261,7 @@ class LanceSession:
         return self.report
 
     def _measured(self, run: Pass) -> Report:
-        energies = {}
+        energies: dict[str, _Measured] = {}
         self._plain = True
         try:
             with isolated(self.model), eager(), bypassed(self.model):
@@ -233,7 +272,7 @@ class LanceSession:
             after = measure_saved_bytes(run, self.model)
             for name, layer in self.layers.items():
                 assert layer._lance.subspace is not None
-                energies[name] = layer._lance.observer = CapturedEnergy(layer._lance.subspace, layer.channel_axis)
+                energies[name] = layer._lance.observer = _Measured(layer._lance.subspace, layer.channel_axis)
             try:
                 with torch.no_grad():
                     run()
@@ -242,17 +281,28 @@ class LanceSession:
                     layer._lance.observer = None
         return self._report(before, after, energies)
 
-    def _report(self, before: SavedBytes, after: SavedBytes, energies: dict[str, CapturedEnergy]) -> Report:
+    def _report(self, before: SavedBytes, after: SavedBytes, energies: dict[str, _Measured]) -> Report:
         measured = after.by_module()
+        counted: set[int] = set()
         rows = []
         for name, layer in self.layers.items():
             seen, subspace = energies[name], layer._lance.subspace
             assert subspace is not None
-            formula = sum(subspace.formula_bytes(shape[0], shape[1], shape[2:], seen.itemsize) for shape in seen.shapes)
-            plain = sum(torch.Size(shape).numel() for shape in seen.shapes) * seen.itemsize
-            shape = seen.shapes[0] if seen.shapes else (0, 0)
-            core = subspace.core_shape(shape[0], shape[1], shape[2:])
+            plain = formula = 0
+            core: tuple[int, ...] = ()
+            for shape, storage in zip(seen.shapes, seen.storages, strict=True):
+                whole = torch.Size(shape).numel() * seen.itemsize
+                first, shared = storage.cdata not in counted, layer._lance.shared is not None
+                counted.add(storage.cdata)
+                shrinks = subspace.shrinks(shape[0], shape[1], shape[2:])
+                core = core or (subspace.core_shape(shape[0], shape[1], shape[2:]) if shrinks else shape)
+                plain += whole * first
+                if first or (shrinks and not shared):
+                    formula += (
+                        subspace.formula_bytes(shape[0], shape[1], shape[2:], seen.itemsize) if shrinks else whole
+                    )
             kind = base_class(layer).__name__  # type: ignore[arg-type]
+            shape = seen.shapes[0] if seen.shapes else ()
             row = LayerReport(name, kind, shape, core, dict(subspace.energy), plain, formula, measured.get(name, 0))
             rows.append(row)
         kept, total = sum(e.kept for e in energies.values()), sum(e.total for e in energies.values())
@@ -285,6 +335,7 @@ class LanceSession:
                 factor = next(found.factors(), None)
                 dtype = module.weight.dtype if factor is None else factor.dtype
                 layer._lance.subspace = found.to(module.weight.device, dtype)
+        link(self.layers.values())
 
     def _options(self) -> dict[str, Any]:
         return {"rank": _plain(self.config.rank), "batch": self.config.batch}
@@ -300,6 +351,7 @@ class LanceSession:
             "subspaces": self._subspaces(),
             "order": order,
             "dropped": [[item.name, item.type, item.reason] for item in self._dropped.values()],
+            "checked": self._checked,
             "observed": self.observed,
             "observing": None
             if observing is None
@@ -351,6 +403,7 @@ class LanceSession:
                 LanceWarning,
                 stacklevel=2,
             )
+        self._checked = state["checked"]
         self._assign(state["subspaces"])
         if layers:
             next(iter(layers.values()))._lance.order.state.copy_(torch.tensor(state["order"], dtype=torch.int64))
@@ -363,6 +416,18 @@ class LanceSession:
                     device = self._observing.layers[name].weight.device  # type: ignore[attr-defined]
                     statistics.load_state_dict(state["observing"][name], device)
         self.observed = state["observed"]
+
+
+class _Measured(CapturedEnergy):
+    """Also identifies the storages of the inputs: layers that read one input keep it once."""
+
+    def __init__(self, subspace: LayerSubspace, channel_axis: int) -> None:
+        super().__init__(subspace, channel_axis)
+        self.storages: list[Any] = []
+
+    def update(self, input: Tensor) -> None:
+        self.storages.append(StorageWeakRef(input.untyped_storage()))  # type: ignore[no-untyped-call]
+        super().update(input)
 
 
 def _text(config: dict[str, Any]) -> str:

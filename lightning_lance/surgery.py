@@ -106,7 +106,7 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
                 companions.append(Planned(name, module, chosen, False))
                 continue
         if _trains_a_matrix(module):
-            why = reason or f"no variant for {registry.base_class(module).__name__}"
+            why = reason or _unsupported(module)
             left.append(LeftAlone(name or "the model itself", registry.base_class(module).__name__, why))
     if not candidates:
         raise PlanError(_nothing(model, left))
@@ -137,6 +137,16 @@ def _trains_a_matrix(module: nn.Module) -> bool:
         parameters += module.parametrizations.parameters()  # type: ignore[union-attr]
     matrix = any(nn.parameter.is_lazy(parameter) or parameter.dim() > 1 for parameter in parameters)
     return matrix and any(parameter.requires_grad for parameter in parameters)
+
+
+def _unsupported(module: nn.Module) -> str:
+    kind = registry.base_class(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return "it computes its projections by itself, without calling layers"
+    stock = registry.overrides(module)
+    if stock is not None:
+        return f"{kind.__module__}.{kind.__name__} has a forward of its own, not that of {stock}"
+    return f"no variant for {kind.__name__}"
 
 
 def _wanted(variant: type[registry.Variant], config: LanceConfig) -> bool:

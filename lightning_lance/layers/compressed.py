@@ -6,14 +6,16 @@ import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_lance.errors import LanceWarning
 from lightning_lance.layers.registry import Variant
 from lightning_lance.linalg import cosine_basis
-from lightning_lance.ops.factors import Factors
+from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ranks import ModeRanks
 from lightning_lance.sampling import SampleOrder
+from lightning_lance.sharing import SharedCores
 from lightning_lance.subspace import LayerSubspace, Sizes
 
 
@@ -36,6 +38,7 @@ class LayerState:
         subspace: factors; ``None`` until calibrated, and the stock path runs.
         observer: collects statistics of the inputs, during calibration or refresh.
         unknown_sizes: spatial sizes that were met without factors, each warned about once.
+        shared: cores of living inputs, where other layers may read the same one.
     """
 
     name: str
@@ -46,6 +49,7 @@ class LayerState:
     subspace: LayerSubspace | None = None
     observer: Observer | None = None
     unknown_sizes: set[Sizes] = field(default_factory=set)
+    shared: SharedCores | None = None
 
     def factors(self, input: Tensor, sizes: Sizes, channels: int) -> Factors | None:
         """Factors for one input, or ``None`` where the stock path must run."""
@@ -109,4 +113,20 @@ class Compressed(Variant):
 
     def lance_factors(self, input: Tensor) -> Factors | None:
         """Factors for a call, or ``None`` where the stock path must run."""
+        shared = self._lance.shared
+        if shared is None or torch.compiler.is_compiling():
+            return self._own_factors(input)
+        subspace = self._lance.subspace
+        assert subspace is not None
+        factors = shared.recall(input, subspace, self.channel_axis)
+        if factors is None:
+            factors = self._own_factors(input)
+            if factors is not None:
+                with torch.no_grad():
+                    core = compress(input, factors, self.channel_axis % input.dim(), 2 if self.channel_axis == 1 else 1)
+                factors = factors._replace(core=core)
+                shared.remember(input, subspace, self.channel_axis, factors)
+        return factors
+
+    def _own_factors(self, input: Tensor) -> Factors | None:
         return self._lance.factors(input, self.sizes(input), input.shape[self.channel_axis])

@@ -78,6 +78,14 @@ def find(module: nn.Module) -> list[type[Variant]]:
     return []
 
 
+def overrides(module: nn.Module) -> str | None:
+    """Name of the supported class whose forward the module's class replaces by its own, or ``None``."""
+    if find(module):
+        return None
+    found = [cls for cls in base_class(module).__mro__ if any(v.compresses for v in _VARIANTS.get(cls, ()))]
+    return found[0].__name__ if found else None
+
+
 def _forward_names(cls: type[nn.Module]) -> list[str]:
     return [name for name in ("forward", "_conv_forward", "_check_input_dim") if hasattr(cls, name)]
 

@@ -225,7 +225,7 @@ class LowRankConv(torch.autograd.Function):
     """Convolution with exact output, input gradient and bias gradient, and a projected weight gradient.
 
     Saved: core, factors, weight; the core is left out where the weight needs no gradient.
-    ``apply(input, weight, bias, geometry, scale, basis, order, channel, *spatial)``.
+    ``apply(input, weight, bias, geometry, core, scale, basis, order, channel, *spatial)``.
     """
 
     @staticmethod
@@ -235,14 +235,16 @@ class LowRankConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: Geometry,
+        core: Tensor | None,
         scale: float,
         basis: Tensor | None,
         order: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
-        core = None
-        if ctx.needs_input_grad[1]:
+        if not ctx.needs_input_grad[1]:
+            core = None
+        elif core is None:
             core = compress(input, Factors(basis, order, scale, channel, spatial), 1, 2)
         ctx.geometry, ctx.scale, ctx.shape = geometry, scale, tuple(input.shape)
         ctx.save_for_backward(core, weight, basis, order, channel, *spatial)
@@ -261,7 +263,7 @@ class LowRankConv(torch.autograd.Function):
             grad_weight = conv_weight_grad(grad, core, weight, ctx.geometry, factors)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
-        return (grad_input, grad_weight, grad_bias, None, None, None, None, None, *[None] * len(spatial))
+        return (grad_input, grad_weight, grad_bias, *[None] * (6 + len(spatial)))
 
 
 def low_rank_conv(
@@ -279,8 +281,6 @@ def low_rank_conv(
     Returns:
         ``(B, O, *out)``, that of the stock operator.
     """
-    factors = factors or Factors(None, None, 1.0, None, ())
-    result: Tensor = LowRankConv.apply(
-        input, weight, bias, geometry, factors.scale, factors.basis, factors.order, factors.channel, *factors.spatial
-    )
+    basis, order, scale, channel, spatial, core = factors or Factors(None, None, 1.0, None, ())
+    result: Tensor = LowRankConv.apply(input, weight, bias, geometry, core, scale, basis, order, channel, *spatial)
     return result

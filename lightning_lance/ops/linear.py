@@ -41,7 +41,7 @@ def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
 class LowRankLinear(torch.autograd.Function):
     """Linear map with exact output, input gradient and bias gradient, and a projected weight gradient.
 
-    Saved: core, factors, weight. ``apply(input, weight, bias, scale, basis, order, channel, *spatial)``
+    Saved: core, factors, weight. ``apply(input, weight, bias, core, scale, basis, order, channel, *spatial)``
     with the fields of :class:`~lightning_lance.ops.factors.Factors`.
     """
 
@@ -51,13 +51,15 @@ class LowRankLinear(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        core: Tensor | None,
         scale: float,
         basis: Tensor | None,
         order: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
-        core = compress(input, Factors(basis, order, scale, channel, spatial), input.dim() - 1, 1)
+        if core is None:
+            core = compress(input, Factors(basis, order, scale, channel, spatial), input.dim() - 1, 1)
         ctx.scale = scale
         ctx.save_for_backward(core, weight, basis, order, channel, *spatial)
         return F.linear(input, weight, bias)
@@ -75,7 +77,7 @@ class LowRankLinear(torch.autograd.Function):
             grad_weight = linear_weight_grad(grad, core, factors)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
-        return (grad_input, grad_weight, grad_bias, None, None, None, None, *[None] * len(spatial))
+        return (grad_input, grad_weight, grad_bias, None, None, None, None, None, *[None] * len(spatial))
 
 
 def low_rank_linear(input: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
@@ -90,7 +92,6 @@ def low_rank_linear(input: Tensor, weight: Tensor, bias: Tensor | None, factors:
     Returns:
         ``(B, *tokens, O)``, bit for bit that of the stock operator.
     """
-    result: Tensor = LowRankLinear.apply(
-        input, weight, bias, factors.scale, factors.basis, factors.order, factors.channel, *factors.spatial
-    )
+    basis, order, scale, channel, spatial, core = factors
+    result: Tensor = LowRankLinear.apply(input, weight, bias, core, scale, basis, order, channel, *spatial)
     return result

@@ -18,6 +18,7 @@ from lightning_lance import LanceError, measure_saved_bytes
 from lightning_lance.linalg import contrast_scale, cosine_basis
 from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
 from lightning_lance.ops.factors import Factors
+from tests.live_bytes import LiveBytes
 from tests.oracles import gradients, orthonormal, projected_input, relative_error
 
 CPU = torch.device("cpu")
@@ -443,3 +444,34 @@ def test_the_geometry_pads_as_the_module_does(case: Case) -> None:
         )
     )
     assert sizes == tuple(output.shape[2:])
+
+
+@pytest.mark.parametrize("ranks", [[4, None, None, None], [4, 8, 4, 4]], ids=["batch", "all"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_neither_pass_copies_or_rebuilds_the_input(kernel: int, layout: torch.memory_format, ranks: list[Any]) -> None:
+    case = Case((64, 16, 16, 16), 16, (kernel,) * 2, (1, 1), kernel // 2, (1, 1), 1, "zeros", True)
+    factors = factors_for(case.shape, ranks, True, torch.float32)
+    module, made = case.module(torch.float32).to(memory_format=layout), case.geometry()
+    input = torch.randn(case.shape).to(memory_format=layout).requires_grad_()
+    with LiveBytes(input, *module.parameters()) as forward:
+        output = low_rank_conv(input, module.weight, module.bias, made, factors)
+    # The output, the core, and what is left on the way to it: a sixteenth of the input for each step.
+    assert output.nbytes < forward.peak < output.nbytes + 0.25 * input.nbytes
+    grad = torch.randn_like(output)
+    with LiveBytes(input, grad, *module.parameters()) as backward:
+        output.backward(grad)
+    assert input.grad is not None
+    assert input.grad.nbytes < backward.peak < input.grad.nbytes + 0.35 * input.nbytes
+
+
+def test_a_frozen_input_costs_no_input_gradient() -> None:
+    case = Case((64, 16, 16, 16), 16, (3, 3), (1, 1), 1, (1, 1), 1, "zeros", True)
+    factors = factors_for(case.shape, [4, None, None, None], True, torch.float32)
+    module = case.module(torch.float32)
+    input = torch.randn(case.shape)
+    output = low_rank_conv(input, module.weight, module.bias, case.geometry(), factors)
+    grad = torch.randn_like(output)
+    with LiveBytes(input, grad, *module.parameters()) as backward:
+        output.backward(grad)
+    assert backward.peak < 0.35 * input.nbytes

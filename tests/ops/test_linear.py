@@ -20,6 +20,7 @@ from lightning_lance import LanceError, measure_saved_bytes
 from lightning_lance.linalg import contrast_scale, cosine_basis
 from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.linear import low_rank_linear
+from tests.live_bytes import LiveBytes
 from tests.oracles import gradients, orthonormal, projected_input, relative_error
 
 CPU = torch.device("cpu")
@@ -366,3 +367,18 @@ def test_the_gradient_is_computed_from_the_core_without_the_input() -> None:
 def test_the_core_is_the_input_itself_where_nothing_is_truncated() -> None:
     input = torch.randn(4, 5)
     assert compress(input, WHOLE, 1, 1) is input
+
+
+@pytest.mark.parametrize("ranks", [(4, None, [None]), (4, 16, [4])], ids=["batch", "all"])
+def test_neither_pass_copies_or_rebuilds_the_input(ranks: tuple[Any, Any, Any]) -> None:
+    shape = (64, 32, 64)
+    factors = factors_for(shape, ranks[0], ranks[1], ranks[2], dtype=torch.float32)
+    input, weight = torch.randn(shape, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    with LiveBytes(input, weight) as forward:
+        output = low_rank_linear(input, weight, None, factors)
+    assert output.nbytes < forward.peak < output.nbytes + 0.25 * input.nbytes
+    grad = torch.randn_like(output)
+    with LiveBytes(input, weight, grad) as backward:
+        output.backward(grad)
+    assert input.grad is not None
+    assert input.grad.nbytes < backward.peak < input.grad.nbytes + 0.25 * input.nbytes
