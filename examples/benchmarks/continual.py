@@ -161,6 +161,17 @@ def table(runs: Iterable[Run]) -> str:
     return "\n".join(lines)
 
 
+def draw(metrics: ContinualMetrics, title: str, path: Path) -> None:
+    """Write the heat map of an accuracy matrix."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = metrics.plot()
+    axis.set_title(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`["ewc.ewc_lambda=50", "lance.reserved=8"]` as options per method."""
     found: dict[str, dict[str, Any]] = {}
@@ -249,10 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
                     # After each run, so that an interrupted benchmark loses nothing.
                     args.output.write_text(json.dumps(runs, indent=1))
                     if args.plots is not None:
-                        args.plots.mkdir(parents=True, exist_ok=True)
-                        figure, axis = metrics.plot()
-                        axis.set_title(f"{LABELS[method]}, {name}")
-                        figure.savefig(args.plots / f"{name}-{optimizer_name}-{method}-{seed}.png", dpi=100)
+                        path = args.plots / f"{name}-{optimizer_name}-{method}-{seed}.png"
+                        draw(metrics, f"{LABELS[method]}, {name}", path)
                     print(
                         f"{name} {optimizer_name} seed {seed} {LABELS[method]}: ACC {cell([found['ACC']], 100, 1)}, "
                         f"BWT {cell([found['BWT']], 100, 1)}, {found['seconds']:.0f} s",

@@ -8,6 +8,10 @@
 Every method runs in a process of its own. "Above idle" is the peak of resident memory during calibration and a few
 training steps (forward, backward, SGD) minus what was resident once the model and the inputs were there. It includes
 gradients, what the optimiser allocates, and scratch memory of the kernels, for all methods alike.
+
+The C library keeps freed memory below a threshold that grows as the process runs, up to 32 MB, in a heap with holes,
+so that a peak holds memory that no tensor uses. `--allocator returning`, the default here, gives freed tensors of 1 MB
+or more back to the system at once, for all methods; `--allocator stock` measures what a process does unasked.
 """
 
 from __future__ import annotations
@@ -31,12 +35,16 @@ from torch import Tensor, nn
 
 from examples.benchmarks.cases import HEADLINE, Case, select
 from examples.benchmarks.table import show, size, times
-from examples.benchmarks.training_methods import MEMORY, METHODS, TITLES, find
+from examples.benchmarks.training_methods import MEMORY, METHODS, TITLES, Method, find
+from lightning_lance import measure_saved_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 CALIBRATION_BATCHES = 4
 LEARNING_RATE = 0.01
+
+# Environment of the measured process, read by the C library of GNU systems.
+ALLOCATORS = {"returning": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "1"}, "stock": {}}
 
 
 @dataclass
@@ -53,11 +61,13 @@ class Row:
         peak_steps: that of the training steps alone.
         cosine: cosine of the gradient of all trained parameters to that of plain training, mean over batches.
         cosine_mean: the same for the mean gradient of several passes over one batch, which shows the bias alone.
+        allocator: key of `ALLOCATORS`.
         error: what went wrong, instead of numbers.
     """
 
     case: str
     method: str
+    allocator: str
     kept: int | None = None
     formula: int | None = None
     peak: int | None = None
@@ -87,23 +97,25 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def train(model: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+def train(method: Method, model: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     """One SGD step on each batch."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     for batch in batches:
         optimizer.zero_grad()
-        case.loss(model, batch).backward()
+        method.loss(case, model, batch).backward()
         optimizer.step()
 
 
-def gradient(model: nn.Module, case: Case, batch: tuple[Tensor, Tensor]) -> Tensor:
+def gradient(method: Method, model: nn.Module, case: Case, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Gradient of all trained parameters, flat. Dropout draws the same mask every time."""
     torch.manual_seed(0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.cat([grad.flatten() for grad in torch.autograd.grad(case.loss(model, batch), trained)])
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(method.loss(case, model, batch), trained)])
 
 
-def cosines(model: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor]], passes: int) -> tuple[float, float]:
+def cosines(
+    method: Method, model: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor]], passes: int
+) -> tuple[float, float]:
     """Cosine to plain training: mean over batches, and that of the mean gradient of one batch over several passes."""
     plain = case.build()
     with torch.no_grad():  # both at the initial weights; the method may have put the modules into others
@@ -112,11 +124,11 @@ def cosines(model: nn.Module, case: Case, batches: Sequence[tuple[Tensor, Tensor
     found = []
     expected = torch.empty(0)
     for batch in batches:
-        expected = gradient(plain, case, batch)
-        found.append(cosine(gradient(model, case, batch), expected))
+        expected = gradient(Method(), plain, case, batch)
+        found.append(cosine(gradient(method, model, case, batch), expected))
     total = torch.zeros_like(expected)
     for _ in range(passes):
-        total += gradient(model, case, batches[-1])
+        total += gradient(method, model, case, batches[-1])
     return statistics.fmean(found), cosine(total, expected)
 
 
@@ -130,9 +142,9 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def measure(case: Case, name: str, steps: int, passes: int) -> Row:
+def measure(case: Case, name: str, steps: int, passes: int, allocator: str = "stock") -> Row:
     """One case with one method, in this process."""
-    row = Row(case.name, name)
+    row = Row(case.name, name, allocator)
     method = METHODS[name]()
     model = case.build()
     calibration = case.batches(CALIBRATION_BATCHES if method.calibrates else 0, first=100)
@@ -140,20 +152,20 @@ def measure(case: Case, name: str, steps: int, passes: int) -> Row:
     method.install(model, case)
     idle = reset_peak()
     if method.calibrates:
-        method.calibrate([lambda batch=batch: case.loss(model, batch) for batch in calibration])
+        method.calibrate([lambda batch=batch: method.loss(case, model, batch) for batch in calibration])
     row.peak_calibration = peak() - idle
     reset_peak()
-    train(model, case, batches)
+    train(method, model, case, batches)
     row.peak_steps = peak() - idle
     row.peak = max(row.peak_calibration, row.peak_steps)
 
     def run() -> Tensor:
-        return case.loss(model, batches[0])
+        return method.loss(case, model, batches[0])
 
     model.zero_grad()
-    row.kept = method.saved(run, model)
+    row.kept = measure_saved_bytes(run, model).total
     row.formula = method.formula_bytes(run, model, case)
-    row.cosine, row.cosine_mean = cosines(model, case, batches, passes)
+    row.cosine, row.cosine_mean = cosines(method, model, case, batches, passes)
     return row
 
 
@@ -161,14 +173,16 @@ def in_own_process(case: Case, name: str, options: argparse.Namespace) -> Row:
     """One row, measured in a process of its own."""
     command = [sys.executable, "-m", "examples.benchmarks.memory", "--worker", "--cases", case.name, "--methods", name]
     command += ["--threads", str(options.threads), "--steps", str(options.steps), "--passes", str(options.passes)]
+    command += ["--allocator", options.allocator]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(options.threads)}
+    environment |= ALLOCATORS[options.allocator]
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that wait must not spin
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return Row(**json.loads(done.stdout.splitlines()[-1]))
     reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-    return Row(case.name, name, error=reason[:300])
+    return Row(case.name, name, options.allocator, error=reason[:300])
 
 
 HEADER = ["method", "kept", "ratio", "formula", "peak", "of plain", "cosine", "of the mean"]
@@ -176,7 +190,7 @@ HEADER = ["method", "kept", "ratio", "formula", "peak", "of plain", "cosine", "o
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """One line a method, for the rows of one case."""
-    plain = next((row for row in rows if row.method == "plain"), Row("", ""))
+    plain = next((row for row in rows if row.method == "plain"), Row("", "", ""))
     lines = [HEADER]
     for row in rows:
         line = [TITLES[row.method]]
@@ -195,14 +209,14 @@ def write(path: Path, rows: Sequence[Any], settings: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept: list[dict[str, Any]] = []
     if path.exists():
-        new = {(row.case, row.method) for row in rows}
+        new = {_key(asdict(row)) for row in rows}
         kept = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if _key(row) not in new]
     found = {"settings": {"torch": torch.__version__, **settings}, "rows": [*kept, *map(asdict, rows)]}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str]:
-    return row["case"], row["method"]
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["case"], row["method"], row.get("allocator")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -213,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--steps", type=int, default=3, help="training steps, and batches for the cosine")
     result.add_argument("--passes", type=int, default=8, help="passes over one batch for the mean gradient")
+    result.add_argument("--allocator", choices=list(ALLOCATORS), default="returning")
     result.add_argument("--quick", action="store_true", help="one small case, two steps")
     result.add_argument("--json", type=Path, default=RESULTS / "memory.json")
     result.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -230,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     cases, methods = select(options.cases), find(options.methods.split(","))
     if options.worker:
         torch.set_num_threads(options.threads)
-        print(json.dumps(asdict(measure(cases[0], methods[0], options.steps, options.passes))))
+        print(json.dumps(asdict(measure(cases[0], methods[0], options.steps, options.passes, options.allocator))))
         return []
     rows = []
     for case in cases:
@@ -238,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         for name in methods:
             print(f"{case.name}  {name}", file=sys.stderr, flush=True)
             found.append(in_own_process(case, name, options))
-        show(case.name, table(found))
+        show(case.name, table(found), f"allocator: {options.allocator}")
         rows += found
         if not options.quick:
             write(options.json, rows, {"threads": options.threads, "steps": options.steps})

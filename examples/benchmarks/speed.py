@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from examples.benchmarks.cases import Case, select
 from examples.benchmarks.memory import RESULTS, write
 from examples.benchmarks.table import show
-from examples.benchmarks.training_methods import METHODS, TITLES, find
+from examples.benchmarks.training_methods import METHODS, TITLES, Method, find
 
 CALIBRATION_BATCHES = 4
 LEARNING_RATE = 0.01
@@ -91,8 +91,8 @@ class Clock:
 class Trainer:
     """Takes timed steps with one network."""
 
-    def __init__(self, model: nn.Module, case: Case) -> None:
-        self.model, self.case = model, case
+    def __init__(self, method: Method, model: nn.Module, case: Case) -> None:
+        self.method, self.model, self.case = method, model, case
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
 
@@ -100,7 +100,7 @@ class Trainer:
         """Time of the whole step, of its forward and of its backward pass."""
         start = Clock.now()
         self.optimizer.zero_grad()
-        loss = self.case.loss(self.model, batch)
+        loss = self.method.loss(self.case, self.model, batch)
         middle = Clock.now()
         loss.backward()
         end = Clock.now()
@@ -119,18 +119,18 @@ def measure(case: Case, name: str, pairs: int) -> Row:
     """One case with one method."""
     method = METHODS[name]()
     model = case.build()
-    plain = Trainer(copy.deepcopy(model), case)
+    plain = Trainer(Method(), copy.deepcopy(model), case)
     method.install(model, case)
     beyond = None
     if method.calibrates:
         batches = case.batches(CALIBRATION_BATCHES, first=100)
-        passes = [lambda batch=batch: case.loss(model, batch) for batch in batches]
+        passes = [lambda batch=batch: method.loss(case, model, batch) for batch in batches]
         with torch.no_grad():
             passes[0]()  # the first pass sets up the kernels
             forward = sum(map(seconds, passes))
         beyond = seconds(lambda: method.calibrate(passes)) - forward
         del batches, passes
-    ours = Trainer(model, case)
+    ours = Trainer(method, model, case)
     batches = case.batches(min(DIFFERENT_BATCHES, pairs))
     for trainer in (plain, ours):
         trainer.step(batches[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from examples.baselines.asi import install_asi
 from examples.baselines.hosvd import install_hosvd
 from examples.benchmarks.cases import NETWORKS, Case
-from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
+from lightning_lance import LanceConfig, LanceSession
 
 Pass: TypeAlias = Callable[[], Tensor]
 """One forward pass with the loss."""
@@ -34,9 +35,14 @@ class Method:
     def calibrate(self, passes: Sequence[Pass]) -> None:
         """Find what the method needs before training, from a few forward passes."""
 
-    def saved(self, run: Pass, model: nn.Module) -> int:
-        """Bytes that autograd keeps for one pass."""
-        return measure_saved_bytes(run, model).total
+    def context(self) -> AbstractContextManager[Any]:
+        """What a forward pass with gradients runs in."""
+        return nullcontext()
+
+    def loss(self, case: Case, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of one batch, as training computes it."""
+        with self.context():
+            return case.loss(model, batch)
 
     def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
         """Bytes kept of the inputs of the trained layers, by formula; `None` where no formula is published."""
@@ -72,10 +78,6 @@ class Checkpointing(Method):
     @staticmethod
     def _wrap(module: nn.Module) -> None:
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
-
-    def saved(self, run: Pass, model: nn.Module) -> int:
-        # Reading what a checkpointed node saved would run its block again, so count what is alive instead.
-        return living_bytes(run, model)
 
     def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
         return None
@@ -122,6 +124,9 @@ class Lance(Method):
 
     def calibrate(self, passes: Sequence[Pass]) -> None:
         self.session.calibrate(passes)
+
+    def context(self) -> AbstractContextManager[Any]:
+        return self.session.functional()
 
     def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
         return sum(layer.formula_bytes for layer in self.session.measure(run).layers)
@@ -174,27 +179,3 @@ def find(names: Sequence[str]) -> list[str]:
     if unknown:
         raise ValueError(f"unknown methods {', '.join(unknown)}; there are {', '.join(METHODS)}")
     return list(names)
-
-
-def living_bytes(run: Pass, model: nn.Module) -> int:
-    """Bytes of all storages that autograd keeps alive for the result of a pass, parameters and buffers left out.
-
-    Holds them, as training does, and runs nothing again, which `measure_saved_bytes` would where a block is
-    checkpointed.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    alive: dict[int, Any] = {}
-
-    class Held:
-        def __init__(self, tensor: Tensor) -> None:
-            self.tensor = tensor
-            alive[id(self)] = tensor.untyped_storage()
-
-        def __del__(self) -> None:
-            alive.pop(id(self), None)
-
-    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-        result = run()
-    storages = {storage.data_ptr(): storage.nbytes() for storage in alive.values()}
-    del result
-    return sum(size for pointer, size in storages.items() if pointer not in own)

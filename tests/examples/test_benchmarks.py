@@ -14,9 +14,8 @@ pytest.importorskip("torchvision")
 
 from examples.benchmarks import memory, speed
 from examples.benchmarks.cases import CASES, HEADLINE, Case, select
-from examples.benchmarks.training_methods import METHODS, find, living_bytes
+from examples.benchmarks.training_methods import METHODS, find
 from examples.data.photographs import CLASSES, photograph_batch
-from lightning_lance import measure_saved_bytes
 
 TINY = Case.parse("resnet18/conv-4/b4/32px/eval")
 
@@ -88,21 +87,13 @@ def test_every_method_trains_and_keeps_exact_input_gradients(name: str) -> None:
     method = METHODS[name]()
     method.install(model, case)
     assert len(list(model.parameters())) == len(list(plain.parameters()))
-    method.calibrate([lambda: case.loss(model, batch)])
-    found = torch.autograd.grad(case.loss(model, (image, batch[1])), image)[0]
+    method.calibrate([lambda: method.loss(case, model, batch)])
+    found = torch.autograd.grad(method.loss(case, model, (image, batch[1])), image)[0]
     tolerance = 0.05 if name == "approximate" else 1e-4
     assert (found - expected).norm() <= tolerance * expected.norm()
-    memory.train(model, case, [batch])
+    memory.train(method, model, case, [batch])
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
     assert moved == [parameter.requires_grad for parameter in plain.parameters()]
-
-
-def test_living_bytes_equal_the_measured_ones_where_nothing_is_checkpointed() -> None:
-    model, batch = TINY.build(), TINY.batches(1)[0]
-    assert (
-        living_bytes(lambda: TINY.loss(model, batch), model)
-        == measure_saved_bytes(lambda: TINY.loss(model, batch), model).total
-    )
 
 
 def test_rows_of_memory_hold_together() -> None:
