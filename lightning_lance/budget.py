@@ -31,7 +31,9 @@ class BudgetedLayer:
     itemsize: int
 
 
-def allocate(layers: Mapping[str, BudgetedLayer], budget: int, unbiased: bool) -> dict[str, LayerSubspace]:
+def allocate(
+    layers: Mapping[str, BudgetedLayer], budget: int, unbiased: bool, bits: int | None = None
+) -> dict[str, LayerSubspace]:
     """Subspaces of all layers within a number of bytes.
 
     Lowers, in this order and evenly over the layers: the spatial energy, the batch rank down to 2, then the channel
@@ -42,6 +44,7 @@ def allocate(layers: Mapping[str, BudgetedLayer], budget: int, unbiased: bool) -
         layers: name -> layer.
         budget: bytes for cores, factors and sample orders of all layers together.
         unbiased: whether the batch mode is estimated without bias.
+        bits: of an element of a core; ``None``: as it is.
 
     Returns:
         Name -> subspace, the first rung of the ladder that fits.
@@ -52,7 +55,7 @@ def allocate(layers: Mapping[str, BudgetedLayer], budget: int, unbiased: bool) -
     needed = 0
     for spatial, shrink, channel in _rungs(max(layer.shape[0] for layer in layers.values())):
         found = {
-            name: layer.spectra.subspace(_lowered(layer, spatial, shrink, channel), unbiased)
+            name: layer.spectra.subspace(_lowered(layer, spatial, shrink, channel), unbiased, bits)
             for name, layer in layers.items()
         }
         needed = sum(

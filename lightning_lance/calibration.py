@@ -112,7 +112,10 @@ class Calibration:
     def _cut(self, spectra: dict[str, LayerSpectra]) -> dict[str, LayerSubspace]:
         states = {name: self.layers[name]._lance for name in spectra}
         if self.budget is None:
-            return {name: found.subspace(states[name].ranks, states[name].unbiased) for name, found in spectra.items()}
+            return {
+                name: found.subspace(states[name].ranks, states[name].unbiased, states[name].bits)
+                for name, found in spectra.items()
+            }
         budgeted = {
             name: BudgetedLayer(
                 found,
@@ -122,7 +125,8 @@ class Calibration:
             )
             for name, found in spectra.items()
         }
-        return allocate(budgeted, self.budget, any(state.unbiased for state in states.values()))
+        state = next(iter(states.values()))
+        return allocate(budgeted, self.budget, state.unbiased, state.bits)
 
 
 @contextmanager

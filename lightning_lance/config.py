@@ -14,6 +14,10 @@ Rank: TypeAlias = "int | float | str | Mapping[str, Any]"
 Layers: TypeAlias = "int | str | Sequence[str]"
 
 
+AUTO_CORE_BITS = 4
+"""Bits of an element of a core under ``"auto"``, with an unbiased batch mode."""
+
+
 @dataclass(frozen=True)
 class LanceConfig:
     """What to compress and how far.
@@ -22,9 +26,12 @@ class LanceConfig:
         rank: ``"auto"``; an int, that rank in every mode, clipped to its size; a float in (0, 1], that energy in
             every mode (the published rule); a mapping mode -> rule with the modes ``batch``, ``channel`` (or
             ``feature``) and ``spatial`` (or ``token``), each an int, an energy or ``"full"``; or a mapping layer
-            pattern -> any of these. ``"auto"`` is batch rank ``max(4, B / 8)``, channels whole, spatial energy .9.
+            pattern -> any of these. ``"auto"`` is batch rank ``max(4, B / 4)``, the whole
+            batch where a sample is one row; channels whole; spatial and token energy .9.
         batch: ``"unbiased"`` weights a random cosine sketch of the batch so that the weight gradient has no bias
             from it; ``"projected"`` projects it, as published.
+        core_bits: bits in which each element of a core is kept: 4, 8, or ``None`` for its own dtype. ``"auto"`` is 4,
+            and ``None`` with ``batch="projected"``, as published.
         layers: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n of them), or
             shell-style patterns of module names; the name of a container means all in it.
         companions: also swap layers beside them for exact variants that keep less; ``"approximate"`` adds inexact
@@ -44,6 +51,7 @@ class LanceConfig:
 
     rank: Rank = "auto"
     batch: Literal["unbiased", "projected"] = "unbiased"
+    core_bits: int | Literal["auto"] | None = "auto"
     layers: Layers = "trainable"
     companions: bool | Literal["approximate"] = True
     freeze_norms: bool = False
@@ -63,6 +71,8 @@ class LanceConfig:
                 "rank of the batch mode is 1 with batch='unbiased', which needs a constant column and another. "
                 "Give a batch rank of at least 2, or batch='projected'."
             )
+        if isinstance(self.core_bits, bool) or self.core_bits not in ("auto", 4, 8, None):
+            raise ConfigError(f"core_bits={self.core_bits!r} is not allowed. Allowed: 'auto', 4, 8, None.")
         if self.companions not in (True, False, "approximate"):
             raise ConfigError(f"companions={self.companions!r} is not allowed. Allowed: True, False, 'approximate'.")
         if self.freeze_norms not in (True, False):
@@ -84,6 +94,13 @@ class LanceConfig:
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed!r} is not allowed. Allowed: an int of 64 bits.")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of an element of a core; ``None``: its own dtype."""
+        if self.core_bits == "auto":
+            return AUTO_CORE_BITS if self.batch == "unbiased" else None
+        return self.core_bits
 
     @property
     def budget(self) -> int | None:

@@ -338,7 +338,8 @@ class LanceSession:
         link(self.layers.values())
 
     def _options(self) -> dict[str, Any]:
-        return {"rank": _plain(self.config.rank), "batch": self.config.batch}
+        config = self.config
+        return {"rank": _plain(config.rank), "batch": config.batch, "core_bits": config.core_bits}
 
     def state_dict(self) -> dict[str, Any]:
         """Subspaces and the state of the sample orders, in plain containers and CPU tensors."""
@@ -389,6 +390,7 @@ class LanceSession:
             for name, layer in self.layers.items():
                 layer._lance.ranks = rules.for_layer(name)
                 layer._lance.unbiased = self.config.batch == "unbiased"
+                layer._lance.bits = self.config.bits
         layers = self.layers
         self._dropped = {item[0]: LeftAlone(*item) for item in state["dropped"]}
         self.left += self._dropped.values()
@@ -431,7 +433,7 @@ class _Measured(CapturedEnergy):
 
 
 def _text(config: dict[str, Any]) -> str:
-    return f"rank={config['rank']!r}, batch={config['batch']!r}"
+    return ", ".join(f"{name}={value!r}" for name, value in config.items())
 
 
 def _plain(rank: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lance.ops.core import Core
 from lightning_lance.ops.factors import Factors
 from lightning_lance.subspace import LayerSubspace
 
@@ -22,20 +23,20 @@ class SharedCores:
     def __init__(self) -> None:
         self._seen: dict[int, _Seen] = {}
 
-    def recall(self, input: Tensor, subspace: LayerSubspace, channel_axis: int) -> Factors | None:
-        """Factors with the core of this very tensor, unwritten since, in this subspace; else ``None``."""
+    def recall(self, input: Tensor, subspace: LayerSubspace, channel_axis: int) -> tuple[Factors, Core] | None:
+        """Factors and core of this very tensor, unwritten since, in this subspace; else ``None``."""
         seen = self._seen.get(id(input))
         if seen is None or seen.input() is not input or seen.version != _version(input):
             return None
-        return next((f for own, axis, f in seen.cores if own is subspace and axis == channel_axis), None)
+        return next(((f, core) for own, axis, f, core in seen.cores if own is subspace and axis == channel_axis), None)
 
-    def remember(self, input: Tensor, subspace: LayerSubspace, channel_axis: int, factors: Factors) -> None:
+    def remember(self, input: Tensor, subspace: LayerSubspace, channel_axis: int, factors: Factors, core: Core) -> None:
         """Keep the factors and the core of an input as long as it lives."""
         key, found = id(input), self._seen
         seen = found.get(key)
         if seen is None or seen.input() is not input or seen.version != _version(input):
             seen = found[key] = _Seen(weakref.ref(input, lambda _: found.pop(key, None)), _version(input), [])
-        seen.cores.append((subspace, channel_axis, factors))
+        seen.cores.append((subspace, channel_axis, factors, core))
 
     def __reduce__(self) -> Any:
         return SharedCores, ()  # a copied or pickled model starts with none
@@ -46,7 +47,7 @@ class _Seen(NamedTuple):
 
     input: Any
     version: int
-    cores: list[tuple[LayerSubspace, int, Factors]]
+    cores: list[tuple[LayerSubspace, int, Factors, Core]]
 
 
 def _version(tensor: Tensor) -> int:
@@ -84,7 +85,14 @@ def link(layers: Iterable[Any]) -> None:
 
 def _signature(subspace: LayerSubspace) -> Any:
     shapes = tuple(factor.shape for factor in subspace.factors())
-    return subspace.batch, subspace.channel is None, shapes, frozenset(subspace.spatial), subspace.any_size
+    return (
+        subspace.batch,
+        subspace.bits,
+        subspace.channel is None,
+        shapes,
+        frozenset(subspace.spatial),
+        subspace.any_size,
+    )
 
 
 def _equal(one: LayerSubspace, other: LayerSubspace) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_lance.errors import CalibrationError, StateError
 from lightning_lance.gram import GramMatrix, NystromSketch, mode_statistics
 from lightning_lance.linalg import contrast_scale, energy_rank, mode_product, orthonormalize
+from lightning_lance.ops.core import core_bytes
 from lightning_lance.ranks import ModeRank, ModeRanks, auto_batch_rank
 
 Sizes = tuple[int, ...]
@@ -67,6 +68,7 @@ class LayerSubspace:
         spatial: for each combination of spatial sizes seen, one ``(n, r)`` factor or ``None`` per axis.
         energy: fraction of the calibration energy that each learned mode holds.
         any_size: the spatial modes are kept whole, so that inputs of every size are served.
+        bits: of an element of the core; ``None``: as it is.
     """
 
     batch: BatchRule
@@ -74,6 +76,7 @@ class LayerSubspace:
     spatial: dict[Sizes, tuple[Tensor | None, ...]] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
     any_size: bool = False
+    bits: int | None = None
     _shrinks: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def spatial_factors(self, sizes: Sizes) -> tuple[Tensor | None, ...] | None:
@@ -106,18 +109,18 @@ class LayerSubspace:
         return (self.batch.columns(batch), channels if self.channel is None else self.channel.shape[1], *spatial)
 
     def formula_bytes(self, batch: int, channels: int, sizes: Sizes, itemsize: int) -> int:
-        """Bytes kept for one call by formula: core, factors, and the sample order (int32 each).
+        """Bytes kept for one call by formula: core (in its bits), factors, and the sample order (int32 each).
 
         The cosine basis is not in it: one copy per batch size serves all layers. An input of sizes without factors is
         kept whole.
         """
-        kept = math.prod(self.core_shape(batch, channels, sizes))
+        core = math.prod(self.core_shape(batch, channels, sizes))
         group = self.spatial_factors(sizes)
         if group is None:
-            return kept * itemsize
-        kept += sum(factor.numel() for factor in (self.channel, *group) if factor is not None)
+            return core * itemsize
+        factors = sum(factor.numel() for factor in (self.channel, *group) if factor is not None)
         ordered = self.batch.unbiased and self.batch.columns(batch) < batch
-        return kept * itemsize + (4 * batch if ordered else 0)
+        return core_bytes(core, itemsize, self.bits) + factors * itemsize + (4 * batch if ordered else 0)
 
     def shrinks(self, batch: int, channels: int, sizes: Sizes) -> bool:
         """Whether core, factors and sample order of an input are smaller than the input itself (in float32).
@@ -143,13 +146,15 @@ class LayerSubspace:
             ],
             "energy": dict(self.energy),
             "any_size": self.any_size,
+            "bits": self.bits,
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> LayerSubspace:
         try:
             spatial = {tuple(sizes): tuple(group) for sizes, group in state["spatial"]}
-            return cls(BatchRule(*state["batch"]), state["channel"], spatial, dict(state["energy"]), state["any_size"])
+            rule, energy = BatchRule(*state["batch"]), dict(state["energy"])
+            return cls(rule, state["channel"], spatial, energy, state["any_size"], state["bits"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(
                 f"a stored subspace cannot be read ({error!r}); it was not written by this version of the package. "
@@ -203,8 +208,8 @@ class LayerSpectra:
     dtype: torch.dtype
     device: torch.device
 
-    def subspace(self, ranks: ModeRanks, unbiased: bool) -> LayerSubspace:
-        """Factors of the given rank rules."""
+    def subspace(self, ranks: ModeRanks, unbiased: bool, bits: int | None = None) -> LayerSubspace:
+        """Factors of the given rank rules, and the bits of an element of the core."""
         energy: dict[str, float] = {}
         channel = None
         if self.channel is not None:
@@ -220,8 +225,10 @@ class LayerSpectra:
                 key = f"spatial_{axis}"
                 energy[key] = min(held, energy.get(key, 1.0))
             spatial[sizes] = tuple(group)
-        rule = BatchRule(ranks.batch, unbiased, self.constant_energy)
-        return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial))
+        # One row a sample is little to keep, and its gradient has no sum over positions that would even out the noise.
+        rows = ranks.batch == "auto" and not any(self.spatial)
+        rule = BatchRule("full" if rows else ranks.batch, unbiased, self.constant_energy)
+        return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial), bits)
 
 
 class LayerStatistics:

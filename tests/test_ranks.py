@@ -95,8 +95,8 @@ def test_numbers_of_numpy_become_python_numbers_that_safe_loading_accepts() -> N
 
 
 @given(size=st.integers(1, 4096))
-def test_auto_batch_rank_is_an_eighth_and_at_least_four(size: int) -> None:
-    assert auto_batch_rank(size) == (size // 8 if size >= 40 else 4)
+def test_auto_batch_rank_is_a_quarter_and_at_least_four(size: int) -> None:
+    assert auto_batch_rank(size) == (size // 4 if size >= 20 else 4)
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,9 @@ def test_stored_options_win_also_in_a_refresh() -> None:
     state = session.state_dict()
     other = LanceSession(small_net(), LanceConfig(rank={"9": {"spatial": 0.5}}, batch="projected"))
     other.start()
-    with pytest.warns(LanceWarning, match=r"continues with its stored subspaces \(rank=2, batch='unbiased'\)"):
+    with pytest.warns(
+        LanceWarning, match=r"continues with its stored subspaces \(rank=2, batch='unbiased', core_bits='auto'\)"
+    ):
         other.load_state_dict(state)
     other.refresh()
     assert {factor.shape[1] for found in factors(other).values() for factor in found} == {2}

@@ -50,7 +50,7 @@ class Branches(nn.Module):
 
 
 def session_of(net: nn.Module, x: Tensor, check: bool = False, **options: Any) -> LanceSession:
-    session = LanceSession(net, LanceConfig(**options))
+    session = LanceSession(net, LanceConfig(**{"core_bits": None, **options}))
     session.start()
     session.calibrate([lambda: net(x)])
     if check:
@@ -184,18 +184,18 @@ def test_an_interloper_does_not_evict() -> None:
 def test_a_new_tensor_in_the_same_place_is_not_mistaken_for_the_old_one() -> None:
     cores, subspace, other = SharedCores(), object(), object()
     one = torch.randn(4, 4)
-    cores.remember(one, subspace, 1, "core")  # type: ignore[arg-type]
-    assert cores.recall(one, subspace, 1) == "core"  # type: ignore[arg-type]
+    cores.remember(one, subspace, 1, "factors", "core")  # type: ignore[arg-type]
+    assert cores.recall(one, subspace, 1) == ("factors", "core")  # type: ignore[arg-type]
     assert cores.recall(one, subspace, -1) is None  # type: ignore[arg-type]
     assert cores.recall(one, other, 1) is None  # type: ignore[arg-type]
     assert cores.recall(one.view(4, 4), subspace, 1) is None  # type: ignore[arg-type]
-    cores.remember(one, other, 1, "another")  # type: ignore[arg-type]
-    assert cores.recall(one, other, 1) == "another"  # type: ignore[arg-type]
+    cores.remember(one, other, 1, "other factors", "another")  # type: ignore[arg-type]
+    assert cores.recall(one, other, 1) == ("other factors", "another")  # type: ignore[arg-type]
     one.add_(1)
     assert cores.recall(one, subspace, 1) is None  # type: ignore[arg-type]
-    cores.remember(one, subspace, 1, "new")  # type: ignore[arg-type]
+    cores.remember(one, subspace, 1, "factors", "new")  # type: ignore[arg-type]
     assert cores.recall(one, other, 1) is None  # type: ignore[arg-type]
-    assert cores.recall(one, subspace, 1) == "new"  # type: ignore[arg-type]
+    assert cores.recall(one, subspace, 1) == ("factors", "new")  # type: ignore[arg-type]
     del one
     assert cores._seen == {}
 

@@ -33,6 +33,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         rank: see :class:`~lightning_lance.LanceConfig`, as ``batch``, ``layers``, ``companions``, ``memory_budget``,
             ``calibration_batches`` and ``seed``.
         batch: ``"unbiased"`` or ``"projected"``.
+        core_bits: bits in which each element of a core is kept: 4, 8, ``None`` for its own dtype, or ``"auto"``.
         layers: which layers keep a compressed input. Which are protected does not depend on it.
         companions: also swap the layers beside them for exact variants that keep less.
         memory_budget: bytes for the cores and factors of all compressed layers.
@@ -57,6 +58,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         *,
         rank: Rank = "auto",
         batch: Literal["unbiased", "projected"] = "unbiased",
+        core_bits: int | Literal["auto"] | None = "auto",
         layers: Layers = "trainable",
         companions: bool | Literal["approximate"] = True,
         memory_budget: int | str | None = None,
@@ -72,6 +74,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         config = LanceConfig(
             rank=rank,
             batch=batch,
+            core_bits=core_bits,
             layers=layers,
             companions=companions,
             memory_budget=memory_budget,

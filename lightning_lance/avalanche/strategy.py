@@ -27,6 +27,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         plugins: further plugins, which come after ours; the list is not changed.
         rank: see :class:`~lightning_lance.avalanche.LancePlugin`, as all that follow.
         batch: ``"unbiased"`` or ``"projected"``.
+        core_bits: bits in which each element of a core is kept: 4, 8, ``None`` for its own dtype, or ``"auto"``.
         layers: which layers keep a compressed input.
         companions: also swap the layers beside them for exact variants that keep less.
         memory_budget: bytes for the cores and factors of all compressed layers.
@@ -51,6 +52,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         plugins: Sequence[BasePlugin] | None = None,
         rank: Rank = "auto",
         batch: Literal["unbiased", "projected"] = "unbiased",
+        core_bits: int | Literal["auto"] | None = "auto",
         layers: Layers = "trainable",
         companions: bool | Literal["approximate"] = True,
         memory_budget: int | str | None = None,
@@ -66,6 +68,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         lance = LancePlugin(
             rank=rank,
             batch=batch,
+            core_bits=core_bits,
             layers=layers,
             companions=companions,
             memory_budget=memory_budget,

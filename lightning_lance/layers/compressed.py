@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_lance.errors import LanceWarning
 from lightning_lance.layers.registry import Variant
 from lightning_lance.linalg import cosine_basis
-from lightning_lance.ops.factors import Factors, compress
+from lightning_lance.ops.core import Core, keep_input
+from lightning_lance.ops.factors import Factors
 from lightning_lance.ranks import ModeRanks
 from lightning_lance.sampling import SampleOrder
 from lightning_lance.sharing import SharedCores
@@ -34,6 +35,7 @@ class LayerState:
         selected: whether its input is to be compressed; a frozen convolution only stops keeping it.
         ranks: rank rules.
         unbiased: whether the batch mode is estimated without bias.
+        bits: of an element of a core; ``None``: as it is.
         order: source of sample orders, shared by the layers of a model.
         subspace: factors; ``None`` until calibrated, and the stock path runs.
         observer: collects statistics of the inputs, during calibration or refresh.
@@ -46,6 +48,7 @@ class LayerState:
     ranks: ModeRanks
     unbiased: bool
     order: SampleOrder
+    bits: int | None = None
     subspace: LayerSubspace | None = None
     observer: Observer | None = None
     unknown_sizes: set[Sizes] = field(default_factory=set)
@@ -65,12 +68,13 @@ class LayerState:
             return None
         columns = subspace.batch.columns(size)
         if columns >= size:
-            return Factors(None, None, 1.0, subspace.channel, spatial)
+            return Factors(None, None, 1.0, subspace.channel, spatial, subspace.bits)
         basis = cosine_basis(size, columns, input.dtype, input.device)
         if not subspace.batch.unbiased:
-            return Factors(basis, None, 1.0, subspace.channel, spatial)
+            return Factors(basis, None, 1.0, subspace.channel, spatial, subspace.bits)
         order = self.order.draw(size, input.device)
-        return Factors(basis, order, subspace.batch.contrast_scale(size), subspace.channel, spatial)
+        scale = subspace.batch.contrast_scale(size)
+        return Factors(basis, order, scale, subspace.channel, spatial, subspace.bits)
 
     def _warn_once(self, sizes: Sizes) -> None:
         if sizes in self.unknown_sizes:
@@ -113,20 +117,23 @@ class Compressed(Variant):
 
     def lance_factors(self, input: Tensor) -> Factors | None:
         """Factors for a call, or ``None`` where the stock path must run."""
+        return self._lance.factors(input, self.sizes(input), input.shape[self.channel_axis])
+
+    def lance_kept(self, input: Tensor) -> tuple[Factors, Core | None] | None:
+        """Factors for a call, with the core where other layers read the same input; ``None``: the stock path."""
         shared = self._lance.shared
         if shared is None or torch.compiler.is_compiling():
-            return self._own_factors(input)
+            factors = self.lance_factors(input)
+            return None if factors is None else (factors, None)
         subspace = self._lance.subspace
         assert subspace is not None
-        factors = shared.recall(input, subspace, self.channel_axis)
-        if factors is None:
-            factors = self._own_factors(input)
-            if factors is not None:
-                with torch.no_grad():
-                    core = compress(input, factors, self.channel_axis % input.dim(), 2 if self.channel_axis == 1 else 1)
-                factors = factors._replace(core=core)
-                shared.remember(input, subspace, self.channel_axis, factors)
-        return factors
-
-    def _own_factors(self, input: Tensor) -> Factors | None:
-        return self._lance.factors(input, self.sizes(input), input.shape[self.channel_axis])
+        kept = shared.recall(input, subspace, self.channel_axis)
+        if kept is None:
+            factors = self.lance_factors(input)
+            if factors is None:
+                return None
+            with torch.no_grad():
+                axis = self.channel_axis % input.dim()
+                kept = factors, keep_input(input, factors, axis, 2 if self.channel_axis == 1 else 1)
+            shared.remember(input, subspace, self.channel_axis, *kept)
+        return kept

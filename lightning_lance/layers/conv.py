@@ -40,9 +40,9 @@ class CompressedConv(Compressed):
             self.lance_observe(input)
             if torch.is_grad_enabled():
                 if weight.requires_grad:
-                    factors = self.lance_factors(input)
-                    if factors is not None:
-                        return low_rank_conv(input, weight, bias, self.lance_geometry(), factors)
+                    kept = self.lance_kept(input)
+                    if kept is not None:
+                        return low_rank_conv(input, weight, bias, self.lance_geometry(), *kept)
                 elif input.requires_grad or (bias is not None and bias.requires_grad):
                     return low_rank_conv(input, weight, bias, self.lance_geometry(), None)
         stock: Any = super()

@@ -29,9 +29,9 @@ class CompressedLinear(Compressed):
         if input.dim() > 1:
             self.lance_observe(input)
             if torch.is_grad_enabled() and self.weight.requires_grad:
-                factors = self.lance_factors(input)
-                if factors is not None:
-                    return low_rank_linear(input, self.weight, self.bias, factors)
+                kept = self.lance_kept(input)
+                if kept is not None:
+                    return low_rank_linear(input, self.weight, self.bias, *kept)
         stock: Any = super()
         result: Tensor = stock.forward(input)
         return result

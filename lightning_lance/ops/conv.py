@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_lance.linalg import mode_product
 from lightning_lance.ops.backward import first_order_only, outside_autocast
-from lightning_lance.ops.factors import Factors, compress, project_gradient
+from lightning_lance.ops.core import NOTHING, Core, keep_input, rebuild
+from lightning_lance.ops.factors import Factors, project_gradient
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -225,7 +226,7 @@ class LowRankConv(torch.autograd.Function):
     """Convolution with exact output, input gradient and bias gradient, and a projected weight gradient.
 
     Saved: core, factors, weight; the core is left out where the weight needs no gradient.
-    ``apply(input, weight, bias, geometry, core, scale, basis, order, channel, *spatial)``.
+    ``apply(input, weight, bias, geometry, core, bits, scale, basis, order, channel, *spatial)``.
     """
 
     @staticmethod
@@ -235,7 +236,8 @@ class LowRankConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: Geometry,
-        core: Tensor | None,
+        core: Core | None,
+        bits: int | None,
         scale: float,
         basis: Tensor | None,
         order: Tensor | None,
@@ -243,31 +245,38 @@ class LowRankConv(torch.autograd.Function):
         *spatial: Tensor | None,
     ) -> Tensor:
         if not ctx.needs_input_grad[1]:
-            core = None
+            core = NOTHING
         elif core is None:
-            core = compress(input, Factors(basis, order, scale, channel, spatial), 1, 2)
+            core = keep_input(input, Factors(basis, order, scale, channel, spatial, bits), 1, 2)
+        values, low, step, ctx.form = core
         ctx.geometry, ctx.scale, ctx.shape = geometry, scale, tuple(input.shape)
-        ctx.save_for_backward(core, weight, basis, order, channel, *spatial)
+        ctx.save_for_backward(values, low, step, weight, basis, order, channel, *spatial)
         return convolve(input, weight, bias, geometry)
 
     @staticmethod
     @first_order_only
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        core, weight, basis, order, channel, *spatial = ctx.saved_tensors
+        values, low, step, weight, basis, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = conv_input_grad(grad, weight, ctx.geometry, ctx.shape)
         if ctx.needs_input_grad[1]:
             factors = Factors(basis, order, ctx.scale, channel, tuple(spatial))
+            core = rebuild(Core(values, low, step, ctx.form))
             grad_weight = conv_weight_grad(grad, core, weight, ctx.geometry, factors)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
-        return (grad_input, grad_weight, grad_bias, *[None] * (6 + len(spatial)))
+        return (grad_input, grad_weight, grad_bias, *[None] * (7 + len(spatial)))
 
 
 def low_rank_conv(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, factors: Factors | None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    factors: Factors | None,
+    core: Core | None = None,
 ) -> Tensor:
     """Convolution that keeps the core of its input instead of the input.
 
@@ -277,10 +286,13 @@ def low_rank_conv(
         bias: ``(O,)`` or ``None``.
         geometry: static arguments, see :func:`geometry`.
         factors: projections; ``None`` where the weight is frozen and nothing of the input is kept.
+        core: what these factors keep of the input, where it is known already.
 
     Returns:
         ``(B, O, *out)``, that of the stock operator.
     """
-    basis, order, scale, channel, spatial, core = factors or Factors(None, None, 1.0, None, ())
-    result: Tensor = LowRankConv.apply(input, weight, bias, geometry, core, scale, basis, order, channel, *spatial)
+    basis, order, scale, channel, spatial, bits = factors or Factors(None, None, 1.0, None, ())
+    result: Tensor = LowRankConv.apply(
+        input, weight, bias, geometry, core, bits, scale, basis, order, channel, *spatial
+    )
     return result

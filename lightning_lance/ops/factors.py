@@ -18,7 +18,7 @@ class Factors(NamedTuple):
         scale: weight of the non-constant columns in the weight gradient.
         channel: ``(C, r)`` or ``None``.
         spatial: ``(n, r)`` or ``None`` for each spatial or token axis.
-        core: the core of the input, where another layer that reads the same input has computed it.
+        bits: of an element of the core; ``None``: it is kept as it is.
     """
 
     basis: Tensor | None
@@ -26,7 +26,7 @@ class Factors(NamedTuple):
     scale: float
     channel: Tensor | None
     spatial: tuple[Tensor | None, ...]
-    core: Tensor | None = None
+    bits: int | None = None
 
 
 def batch_matrix(basis: Tensor, order: Tensor | None, scale: float = 1.0) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_lance.linalg import mode_product
 from lightning_lance.ops.backward import first_order_only, outside_autocast
-from lightning_lance.ops.factors import Factors, compress, project_gradient
+from lightning_lance.ops.core import Core, keep_input, rebuild
+from lightning_lance.ops.factors import Factors, project_gradient
 
 
 def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
@@ -41,7 +42,7 @@ def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
 class LowRankLinear(torch.autograd.Function):
     """Linear map with exact output, input gradient and bias gradient, and a projected weight gradient.
 
-    Saved: core, factors, weight. ``apply(input, weight, bias, core, scale, basis, order, channel, *spatial)``
+    Saved: core, factors, weight. ``apply(input, weight, bias, core, bits, scale, basis, order, channel, *spatial)``
     with the fields of :class:`~lightning_lance.ops.factors.Factors`.
     """
 
@@ -51,7 +52,8 @@ class LowRankLinear(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        core: Tensor | None,
+        core: Core | None,
+        bits: int | None,
         scale: float,
         basis: Tensor | None,
         order: Tensor | None,
@@ -59,28 +61,31 @@ class LowRankLinear(torch.autograd.Function):
         *spatial: Tensor | None,
     ) -> Tensor:
         if core is None:
-            core = compress(input, Factors(basis, order, scale, channel, spatial), input.dim() - 1, 1)
+            core = keep_input(input, Factors(basis, order, scale, channel, spatial, bits), input.dim() - 1, 1)
+        values, low, step, ctx.form = core
         ctx.scale = scale
-        ctx.save_for_backward(core, weight, basis, order, channel, *spatial)
+        ctx.save_for_backward(values, low, step, weight, basis, order, channel, *spatial)
         return F.linear(input, weight, bias)
 
     @staticmethod
     @first_order_only
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        core, weight, basis, order, channel, *spatial = ctx.saved_tensors
+        values, low, step, weight, basis, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
             factors = Factors(basis, order, ctx.scale, channel, tuple(spatial))
-            grad_weight = linear_weight_grad(grad, core, factors)
+            grad_weight = linear_weight_grad(grad, rebuild(Core(values, low, step, ctx.form)), factors)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
-        return (grad_input, grad_weight, grad_bias, None, None, None, None, None, *[None] * len(spatial))
+        return (grad_input, grad_weight, grad_bias, *[None] * (6 + len(spatial)))
 
 
-def low_rank_linear(input: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+def low_rank_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, core: Core | None = None
+) -> Tensor:
     """:func:`torch.nn.functional.linear` that keeps the core of its input instead of the input.
 
     Args:
@@ -88,10 +93,11 @@ def low_rank_linear(input: Tensor, weight: Tensor, bias: Tensor | None, factors:
         weight: ``(O, K)``.
         bias: ``(O,)`` or ``None``.
         factors: projections, one spatial entry per token axis.
+        core: what these factors keep of the input, where it is known already.
 
     Returns:
         ``(B, *tokens, O)``, bit for bit that of the stock operator.
     """
-    basis, order, scale, channel, spatial, core = factors
-    result: Tensor = LowRankLinear.apply(input, weight, bias, core, scale, basis, order, channel, *spatial)
+    basis, order, scale, channel, spatial, bits = factors
+    result: Tensor = LowRankLinear.apply(input, weight, bias, core, bits, scale, basis, order, channel, *spatial)
     return result

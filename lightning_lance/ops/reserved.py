@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_lance.linalg import project_out
 from lightning_lance.ops.conv import Geometry, conv_input_grad, conv_weight_grad, convolve
+from lightning_lance.ops.core import NOTHING, Core, keep, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.features import FeatureSide
 from lightning_lance.ops.linear import linear_weight_grad
@@ -125,7 +126,7 @@ class ReservedLinear(torch.autograd.Function):
     """Linear map with a reparametrised weight, that keeps the core of its input.
 
     Saved: core, ``trained``, ``basis``, ``anchor``, factors. For the subspace form the core is that of ``x U``.
-    ``apply(input, trained, bias, basis, anchor, form, scale, batch, order, channel, *spatial)``.
+    ``apply(input, trained, bias, basis, anchor, form, bits, scale, batch, order, channel, *spatial)``.
     """
 
     @staticmethod
@@ -137,6 +138,7 @@ class ReservedLinear(torch.autograd.Function):
         basis: Tensor,
         anchor: Tensor,
         form: Form,
+        bits: int | None,
         scale: float,
         batch: Tensor | None,
         order: Tensor | None,
@@ -145,31 +147,32 @@ class ReservedLinear(torch.autograd.Function):
     ) -> Tensor:
         parts = Parts(trained, basis, anchor)
         output, projected = _linear(input, parts, bias, form)
-        core = None
+        core = NOTHING
         # In the complement form x(I - MMᵀ) replaces x only where it is compressed: x itself may be shared with others.
         ctx.projected = not form.complement or (projected is not None and batch is not None and channel is None)
         if ctx.needs_input_grad[1]:
             if form.complement:
                 source = projected if ctx.projected and projected is not None else input
-                core = compress(source, Factors(batch, order, scale, channel, spatial), input.dim() - 1, 1)
+                core = keep_input(source, Factors(batch, order, scale, channel, spatial, bits), input.dim() - 1, 1)
             elif projected is not None and channel is None:
-                core = compress(projected, Factors(batch, order, scale, None, spatial), input.dim() - 1, 1)
+                core = keep_input(projected, Factors(batch, order, scale, None, spatial, bits), input.dim() - 1, 1)
             else:
-                core = compress(input, Factors(batch, order, scale, channel, spatial), input.dim() - 1, 1)
-                core = core @ (basis[0] if channel is None else channel.T @ basis[0]).to(core.dtype)
+                found = compress(input, Factors(batch, order, scale, channel, spatial), input.dim() - 1, 1)
+                core = keep(found @ (basis[0] if channel is None else channel.T @ basis[0]).to(found.dtype), bits)
+        values, low, step, ctx.core = core
         ctx.form, ctx.scale = form, scale
-        ctx.save_for_backward(core, trained, basis, anchor, batch, order, channel, *spatial)
+        ctx.save_for_backward(values, low, step, trained, basis, anchor, batch, order, channel, *spatial)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        core, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
+        values, low, step, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = _linear_input_grad(grad, Parts(trained, basis, anchor), ctx.form)
         if ctx.needs_input_grad[1]:
-            complement = ctx.form.complement
+            core, complement = rebuild(Core(values, low, step, ctx.core)), ctx.form.complement
             factors = Factors(batch, order, ctx.scale, channel if complement else None, tuple(spatial))
             few = channel is None and math.prod(core.shape[:-1]) < grad.shape[-1]
             if not ctx.projected and few:
@@ -179,7 +182,7 @@ class ReservedLinear(torch.autograd.Function):
                 grad_trained = trained_grad(grad_trained, basis, ctx.form)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
-        return (grad_input, grad_trained, grad_bias, *[None] * (7 + len(spatial)))
+        return (grad_input, grad_trained, grad_bias, *[None] * (8 + len(spatial)))
 
 
 class ReservedConv(torch.autograd.Function):
@@ -187,7 +190,7 @@ class ReservedConv(torch.autograd.Function):
 
     The weight is written out in forward and again in backward, which costs its rows times the basis: little next to
     the positions that it is applied to.
-    ``apply(input, trained, bias, basis, anchor, geometry, form, scale, batch, order, channel, *spatial)``.
+    ``apply(input, trained, bias, basis, anchor, geometry, form, bits, scale, batch, order, channel, *spatial)``.
     """
 
     @staticmethod
@@ -200,23 +203,25 @@ class ReservedConv(torch.autograd.Function):
         anchor: Tensor,
         geometry: Geometry,
         form: Form,
+        bits: int | None,
         scale: float,
         batch: Tensor | None,
         order: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
-        core = None
+        core = NOTHING
         if ctx.needs_input_grad[1]:
-            core = compress(input, Factors(batch, order, scale, channel, spatial), 1, 2)
+            core = keep_input(input, Factors(batch, order, scale, channel, spatial, bits), 1, 2)
+        values, low, step, ctx.core = core
         ctx.geometry, ctx.form, ctx.scale, ctx.shape = geometry, form, scale, tuple(input.shape)
-        ctx.save_for_backward(core, trained, basis, anchor, batch, order, channel, *spatial)
+        ctx.save_for_backward(values, low, step, trained, basis, anchor, batch, order, channel, *spatial)
         return convolve(input, effective_weight(Parts(trained, basis, anchor), form), bias, geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        core, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
+        values, low, step, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = effective_weight(Parts(trained, basis, anchor), ctx.form)
@@ -224,11 +229,12 @@ class ReservedConv(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             factors = Factors(batch, order, ctx.scale, channel, tuple(spatial))
             stand_in = grad.new_empty(1).expand(ctx.form.shape)  # read for its shape only
+            core = rebuild(Core(values, low, step, ctx.core))
             weight_grad = conv_weight_grad(grad, core, stand_in, ctx.geometry, factors)
             grad_trained = trained_grad(weight_grad, basis, ctx.form)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
-        return (grad_input, grad_trained, grad_bias, *[None] * (8 + len(spatial)))
+        return (grad_input, grad_trained, grad_bias, *[None] * (9 + len(spatial)))
 
 
 def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form, factors: Factors | None) -> Tensor:
@@ -254,6 +260,7 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
         parts.basis,
         parts.anchor,
         form,
+        factors.bits,
         factors.scale,
         factors.basis,
         factors.order,
@@ -290,6 +297,7 @@ def reserved_conv(
         parts.anchor,
         geometry,
         form,
+        factors.bits,
         factors.scale,
         factors.basis,
         factors.order,

