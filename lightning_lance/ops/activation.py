@@ -56,7 +56,8 @@ def _clamped_bits(output: Tensor, low: float, high: float) -> Tensor:
     they are equal only. In pieces, so that neither the differences nor the flags are ever there as a whole.
     """
     bits = []
-    for part in output.as_strided((output.numel(),), (1,)).split(_CHUNK):
+    flat: Any = output.as_strided((output.numel(),), (1,))
+    for part in flat.split(_CHUNK):
         inside = (part - low if low else part).bool().logical_and_((part - high if high else part).bool())
         bits.append(pack_bits(inside))
     return (torch.cat(bits) if len(bits) > 1 else bits[0]).bitwise_not_()
