@@ -229,6 +229,12 @@ def _lite0() -> nn.Module:
     return EfficientNetLite0(num_classes=CLASSES)
 
 
+def _mcunet() -> nn.Module:
+    from examples.models.mcunet import mcunet_in1
+
+    return mcunet_in1(CLASSES)
+
+
 NETWORKS: dict[str, Case] = {
     # torchvision
     "resnet18": Case(_torchvision("resnet18")),
@@ -254,6 +260,7 @@ NETWORKS: dict[str, Case] = {
     "nf_resnet26 (ScaledStd)": Case(_timm("nf_resnet26"), slow=True),
     "tiny_vit_5m_224": Case(_timm("tiny_vit_5m_224"), slow=True),
     "vit_tiny_patch16_224": Case(_timm("vit_tiny_patch16_224", img_size=64), slow=True),
+    "MCUNet-in1": Case(_mcunet, (3, 96, 96)),
     # plain
     "MLP": Case(mlp, (3, 16, 16)),
     "Conv1d audio": Case(audio, (1, 1024)),
