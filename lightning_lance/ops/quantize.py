@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes
-
 GROUP = 64
+_WORDS = GROUP // 16
+"""Words of eight bytes in half a group of codes."""
+_LOW_HALVES = 0x0F0F0F0F0F0F0F0F
 
 
 class Quantized(NamedTuple):
     """A quantised tensor of ``n`` elements.
 
     Attributes:
-        codes: uint8, one or two in a byte.
+        codes: uint8; of 4 bits each, a byte holds one of the first and one of the second half of a group.
         low: ``(ceil(n / 64), 1)``, the value of code 0 in each group.
         step: same shape, from one level to the next.
     """
@@ -54,7 +55,21 @@ def quantize(values: Tensor, bits: int, range_dtype: torch.dtype = torch.float16
         groups = groups.clone()
     scaled = groups.sub_(low).mul_(step.to(groups.dtype).reciprocal())
     codes = scaled.add_(0.5).clamp_(0, levels + 0.5).to(torch.uint8)
-    return Quantized(pack_codes(codes.view(-1), codes_per_byte(levels + 1)), low, step)
+    return Quantized((_fold(codes) if bits == 4 else codes).view(-1), low, step)
+
+
+def _fold(codes: Tensor) -> Tensor:
+    """Groups of 4-bit codes in half as many bytes, eight at a time."""
+    words = codes.view(torch.int64)
+    return words[:, _WORDS:].bitwise_left_shift(4).bitwise_or_(words[:, :_WORDS]).view(torch.uint8)
+
+
+def _unfold(folded: Tensor) -> Tensor:
+    """Inverse of :func:`_fold`."""
+    words = folded.view(torch.int64).view(-1, _WORDS)
+    # The shift copies the sign into the highest bits, which the mask takes away.
+    halves = [words.bitwise_and(_LOW_HALVES), words.bitwise_right_shift(4).bitwise_and_(_LOW_HALVES)]
+    return torch.cat(halves, 1).view(torch.uint8)
 
 
 def dequantize(
@@ -71,10 +86,5 @@ def dequantize(
     """
     codes, low, step = quantized
     wide = torch.promote_types(dtype, torch.float32)
-    if bits == 8:
-        values = codes.to(wide)
-    else:
-        levels = torch.arange(2**bits, dtype=wide, device=codes.device)
-        values = unpack_codes(codes, codes_per_byte(2**bits), levels)
-    groups = values[: low.numel() * GROUP].view(-1, GROUP)
+    groups = (_unfold(codes) if bits == 4 else codes).to(wide).view(-1, GROUP)
     return groups.mul_(step).add_(low).to(dtype).as_strided(shape, stride)
