@@ -85,7 +85,8 @@ class ContinualClassifier(pl.LightningModule):
             adapted to each experience.
         task_heads: name of the network's last linear layer, which then becomes one head for each task; by default the
             network is used as it is.
-        optimizer: makes the optimiser of each experience from the parameters.
+        optimizer: makes the optimiser of each experience from the parameters; SGD with a learning rate of 0.05 by
+            default.
         lr_scheduler: makes a scheduler from the optimiser, stepped after each epoch.
 
     Raises:
@@ -96,9 +97,8 @@ class ContinualClassifier(pl.LightningModule):
         self,
         network: nn.Module,
         task_heads: str | None = None,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = lambda parameters: torch.optim.SGD(
-            parameters, lr=0.05
-        ),
+        # No optimiser as the default: the command line would keep its arguments for any other one that is asked for.
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
         super().__init__()
@@ -122,5 +122,6 @@ class ContinualClassifier(pl.LightningModule):
         return F.cross_entropy(self(inputs, task_labels), classes)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.05) if self.optimizer is None else self.optimizer(trained)
         return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lance.metrics import ContinualMetrics
@@ -93,8 +95,10 @@ class StreamResult:
             axis.plot(range(column, count), matrix[column:, column].tolist(), marker=".", label=f"experience {column}")
         seen = [matrix[row, : row + 1].mean().item() for row in range(count)]
         axis.plot(range(count), seen, color="black", linewidth=2, label="mean of those learned")
-        axis.set(xlabel="trained up to experience", ylabel="accuracy (%)", xticks=range(count), ylim=(0, 101))
-        axis.legend(fontsize="small", ncols=2)
+        drawn = [value for value in matrix[torch.ones_like(matrix, dtype=torch.bool).tril()].tolist() if value == value]
+        lowest = 10 * max(0, math.floor(min(drawn, default=0) / 10) - 1)  # else lines near 100 % are on one another
+        axis.set(xlabel="trained up to experience", ylabel="accuracy (%)", xticks=range(count), ylim=(lowest, 101))
+        figures[1][1].legend(loc="outside right center", fontsize="small")
         for path, figure in figures:
             figure.savefig(path, dpi=120)
         return [path for path, _ in figures]

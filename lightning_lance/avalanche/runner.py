@@ -201,7 +201,7 @@ class StreamRunner:
                     stacklevel=2,
                 )
         inside = InsideCheckpoint(self.store.attempt(experience), self.checkpoint_every)
-        title = f"experience {experience + 1} of {self.data.num_experiences}"
+        title = f"experience {experience}"
         trainer = self._trainer(title, callbacks, [inside])
         _continue_steps(trainer, self._steps)
         self.model.train()
@@ -244,7 +244,7 @@ class StreamRunner:
         columns = self._columns(trained)
         self.data.evaluated = columns
         evaluation = Evaluation(self.model, len(columns), self.predict)
-        title = "evaluation" if trained is None else f"evaluation after experience {trained + 1}"
+        title = "evaluation" if trained is None else f"evaluation after experience {trained}"
         trainer = self._trainer(title, [], [])
         trainer.test(evaluation, datamodule=self.data, verbose=False)
         row = 0 if trained is None else trained + 1

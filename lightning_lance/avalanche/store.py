@@ -40,6 +40,10 @@ class StreamStore:
         """Checkpoint after an experience, -1 for the one before the first."""
         return self.root / (START if experience < 0 else f"experience_{experience:03d}.ckpt")
 
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self.boundary(-1).is_file() or any(self.root.glob("experience_[0-9]*.ckpt"))
+
     def clear(self) -> None:
         """Remove the checkpoints, to begin anew."""
         for path in (self.root / START, *self.root.glob("experience_*.ckpt")):
@@ -175,6 +179,7 @@ def said_once() -> Any:
             for text in (
                 ".*does not have many workers.*",
                 ".*smaller than the logging interval.*",
+                ".*Total length of `list` across ranks is zero.*",  # a stream without a validation stream
                 ".*You defined a `validation_step` but have no `val_dataloader`.*",
                 ".*You passed in a `val_dataloader` but have no `validation_step`.*",
             ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 PROGRAM = "lightning-lance"
@@ -26,8 +27,9 @@ def main(args: Sequence[str] | None = None) -> None:
         _leave("the command line needs jsonargparse; pip install 'lightning-lance[cli]' installs it.", 2)
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    # Lightning's own calls of jsonargparse: nothing that a user of the tool could change.
+    # Lightning's own calls of jsonargparse and torch: nothing that a user of the tool could change.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     from lightning_lance.cli.app import run
     from lightning_lance.cli.messages import explain
     from lightning_lance.errors import ConfigError, LanceError

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,9 +18,31 @@ from lightning_lance.avalanche.runner import OWN, StreamRunner
 from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.app import LanceParser, check_options
 from lightning_lance.continual_callback import ContinualCallback
+from lightning_lance.errors import StateError
 
 DESCRIPTION = """Train on one experience of an Avalanche benchmark after another, each with a Lightning Trainer. The
 same command goes on where an interrupted one has stopped."""
+
+
+CONFIG = "config.yaml"
+
+FREE = {
+    "stream.root",
+    "stream.restart",
+    "stream.progress",
+    "stream.checkpoint_every",
+    "data.num_workers",
+    "data.pin_memory",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+}
+"""Options that may be others when a stream goes on: it is the same stream, on another machine perhaps."""
+
+
+MOST = 4
+"""Differences that a message names."""
 
 
 class StreamCLI(LightningCLI):
@@ -72,13 +98,44 @@ class StreamCLI(LightningCLI):
 
     def run(self) -> StreamResult:
         """Run the stream, print its table and draw its plots."""
-        root = self.runner.store.root
+        store = self.runner.store
         if getattr(rank_zero_only, "rank", 0) == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(root / "config.yaml"), overwrite=True, multifile=False)
+            path = store.root / CONFIG
+            if path.is_file() and store.begun() and not self.runner.restart:
+                stored, asked = (yaml.safe_load(text) for text in (path.read_text(), self.parser.dump(self.config)))
+                _check_same(stored, asked, store.root)
+            store.root.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), overwrite=True, multifile=False)
         self.result = self.runner.run()
         _show(self.result)
         return self.result
+
+
+def _check_same(stored: dict[str, Any], asked: dict[str, Any], root: Path) -> None:
+    """Refuse to go on with another model, other data or other options, or to show their results as those asked for.
+
+    Raises:
+        StateError: the stored configuration differs.
+    """
+    differing = [f"{name}={there} there, {here} asked for" for name, there, here in _differing(stored, asked)]
+    if differing:
+        more = f", and {len(differing) - MOST} more" if len(differing) > MOST else ""
+        raise StateError(
+            f"{root} holds a stream that was begun with other options: {'; '.join(differing[:MOST])}{more}. Give the "
+            "same ones, another --stream.root, or --stream.restart=true to begin anew."
+        )
+
+
+def _differing(stored: Any, asked: Any, name: str = "") -> list[tuple[str, str, str]]:
+    """Name and both values of each option that both have, with different values."""
+    if isinstance(stored, dict) and isinstance(asked, dict) and stored.keys() & asked.keys():
+        both = [key for key in asked if key in stored]
+        return [found for key in both for found in _differing(stored[key], asked[key], f"{name}.{key}".strip("."))]
+    return (
+        []
+        if stored == asked or name in FREE
+        else [(name, json.dumps(stored, default=str), json.dumps(asked, default=str))]
+    )
 
 
 @rank_zero_only

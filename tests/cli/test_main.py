@@ -26,6 +26,7 @@ OPTIONS = list(inspect.signature(LanceCallback).parameters)
 VALUES: dict[str, Any] = {
     "rank": {"batch": 8, "spatial": 0.8},
     "batch": "projected",
+    "core_bits": 8,
     "layers": ["net.0", "net.2"],
     "companions": False,
     "freeze_norms": True,
