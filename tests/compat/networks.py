@@ -223,12 +223,6 @@ def conv_same() -> nn.Module:
     )  # fmt: skip
 
 
-def _lite0() -> nn.Module:
-    from examples.models.efficientnet_lite0 import EfficientNetLite0
-
-    return EfficientNetLite0(num_classes=CLASSES)
-
-
 def _mcunet() -> nn.Module:
     from examples.models.mcunet import mcunet_in1
 

@@ -19,7 +19,7 @@ from tests.compat.networks import CLASSES, Case
 from tests.trainers import Recorder, assert_restored, make_trainer, snapshot
 
 RESULTS = os.environ.get("LANCE_COMPATIBILITY")
-"""Folder that results are written to, one file each; set by ``docs/make_compatibility.py``."""
+"""Folder that results are written to, one file each; set by :mod:`tests.compat.table`."""
 
 BATCH = 8
 STEPS = 3
@@ -65,6 +65,7 @@ def check_row(
     module: pl.LightningModule,
     loader: Any,
     callbacks: Any = (),
+    later: Any = (),
     callback: LanceCallback | None = None,
     val: Any = None,
     ignore: str = "",
@@ -72,11 +73,12 @@ def check_row(
 ) -> Report:
     """Fit two epochs; the loss is finite, fewer bytes are kept than by plain training, the model comes back."""
     callback, recorder = callback or lance(), Recorder()
-    before = snapshot(module)
+    own = getattr(module, "_orig_mod", module)  # inside of a compiled one
+    before = snapshot(own)
     before.pop(ignore, None)
-    trainer = make_trainer([*callbacks, callback, recorder], **options)
+    trainer = make_trainer([*callbacks, callback, *later, recorder], **options)
     trainer.fit(module, loader, val)
-    check_fit(module, before, callback, recorder)
+    check_fit(own, before, callback, recorder)
     assert callback.report is not None
     return callback.report
 
