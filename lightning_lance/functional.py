@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lightning_lance.ops import activation, attention, pool, rounded_norm, smooth
 from lightning_lance.ops.dropout import dropout, replaceable
 from lightning_lance.ops.norm import fixed_batch_norm
 from lightning_lance.ops.tracking import tracked
+from lightning_lance.ops.watching import WatchingMode
 
 Stock = Callable[..., Any]
 Route = Callable[..., Any]
@@ -38,7 +38,7 @@ def _replaces(*stock: Stock, table: dict[Stock, Route] = _EXACT) -> Callable[[Ro
     return decorate
 
 
-class _CompactFunctional(TorchFunctionMode):
+class _CompactFunctional(WatchingMode):
     def __init__(self, routes: dict[Stock, Route]) -> None:
         super().__init__()
         self.routes = routes

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from lightning_lance.errors import StateError
+from lightning_lance.ops.watching import unwatched
 
 
 class Variant:
@@ -125,6 +126,10 @@ def variant_class(base: type[nn.Module], variant: type[Variant]) -> type[nn.Modu
         namespace = {"lance_base": base, "lance_variant": variant, "__module__": base.__module__}
         namespace["__doc__"] = f"{base.__name__} with {variant.__name__}."
         namespace["__signature__"] = inspect.signature(base)
+        own = [cls for cls in variant.__mro__ if issubclass(cls, Variant)]
+        for name in ("forward", "_conv_forward"):
+            if any(name in cls.__dict__ for cls in own):
+                namespace[name] = unwatched(getattr(variant, name))
         _CLASSES[key] = type(f"Lance{base.__name__}", (variant, base), namespace)
     return _CLASSES[key]
 

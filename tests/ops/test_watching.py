@@ -1,0 +1,90 @@
+"""Our operators step out of the sight of our function mode, and of no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from lightning_lance import LanceSession, measure_saved_bytes
+from lightning_lance.functional import compact_functional
+from lightning_lance.ops.watching import WatchingMode, unwatched
+
+
+class Counting(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class CountingOurs(Counting, WatchingMode):
+    pass
+
+
+def test_the_mode_is_back_after_the_method_and_after_an_error() -> None:
+    @unwatched
+    def inner(fail: bool) -> Any:
+        if fail:
+            raise KeyError
+        return _get_current_function_mode()
+
+    with compact_functional() as mode:
+        assert inner(False) is None
+        with pytest.raises(KeyError):
+            inner(True)
+        assert _get_current_function_mode() is mode
+        with Counting() as other:
+            assert inner(False) is other
+        assert _get_current_function_mode() is mode
+    assert _get_current_function_mode() is None
+
+
+def test_swapped_layers_run_unseen_by_ours_and_seen_by_others() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    x = torch.randn(32, 3, 8, 8)
+    session = LanceSession(model)
+    session.start()
+    session.calibrate([lambda: model(x)])
+    with CountingOurs() as ours:
+        model(x)
+    names = {function.__name__ for function in ours.seen}
+    assert "flatten" in names
+    assert not names & {"conv2d", "linear", "relu", "matmul", "numel", "bool"}
+    with Counting() as others:
+        model(x)
+    assert {function.__name__ for function in others.seen} >= {"conv2d", "linear", "relu", "matmul"}
+    session.stop()
+
+
+def test_functional_calls_between_swapped_layers_are_still_replaced() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 64), nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(F.relu(self.first(x)))
+
+    model, x = Net(), torch.randn(32, 16)
+    session = LanceSession(model)
+    session.start()
+    session.calibrate([lambda: model(x)])
+
+    def run() -> Any:
+        with session.functional():
+            return model(x).sum()
+
+    unseen = measure_saved_bytes(lambda: model(x).sum(), model).total
+    assert measure_saved_bytes(run, model).total == unseen - 32 * 64 * 4 + 32 * 64 // 8
+    session.stop()
