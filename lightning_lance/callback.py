@@ -38,11 +38,11 @@ class LanceCallback(Callback):
         rank: ``"auto"``; an int, that rank in every mode, clipped to its size; a float in (0, 1], that energy in
             every mode (the published rule); a mapping of the modes ``batch``, ``channel`` (or ``feature``) and
             ``spatial`` (or ``token``) to an int, an energy or ``"full"``; or a mapping of layer patterns to any of
-            these. ``"auto"`` is batch rank ``max(4, B / 4)``, the whole batch where a sample is one row; channels
+            these. ``"auto"`` is batch rank ``max(4, B / 6)``, the whole batch where a sample is one row; channels
             whole; spatial and token energy 0.9.
         batch: ``"unbiased"``: the weight gradient has no bias from the batch mode; ``"projected"``: as published.
         core_bits: bits in which each element of a core is kept: 4, 8, or ``None`` for its own dtype. ``"auto"`` is 4,
-            and ``None`` with ``batch="projected"``, as published.
+            and ``None`` with ``batch="projected"``, as published, and in layers with full ranks.
         layers: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n of them), or
             shell-style name patterns; the name of a container means all layers in it.
         companions: also swap the layers beside them for exact variants that keep less for backward;

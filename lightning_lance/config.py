@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from lightning_lance.errors import ConfigError
-from lightning_lance.ranks import RankRules
+from lightning_lance.ranks import ModeRanks, RankRules
 from lightning_lance.units import parse_bytes
 
 Rank: TypeAlias = "int | float | str | Mapping[str, Any]"
@@ -26,12 +26,12 @@ class LanceConfig:
         rank: ``"auto"``; an int, that rank in every mode, clipped to its size; a float in (0, 1], that energy in
             every mode (the published rule); a mapping mode -> rule with the modes ``batch``, ``channel`` (or
             ``feature``) and ``spatial`` (or ``token``), each an int, an energy or ``"full"``; or a mapping layer
-            pattern -> any of these. ``"auto"`` is batch rank ``max(4, B / 4)``, the whole
+            pattern -> any of these. ``"auto"`` is batch rank ``max(4, B / 6)``, the whole
             batch where a sample is one row; channels whole; spatial and token energy .9.
         batch: ``"unbiased"`` weights a random cosine sketch of the batch so that the weight gradient has no bias
             from it; ``"projected"`` projects it, as published.
         core_bits: bits in which each element of a core is kept: 4, 8, or ``None`` for its own dtype. ``"auto"`` is 4,
-            and ``None`` with ``batch="projected"``, as published.
+            and ``None`` with ``batch="projected"``, as published, and in layers with full ranks.
         layers: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n of them), or
             shell-style patterns of module names; the name of a container means all in it.
         companions: also swap layers beside them for exact variants that keep less; ``"approximate"`` adds inexact
@@ -95,12 +95,11 @@ class LanceConfig:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed!r} is not allowed. Allowed: an int of 64 bits.")
 
-    @property
-    def bits(self) -> int | None:
-        """Bits of an element of a core; ``None``: its own dtype."""
-        if self.core_bits == "auto":
-            return AUTO_CORE_BITS if self.batch == "unbiased" else None
-        return self.core_bits
+    def bits(self, ranks: ModeRanks) -> int | None:
+        """Bits of an element of the core of a layer with these ranks; ``None``: its own dtype."""
+        if self.core_bits != "auto":
+            return self.core_bits
+        return AUTO_CORE_BITS if self.batch == "unbiased" and not ranks.full else None
 
     @property
     def budget(self) -> int | None:

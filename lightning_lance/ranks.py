@@ -22,8 +22,8 @@ AUTO_SPATIAL_ENERGY = 0.9
 
 
 def auto_batch_rank(batch_size: int) -> int:
-    """Batch rank under ``"auto"`` of inputs with spatial or token modes: a quarter of the batch, at least 4."""
-    return max(4, batch_size // 4)
+    """Batch rank under ``"auto"`` of inputs with spatial or token modes: a sixth of the batch, at least 4."""
+    return max(4, -(-batch_size // 6))
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class ModeRanks:
     batch: ModeRank = "auto"
     channel: ModeRank = "full"
     spatial: ModeRank = AUTO_SPATIAL_ENERGY
+
+    @property
+    def full(self) -> bool:
+        """Whether every mode is asked to be kept whole."""
+        return all(rank == "full" or (rank == 1.0 and isinstance(rank, float)) for rank in vars(self).values())
 
 
 def _checked(rank: Any, where: str) -> ModeRank:

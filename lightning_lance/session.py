@@ -390,7 +390,7 @@ class LanceSession:
             for name, layer in self.layers.items():
                 layer._lance.ranks = rules.for_layer(name)
                 layer._lance.unbiased = self.config.batch == "unbiased"
-                layer._lance.bits = self.config.bits
+                layer._lance.bits = self.config.bits(layer._lance.ranks)
         layers = self.layers
         self._dropped = {item[0]: LeftAlone(*item) for item in state["dropped"]}
         self.left += self._dropped.values()

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_lance.errors import CalibrationError, StateError
 from lightning_lance.gram import GramMatrix, NystromSketch, mode_statistics
 from lightning_lance.linalg import contrast_scale, energy_rank, mode_product, orthonormalize
-from lightning_lance.ops.core import core_bytes
+from lightning_lance.precision import core_bytes
 from lightning_lance.ranks import ModeRank, ModeRanks, auto_batch_rank
 
 Sizes = tuple[int, ...]

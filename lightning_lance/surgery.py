@@ -285,7 +285,9 @@ def _install(entry: Planned, config: LanceConfig, order: SampleOrder) -> None:
     if issubclass(entry.variant, Compressed):
         ranks = entry.ranks or ModeRanks()
         unbiased = config.batch == "unbiased"
-        entry.module.__dict__["_lance"] = LayerState(entry.name, entry.compress, ranks, unbiased, order, config.bits)
+        entry.module.__dict__["_lance"] = LayerState(
+            entry.name, entry.compress, ranks, unbiased, order, config.bits(ranks)
+        )
 
 
 def restore(model: nn.Module) -> None:

@@ -50,7 +50,7 @@ def formula(report: Report) -> int:
     return sum(layer.formula_bytes for layer in report.layers)
 
 
-AUTO = 16  # batch rank of 64 samples
+AUTO = 11  # batch rank of 64 samples
 
 
 def state(layer: LayerReport) -> tuple[bool, bool, bool]:

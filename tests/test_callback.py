@@ -515,7 +515,7 @@ def test_stored_rank_wins_and_is_said_once(tmp_path: Path) -> None:
     ours = [str(warning.message) for warning in caught if issubclass(warning.category, LanceWarning)]
     assert len(ours) == 1
     assert "rank=2" in ours[0]
-    assert "rank=0.5, batch='unbiased' was asked for and is ignored" in ours[0]
+    assert "rank=0.5, batch='unbiased', core_bits='auto' was asked for and is ignored" in ours[0]
     assert other.report is not None
     assert [layer.core_shape for layer in other.report.layers] == [(2, 2, 2, 2), (2, 2, 2, 2), (2, 2)]
 
@@ -699,7 +699,9 @@ def test_odd_batches_train(batch_size: int, rank: Any) -> None:
 def test_batch_of_one_at_full_rank_equals_plain_training() -> None:
     plain, compressed = seeded(Classifier), seeded(Classifier)
     fit(plain, [], loader(5, 1), precision="64-true")
-    fit(compressed, [lance(rank={"spatial": "full"})], loader(5, 1), precision="64-true")  # auto: 4 of 1 samples
+    fit(
+        compressed, [lance(rank={"spatial": "full"}, core_bits=None)], loader(5, 1), precision="64-true"
+    )  # auto: 4 of 1
     assert_same_weights(weights(plain), weights(compressed), 1e-10)
 
 

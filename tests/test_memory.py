@@ -400,7 +400,7 @@ def test_measuring_twice_gives_the_same() -> None:
 def test_a_swapped_network_against_the_sum_by_hand() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
     input = torch.randn(16, 4, 6, 6)
-    swap(model, LanceConfig(rank={"batch": 4, "channel": 3, "spatial": 2}))
+    swap(model, LanceConfig(rank={"batch": 4, "channel": 3, "spatial": 2}, core_bits=None))
     with calibrate(model):
         model(input)
     order, basis = 16 * 4, 16 * 4 * FLOAT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -95,8 +96,8 @@ def test_numbers_of_numpy_become_python_numbers_that_safe_loading_accepts() -> N
 
 
 @given(size=st.integers(1, 4096))
-def test_auto_batch_rank_is_a_quarter_and_at_least_four(size: int) -> None:
-    assert auto_batch_rank(size) == (size // 4 if size >= 20 else 4)
+def test_auto_batch_rank_is_a_sixth_and_at_least_four(size: int) -> None:
+    assert auto_batch_rank(size) == (math.ceil(size / 6) if size > 24 else 4)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_lance.ops.factors import Factors, compress
-from lightning_lance.ops.quantize import GROUP, Quantized, dequantize, quantize
+from lightning_lance.ops.quantize import Quantized, dequantize, quantize
+from lightning_lance.precision import core_bytes
 
 
 class Form(NamedTuple):
@@ -47,23 +48,6 @@ NOTHING = Core(None)
 """Kept where the weight needs no gradient."""
 
 
-def core_bytes(elements: int, itemsize: int, bits: int | None) -> int:
-    """Bytes that :func:`keep` needs.
-
-    Args:
-        elements: number of elements of the core.
-        itemsize: bytes of each.
-        bits: bits asked for; ``None``: as it is.
-    """
-    whole = elements * itemsize
-    return whole if bits is None else min(whole, _rounded_bytes(elements, itemsize, bits))
-
-
-def _rounded_bytes(elements: int, itemsize: int, bits: int) -> int:
-    groups = -(-elements // GROUP)
-    return groups * (GROUP * bits // 8 + 2 * (8 if itemsize == 8 else 4))
-
-
 def keep(core: Tensor, bits: int | None, owned: bool = True) -> Core:
     """A core in few bits, or as it is where that would save nothing.
 
@@ -72,8 +56,10 @@ def keep(core: Tensor, bits: int | None, owned: bool = True) -> Core:
         bits: 4, 8 or ``None``.
         owned: whether its memory may be overwritten.
     """
-    if bits is None or _rounded_bytes(core.numel(), core.element_size(), bits) >= core.numel() * core.element_size():
+    whole = core.numel() * core.element_size()
+    if core_bytes(core.numel(), core.element_size(), bits) == whole:
         return Core(core)
+    assert bits is not None
     work = core
     if core.dtype not in (torch.float32, torch.float64):
         work = core.float()

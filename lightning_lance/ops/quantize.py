@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 64
+from lightning_lance.precision import GROUP
+
 _WORDS = GROUP // 16
 """Words of eight bytes in half a group of codes."""
 _LOW_HALVES = 0x0F0F0F0F0F0F0F0F

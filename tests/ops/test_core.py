@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_lance.linalg import cosine_basis
 from lightning_lance.ops.conv import geometry, low_rank_conv
-from lightning_lance.ops.core import Core, core_bytes, keep, rebuild
+from lightning_lance.ops.core import Core, keep, rebuild
 from lightning_lance.ops.factors import Factors
 from lightning_lance.ops.linear import low_rank_linear
+from lightning_lance.precision import core_bytes
 from lightning_lance.subspace import BatchRule
 from tests.oracles import orthonormal, relative_error
 

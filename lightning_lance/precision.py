@@ -1,0 +1,30 @@
+"""What tensors weigh whose elements are kept in 4 or 8 bits."""
+
+from __future__ import annotations
+
+GROUP = 64
+"""Neighbours in memory that share a range."""
+
+
+def rounded_bytes(elements: int, itemsize: int, bits: int) -> int:
+    """Bytes of the codes of all elements and of the two ends of the range of every group.
+
+    Args:
+        elements: number of elements; the last group is filled up.
+        itemsize: bytes of an element before; ranges have 8 bytes where it is 8, else 4.
+        bits: 4 or 8.
+    """
+    groups = -(-elements // GROUP)
+    return groups * (GROUP * bits // 8 + 2 * (8 if itemsize == 8 else 4))
+
+
+def core_bytes(elements: int, itemsize: int, bits: int | None) -> int:
+    """Bytes of a core, rounded where that saves something.
+
+    Args:
+        elements: number of elements.
+        itemsize: bytes of each.
+        bits: bits asked for; ``None``: as it is.
+    """
+    whole = elements * itemsize
+    return whole if bits is None else min(whole, rounded_bytes(elements, itemsize, bits))
