@@ -1,0 +1,182 @@
+"""The compatibility table: what the tests in this folder found, and how long a step takes next to a plain one.
+
+python -m tests.compat.table                                    # prints it, about ten minutes on two cores
+python -m tests.compat.table --write docs/compatibility.md
+python -m tests.compat.table --only resnet18 precision --no-time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning_lance.units import format_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 1.05
+COMMAND = "python -m tests.compat.table --write docs/compatibility.md"
+
+Row = dict[str, Any]
+
+
+def say(text: str, stream: TextIO = sys.stdout) -> None:
+    """One line, at once."""
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def results(only: Sequence[str]) -> list[Row]:
+    """Run the tests; the rows that they wrote, in the order of the tests.
+
+    Raises:
+        SystemExit: a test failed, so that there is no table.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "LANCE_COMPATIBILITY": folder, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/compat"]
+        command += ["-k", " or ".join(only)] if only else []
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
+        if done.returncode:
+            raise SystemExit("no table: a test failed")
+        files = sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+
+
+def add_times(rows: Sequence[Row]) -> None:
+    """Give each row its step time, where the setup is one with a step of its own."""
+    import torch
+
+    from tests.compat.networks import NETWORKS
+    from tests.compat.pairs import setup_ratio, step_ratio
+    from tests.compat.rows import Task
+    from tests.compat.setups import SETUPS, Setup
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    for row in rows:
+        start = time.monotonic()
+        if row["kind"] == "network":
+            case = NETWORKS[row["name"]]
+            row["step"] = step_ratio(Setup(make=lambda case=case: Task(case.build())), case)  # type: ignore[misc]
+        elif row["name"] in SETUPS and SETUPS[row["name"]].timed:
+            row["step"] = setup_ratio(SETUPS[row["name"]])
+        else:
+            continue
+        say(f"{row['name']}: {row['step']:.2f}, {time.monotonic() - start:.0f} s", sys.stderr)
+
+
+def verdict(row: Row) -> str:
+    """What a reader wants to know: works, works with a limit, what was left alone."""
+    limits = [row["note"]] if row["note"] else []
+    if row.get("step", 0) > LIMIT:
+        limits.append(f"a step takes {row['step']:.2f} times as long")
+    limits += [f"{count} × {what}" if count > 1 else what for what, count in (row.get("left") or {}).items()]
+    return "works" if not limits else "works; " + "; ".join(limits)
+
+
+def cells(row: Row) -> list[str]:
+    """One line of either table."""
+    if "plain" not in row:
+        return [row["name"], "", "", "", "", verdict(row)]
+    less = row["plain"] / max(row["compressed"], 1)
+    step = f"{row['step']:.2f}" if "step" in row else ""
+    sizes = [format_bytes(row["plain"]), format_bytes(row["compressed"])]
+    return [row["name"], *sizes, f"{less:.0f}×" if less >= 10 else f"{less:.1f}×", step, verdict(row)]
+
+
+HEADER = ["", "plain keeps", "kept", "less", "step", "what to know"]
+
+
+def markdown(rows: Sequence[Row], first: str) -> str:
+    """A table in Markdown."""
+    lines = [[first, *HEADER[1:]], ["---"] * len(HEADER), *map(cells, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def document(rows: Sequence[Row], overhead: dict[str, float]) -> str:
+    """The whole of docs/compatibility.md."""
+    import lightning
+    import torch
+
+    from tests.compat.pairs import BATCH, SIZE
+    from tests.compat.rows import BATCH as TESTED
+
+    networks, setups, others = ([row for row in rows if row["kind"] == kind] for kind in ("network", "setup", "other"))
+    slower = sum(row.get("step", 0) > LIMIT for row in rows)
+    parts = [
+        "# Compatibility",
+        f"Made by `{COMMAND}` from the results of `tests/compat`: torch {torch.__version__.partition('+')[0]}, "
+        f"lightning {lightning.__version__}, on the CPU, random weights, "
+        "`LanceCallback()` as it comes, everything trainable. In every row two epochs are trained, the loss stays "
+        "finite, fewer bytes are kept than by plain training, and the model comes back as it was.",
+        f"*plain keeps* and *kept* are all that autograd holds for one batch of {TESTED}, measured with saved-tensor "
+        f"hooks. *step* is the processor time of a training step next to that of a plain one: the median over pairs "
+        f"that two Trainers take in turn in one process, on one thread, at a batch of {BATCH}. More than {LIMIT} is a "
+        f"limit, and said so in {slower} rows: the inputs are small, so that the fixed cost of each layer "
+        "weighs most; `docs/benchmarks.md` has the times at 224 px. Rows without a time do what the "
+        "row before does in a step.",
+        "## Networks",
+        markdown(networks, "network"),
+        "None of them keeps more than plain training at a batch of 2 either.",
+        "## Training setups",
+        f"ResNet-18, 32 px for the bytes and {SIZE} px for the time.",
+        markdown(setups, "setup"),
+    ]
+    if others:
+        parts += ["## Beside the Trainer", *(f"- {row['name']}: {row['note'] or 'works'}" for row in others)]
+    if overhead:
+        parts += [
+            "## Before calibration",
+            "A layer that is swapped and not calibrated yet runs the stock operator. A step of ResNet-18 takes "
+            + " and ".join(f"{(value - 1) * 100:+.1f}% {name}" for name, value in overhead.items())
+            + " next to a plain one.",
+        ]
+    text = "\n\n".join(parts) + "\n"
+    return text.replace("\n\n- ", "\n- ").replace("## Beside the Trainer\n- ", "## Beside the Trainer\n\n- ")
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """Print a table, with rich where it is installed."""
+    from examples.benchmarks.table import show as show_table
+
+    show_table(title, [[title, *HEADER[1:]], *map(cells, rows)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="table", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[], help="words that the tests' names hold, as pytest -k")
+    parser.add_argument("--no-time", action="store_true", help="tests only")
+    parser.add_argument("--write", type=Path, help="file for the table in Markdown")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+    start = time.monotonic()
+    rows = results(options.only)
+    overhead: dict[str, float] = {}
+    if not options.no_time:
+        add_times(rows)
+        from tests.compat.pairs import uncalibrated_ratio
+
+        overhead = {"without companions": uncalibrated_ratio(False), "with them": uncalibrated_ratio(True)}
+    for kind in ("network", "setup"):
+        show(kind, [row for row in rows if row["kind"] == kind])
+    for name, value in overhead.items():
+        say(f"not calibrated yet, {name}: {value:.3f}")
+    say(f"{len(rows)} rows in {time.monotonic() - start:.0f} s")
+    if options.write:
+        options.write.write_text(document(rows, overhead), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
