@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import register
 from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
+from lightning_lance.ops.tracking import refuse_transforms, tracked
 from lightning_lance.subspace import Sizes
 
 
@@ -40,10 +41,12 @@ class CompressedConv(Compressed):
             self.lance_observe(input)
             if torch.is_grad_enabled():
                 if weight.requires_grad:
+                    if self._lance.subspace is not None:
+                        refuse_transforms(self._lance.name)
                     kept = self.lance_kept(input)
                     if kept is not None:
                         return low_rank_conv(input, weight, bias, self.lance_geometry(), *kept)
-                elif input.requires_grad or (bias is not None and bias.requires_grad):
+                elif tracked(input, bias):
                     return low_rank_conv(input, weight, bias, self.lance_geometry(), None)
         stock: Any = super()
         result: Tensor = stock._conv_forward(input, weight, bias)

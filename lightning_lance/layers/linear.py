@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import register
 from lightning_lance.ops.linear import low_rank_linear
+from lightning_lance.ops.tracking import refuse_transforms
 from lightning_lance.subspace import Sizes
 
 
@@ -29,6 +30,8 @@ class CompressedLinear(Compressed):
         if input.dim() > 1:
             self.lance_observe(input)
             if torch.is_grad_enabled() and self.weight.requires_grad:
+                if self._lance.subspace is not None:
+                    refuse_transforms(self._lance.name)
                 kept = self.lance_kept(input)
                 if kept is not None:
                     return low_rank_linear(input, self.weight, self.bias, *kept)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lance.ops import inplace as in_place
+from lightning_lance.ops.backward import first_order_only
 from lightning_lance.ops.mask import flagged_gradient, pack_bits
 
 _aten: Any = torch.ops.aten
@@ -79,7 +79,7 @@ class ReLU(torch.autograd.Function):
         return _returned(ctx, input, output, inplace)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         return flagged_gradient(_aten.threshold_backward, grad, bits, ctx.stride, 0.0, 1.0, 0), None
@@ -103,7 +103,7 @@ class Hardtanh(torch.autograd.Function):
         return _returned(ctx, input, output, inplace)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         return flagged_gradient(_aten.hardtanh_backward, grad, bits, ctx.stride, 0.0, 1.0, -1, 1), None, None, None
@@ -119,7 +119,7 @@ class LeakyReLU(torch.autograd.Function):
         return _returned(ctx, input, F.leaky_relu(input, slope, inplace), inplace)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         kernel = _aten.leaky_relu_backward
@@ -135,7 +135,7 @@ class Hardsigmoid(torch.autograd.Function):
         return _returned(ctx, input, F.hardsigmoid(input, inplace), inplace)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         return flagged_gradient(_aten.hardsigmoid_backward, grad, bits, ctx.stride, 4.0, 0.0), None

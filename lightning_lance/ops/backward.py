@@ -18,8 +18,9 @@ Backward = Callable[..., Any]
 def first_order_only(backward: Backward) -> Backward:
     """Decorator of a backward pass that reads saved tensors: raises where a graph of it is asked for.
 
-    :func:`~torch.autograd.function.once_differentiable` alone raises only where the incoming gradient requires grad;
-    elsewhere it returns constants, and the second derivative would silently miss what goes through the saved tensors.
+    :func:`~torch.autograd.function.once_differentiable` alone raises where the incoming gradient requires grad and the
+    graph is walked to its end only: :func:`torch.autograd.grad` with respect to something else would silently miss what
+    goes through the saved tensors.
     """
     once = once_differentiable(backward)
 
@@ -27,9 +28,9 @@ def first_order_only(backward: Backward) -> Backward:
     def checked(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise LanceError(
-                "a backward pass with create_graph=True reached a layer that keeps only a projection of its input, "
-                "from which no second derivative can be computed. Allowed: first derivatives. Leave this layer out "
-                "(layers=...), or call restore(model) before second derivatives are needed."
+                "a backward pass with create_graph=True reached a layer that keeps less than its input, from which no "
+                "second derivative can be computed. Allowed: first derivatives. Leave this layer out (layers=..., "
+                "companions=False), or call restore(model) before second derivatives are needed."
             )
         return once(ctx, *grads)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lance.ops import inplace as in_place
+from lightning_lance.ops.backward import first_order_only
 from lightning_lance.ops.mask import expand_bits, pack_bits, product_into
 
 _FUSED = ("cuda", "xpu")
@@ -40,7 +40,7 @@ class Dropout(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         if ctx.fused:

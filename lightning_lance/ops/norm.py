@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lightning_lance.ops.backward import first_order_only
 
 
 def _format(input: Tensor) -> torch.memory_format | None:
@@ -35,7 +36,7 @@ class FixedBatchNorm(torch.autograd.Function):
         return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, mean, var = ctx.saved_tensors
         # The stock kernel, whose formula differs by memory format and dtype. It reads the input for the gradient of

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_lance.ops.backward import first_order_only
 from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes
 
 _aten: Any = torch.ops.aten
@@ -158,7 +158,7 @@ class MaxPool(torch.autograd.Function):
         return output  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (codes,) = ctx.saved_tensors
         window: Window = ctx.window
@@ -181,7 +181,7 @@ class AvgPool(torch.autograd.Function):
         return kernel(input, *window[:3], *window[4:])  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         window: Window = ctx.window
         kernel = _aten.avg_pool2d_backward if len(window.kernel) == 2 else _aten.avg_pool3d_backward
@@ -199,7 +199,7 @@ class AdaptiveAvgPool(torch.autograd.Function):
         return kernel(input, output_size)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel = _aten._adaptive_avg_pool2d_backward if ctx.axes == 2 else _aten._adaptive_avg_pool3d_backward
         return _run(kernel, grad, ctx.shape, ctx.channels_last), None
