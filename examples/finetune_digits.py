@@ -107,7 +107,12 @@ class DigitsClassifier(L.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         self.accuracy(self(images), labels)
-        self.log("accuracy", self.accuracy)
+        self.log("accuracy", self.accuracy, prog_bar=True)
+
+    validation_step = test_step
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(1)
 
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -228,7 +233,7 @@ def peak(device: torch.device) -> int:
 
 def work(options: argparse.Namespace) -> Run:
     """One run, in this process."""
-    for message in (".*does not have many workers", "You passed in a `val_dataloader` but", ".*LeafSpec"):
+    for message in (".*does not have many workers", "Total length of `list` across ranks is zero", ".*LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -116,3 +116,5 @@ class DigitsDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.loader("test")
+
+    predict_dataloader = test_dataloader

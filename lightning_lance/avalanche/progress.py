@@ -26,10 +26,16 @@ class StreamBars:
         if enabled:
             self._stream = tqdm(total=total, initial=done, desc="stream", unit="experience", position=0, leave=True)
 
+    def clear(self) -> None:
+        """Take the bars off the terminal until the next batch, for a table to be printed there."""
+        if self._stream is not None:
+            self._stream.clear()
+
     def start(self, title: str, total: int, done: int = 0) -> None:
         """Begin the lower bar."""
         self.stop()
         if self.enabled:
+            self._stream.refresh()
             self._running = tqdm(total=total or None, initial=done, desc=title, unit="batch", position=1, leave=False)
 
     def step(self, values: dict[str, Any] | None = None) -> None:
@@ -72,6 +78,7 @@ class ExperienceProgress(ProgressBar):
         self.bars = bars
         self.title = title
         self._on = True
+        self._begun = False
 
     def disable(self) -> None:
         self._on = False
@@ -80,11 +87,17 @@ class ExperienceProgress(ProgressBar):
         self._on = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begun = False
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._begun:  # at the first batch, callbacks may print tables before this one
+            return
+        self._begun = True
         batches, epochs = trainer.num_training_batches, trainer.max_epochs
         known = batches != float("inf") and epochs is not None and epochs > 0
         if self._on:
             total = int(batches) * int(epochs or 0) if known else 0
-            self.bars.start(self.title, total, trainer.fit_loop.total_batch_idx + 1)
+            self.bars.start(self.title, total, trainer.fit_loop.total_batch_idx)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._on:

@@ -96,7 +96,7 @@ class StreamResult:
         seen = [matrix[row, : row + 1].mean().item() for row in range(count)]
         axis.plot(range(count), seen, color="black", linewidth=2, label="mean of those learned")
         drawn = [value for value in matrix[torch.ones_like(matrix, dtype=torch.bool).tril()].tolist() if value == value]
-        lowest = 10 * max(0, math.floor(min(drawn, default=0) / 10) - 1)  # else lines near 100 % are on one another
+        lowest = 10 * max(0, math.floor(min(drawn, default=0) / 10 - 0.2))  # else lines near 100 % are on one another
         axis.set(xlabel="trained up to experience", ylabel="accuracy (%)", xticks=range(count), ylim=(lowest, 101))
         figures[1][1].legend(loc="outside right center", fontsize="small")
         for path, figure in figures:

@@ -14,6 +14,7 @@ import torch
 from avalanche.models.dynamic_modules import DynamicModule, avalanche_model_adaptation
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -118,6 +119,7 @@ class StreamRunner:
         self.metrics = ContinualMetrics(data.num_experiences)
         self._logger: Any = None
         self._bars: StreamBars | None = None
+        self._launched = False
         self._steps = 0
         self._ends: list[int] = []
         self._kept: list[list[float]] = []
@@ -206,6 +208,9 @@ class StreamRunner:
         _continue_steps(trainer, self._steps)
         self.model.train()
         path = self.store.inside(experience)
+        assert self._bars is not None
+        if experience == 0 or (self.lance is not None and self.lance.verbose):
+            self._bars.clear()
         trainer.fit(self.model, datamodule=self.data, ckpt_path=None if path is None else str(path))
         self._steps = _steps(trainer)
         self._ends.append(self._steps)
@@ -215,7 +220,6 @@ class StreamRunner:
         self._evaluate(experience)
         self._save(experience, trainer)
         summary = self._log(experience)
-        assert self._bars is not None
         self._bars.advance({name: f"{summary[name]:.3f}" for name in ("ACC", "BWT", "FWT") if name in summary})
 
     def _log(self, experience: int) -> dict[str, float]:
@@ -276,6 +280,9 @@ class StreamRunner:
         given = self.options.get("callbacks") or []
         training = bool(last)
         assert self._bars is not None
+        if not self._launched:  # the first Trainer may say how it starts its processes
+            self._launched = True
+            self._bars.clear()
         progress = ExperienceProgress(self._bars, title)
         if training:
             own = copy.deepcopy(list(given) if isinstance(given, Sequence) else [given])
@@ -293,6 +300,9 @@ class StreamRunner:
             enable_checkpointing=training,
             default_root_dir=str(self.store.root),
         )
+        if isinstance(self.lance, ContinualCallback) and isinstance(trainer.strategy, DDPStrategy):
+            # Parts of the model are frozen from the second experience on, which DDP must not wait for.
+            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise StateError(
                 f"strategy={self.options.get('strategy')!r} starts its processes anew for each fit, and what they have "

@@ -40,9 +40,10 @@ class StreamStore:
         """Checkpoint after an experience, -1 for the one before the first."""
         return self.root / (START if experience < 0 else f"experience_{experience:03d}.ckpt")
 
-    def begun(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return self.boundary(-1).is_file() or any(self.root.glob("experience_[0-9]*.ckpt"))
+    def trained(self) -> bool:
+        """Whether there is a checkpoint with any training in it."""
+        found = (self.root.glob("experience_[0-9]*.ckpt"), self.root.glob(f"{INSIDE}/*/*/step=*.ckpt"))
+        return any(True for paths in found for _ in paths)
 
     def clear(self) -> None:
         """Remove the checkpoints, to begin anew."""

@@ -30,6 +30,8 @@ def main(args: Sequence[str] | None = None) -> None:
     # Lightning's own calls of jsonargparse and torch: nothing that a user of the tool could change.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from lightning_lance.cli.app import run
     from lightning_lance.cli.messages import explain
     from lightning_lance.errors import ConfigError, LanceError
@@ -44,6 +46,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _leave(str(error), 2)
     except LanceError as error:
         _leave(str(error), 1)
+    except MisconfigurationException as error:  # Lightning's, which says what to do
+        _leave(" ".join(str(error).split()), 1)
     except ValueError as error:
         found = explain(error)
         if found is None:

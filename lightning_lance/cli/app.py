@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any, NoReturn
 
@@ -10,11 +11,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_lance.callback import LanceCallback
 from lightning_lance.cli import PROGRAM
-from lightning_lance.cli.messages import shorten
+from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, shorten, with_group
 from lightning_lance.cli.profiling import profile
 from lightning_lance.config import LanceConfig
 from lightning_lance.continual import ContinualConfig
-from lightning_lance.errors import ConfigError
+from lightning_lance.errors import ConfigError, LanceError
 from lightning_lance.report import Report
 
 DESCRIPTION = """Train with compressed activations. The section "lance" of a configuration holds the options of
@@ -118,7 +119,10 @@ class LanceCLI(LightningCLI):
             )
         if self._get(self.config, "plain") and self.subcommand != "profile":
             callbacks = [callback for callback in callbacks if not isinstance(callback, LanceCallback)]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except TRAINER_ERRORS as error:
+            raise about_trainer(error) from error
 
 
 def check_options(section: Any) -> None:
@@ -144,4 +148,8 @@ def run(args: list[str] | None = None) -> None:
 
         stream.run(given[1:])
     else:
-        LanceCLI(given)
+        try:
+            LanceCLI(given)
+        except LanceError as error:
+            options = [f"lance.{name}" for name in inspect.signature(LanceCallback).parameters]
+            raise type(error)(with_group(str(error), options)) from error

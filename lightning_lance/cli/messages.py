@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from lightning_lance.callback import LanceCallback
 from lightning_lance.config import LanceConfig
 from lightning_lance.continual import ContinualConfig
@@ -22,6 +24,9 @@ from lightning_lance.errors import ConfigError, LanceError
 
 MANY = 24
 """More options than this in a group are not all listed: the closest ones are."""
+
+TRAINER_ERRORS = (ValueError, TypeError, MisconfigurationException)
+"""What a Trainer raises where it does not take an argument."""
 
 _UNION = "Does not validate against any of the Union subtypes"
 _UNSPECIFIC = ("Expected a ", "Not a valid subclass of", _UNION)
@@ -78,6 +83,18 @@ def explain(error: BaseException) -> str | None:
     return shorten(str(error)) if _UNION in str(error) else None
 
 
+def with_group(message: str, options: Sequence[str]) -> str:
+    """The message, with ``rank=...`` at its beginning made ``lance.rank=...`` where only one option is called so."""
+    found = re.match(r"(\w+)[=\[]", message)
+    names = [option for option in options if found and option.rpartition(".")[2] == found[1] and "." in option]
+    return f"{names[0].rpartition('.')[0]}.{message}" if len(names) == 1 else message
+
+
+def about_trainer(error: Exception) -> ConfigError:
+    """What a Trainer has against its arguments, in one line."""
+    return ConfigError(f"trainer: {_line(str(error))}")
+
+
 def _read(key: str, text: str) -> _Problem:
     """The most specific problem that a message tells of."""
     text = textwrap.dedent(text).strip()
@@ -90,6 +107,14 @@ def _read(key: str, text: str) -> _Problem:
     option = re.match(r"Option '([^']+)' is not accepted", text)
     if option:
         return _Problem(_join(key, option[1]), text, unknown=True)
+    group = re.match(r"Group '([^']+)' does not accept option '([^']+)'", text)
+    if group:
+        return _Problem(_join(key, _join(group[1], group[2])), text, unknown=True)
+    function = re.match(
+        r"Type \S+Callable\S* (?:.*?)expects a function.*?: (?P<why>.*)\. Got value: (?P<value>.*)", text
+    )
+    if function:
+        return _Problem(f"{key}={function['value']} is not allowed", f"{function['why']}.")
     path = re.match(r"Problem with given class_path '([^']+)':\s*(.*)", text, re.DOTALL)
     if path and path[2].startswith(('Parser key "', "Option '")):
         return _read(key, path[2])

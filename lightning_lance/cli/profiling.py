@@ -59,6 +59,9 @@ def profile(
     lance = next((found for found in trainer.callbacks if isinstance(found, LanceCallback)), None)  # type: ignore[attr-defined]
     if lance is None:
         raise StateError("profile() needs a Trainer with a LanceCallback: Trainer(callbacks=[LanceCallback()]).")
+    for name, path in (("json", json), ("plot", plot)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"{name}={path!r} is not allowed: there is no such folder. Make it first.")
     lance.measure, lance.verbose = True, False
     stop = _StopWhenMeasured(lance)
     trainer.callbacks.insert(trainer.callbacks.index(lance) + 1, stop)  # type: ignore[attr-defined]
@@ -82,6 +85,8 @@ def profile(
                 raise ConfigError(
                     f"plot={plot!r} needs matplotlib; pip install 'lightning-lance[plot]' installs it."
                 ) from None
+            except ValueError as error:  # a suffix that matplotlib does not know
+                raise ConfigError(f"plot={plot!r} is not allowed. {error}") from None
     return report
 
 

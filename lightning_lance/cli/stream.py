@@ -17,8 +17,9 @@ from lightning_lance.avalanche.result import StreamResult
 from lightning_lance.avalanche.runner import OWN, StreamRunner
 from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.app import LanceParser, check_options
+from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, with_group
 from lightning_lance.continual_callback import ContinualCallback
-from lightning_lance.errors import StateError
+from lightning_lance.errors import ConfigError, LanceError, StateError
 
 DESCRIPTION = """Train on one experience of an Avalanche benchmark after another, each with a Lightning Trainer. The
 same command goes on where an interrupted one has stopped."""
@@ -43,6 +44,14 @@ FREE = {
 
 MOST = 4
 """Differences that a message names."""
+
+
+class _Trainer(Trainer):
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except TRAINER_ERRORS as error:
+            raise about_trainer(error) from error
 
 
 class StreamCLI(LightningCLI):
@@ -85,45 +94,58 @@ class StreamCLI(LightningCLI):
         check_options(self.config["lance"])
 
     def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
-        lance = None if self.config["plain"] else self.config_init["lance"]
-        self.runner = StreamRunner(
-            self.model,
-            self.datamodule,
-            trainer=dict(self.config_init["trainer"]),
-            lance=lance,
-            **self.config_init["stream"],
-        )
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+            self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
+            lance = None if self.config["plain"] else self.config_init["lance"]
+            self.runner = StreamRunner(
+                self.model,
+                self.datamodule,
+                trainer=dict(self.config_init["trainer"]),
+                lance=lance,
+                trainer_class=_Trainer,
+                **self.config_init["stream"],
+            )
+        except ConfigError as error:
+            raise self._named(error) from None
 
     def run(self) -> StreamResult:
         """Run the stream, print its table and draw its plots."""
-        store = self.runner.store
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            path = store.root / CONFIG
-            if path.is_file() and store.begun() and not self.runner.restart:
-                stored, asked = (yaml.safe_load(text) for text in (path.read_text(), self.parser.dump(self.config)))
-                _check_same(stored, asked, store.root)
-            store.root.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), overwrite=True, multifile=False)
-        self.result = self.runner.run()
+        try:
+            self.result = self._run()
+        except LanceError as error:
+            raise self._named(error) from None
         _show(self.result)
         return self.result
 
+    def _run(self) -> StreamResult:
+        store = self.runner.store
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            path = store.root / CONFIG
+            if path.is_file() and not self.runner.restart:
+                stored, asked = (yaml.safe_load(text) for text in (path.read_text(), self.parser.dump(self.config)))
+                differing = _differing(stored, asked)
+                if differing and store.trained():
+                    raise StateError(_other_options(differing, store.root))
+                self.runner.restart = bool(differing)
+            store.root.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), overwrite=True, multifile=False)
+        return self.runner.run()
 
-def _check_same(stored: dict[str, Any], asked: dict[str, Any], root: Path) -> None:
-    """Refuse to go on with another model, other data or other options, or to show their results as those asked for.
+    def _named(self, error: LanceError) -> LanceError:
+        """The error with the whole name of the option that it begins with."""
+        assert isinstance(self.parser, LanceParser)
+        return type(error)(with_group(str(error), self.parser.options()))
 
-    Raises:
-        StateError: the stored configuration differs.
-    """
-    differing = [f"{name}={there} there, {here} asked for" for name, there, here in _differing(stored, asked)]
-    if differing:
-        more = f", and {len(differing) - MOST} more" if len(differing) > MOST else ""
-        raise StateError(
-            f"{root} holds a stream that was begun with other options: {'; '.join(differing[:MOST])}{more}. Give the "
-            "same ones, another --stream.root, or --stream.restart=true to begin anew."
-        )
+
+def _other_options(differing: list[tuple[str, str, str]], root: Path) -> str:
+    """Why not to go on with another model, other data or other options, or show their results as those asked for."""
+    told = "; ".join(f"{name}={there} there, {here} asked for" for name, there, here in differing[:MOST])
+    more = f", and {len(differing) - MOST} more" if len(differing) > MOST else ""
+    return (
+        f"{root} holds a stream that was begun with other options: {told}{more}. Give the same ones, another "
+        "--stream.root, or --stream.restart=true to begin anew."
+    )
 
 
 def _differing(stored: Any, asked: Any, name: str = "") -> list[tuple[str, str, str]]:
