@@ -8,8 +8,11 @@ EXTRAS := dev,avalanche,cli,plot,examples
 OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS
 
+# Ten alphabets of rendered glyphs, one seed.
+CONTINUAL_ARGS ?= --streams glyphs --methods naive ewc replay gpm lance --seeds 0 --output runs/continual.json
+
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test demo dist clean
+.PHONY: help venv lint format test demo continual dist clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -36,6 +39,10 @@ test: $(STAMP)  ## all tests and docstring examples
 
 demo: $(STAMP)  ## fine-tune a pretrained network with and without LANCE, a few minutes on two cores
 	@$(BIN)/python -m examples.finetune_digits $(DEMO_ARGS)
+
+continual: $(STAMP)  ## learn ten tasks in a row with and without LANCE, a few minutes on two cores
+	@mkdir -p runs
+	@$(BIN)/python -m examples.benchmarks.continual $(CONTINUAL_ARGS)
 
 dist: $(STAMP)  ## source distribution and wheel in dist/
 	rm -rf dist build
