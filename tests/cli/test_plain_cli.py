@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lance import LanceCallback, LanceConfig, is_swapped
+from lightning_lance import ContinualCallback, LanceCallback, LanceConfig, is_swapped
+from lightning_lance.continual import ContinualConfig
 from lightning_lance.ranks import RankRules
 from tests.cli.small import QUIET, SmallData, SmallModule
 
@@ -142,6 +143,35 @@ class TestFlags:
             user_cli(f"--trainer.callbacks+={CLASS}", *(f"--trainer.callbacks.{flag}" for flag in flags))
         name = flags[0].partition("=")[0]
         assert name in capsys.readouterr().err + str(refused.value)
+
+
+class TestContinual:
+    CLASS = "lightning_lance.ContinualCallback"
+    RANK: ClassVar = {"net.0": 4, "net.2": {"batch": 8, "spatial": 0.9}}
+
+    def check(self, cli: LightningCLI) -> None:
+        [callback] = callbacks(cli)
+        assert isinstance(callback, ContinualCallback)
+        assert callback.config.rank == self.RANK
+        assert callback.config.calibration_batches == 2
+        assert callback.stream.options == ContinualConfig(threshold=0.8, heads=["net.5"])
+
+    def test_in_a_file(self, cwd: Path) -> None:
+        options = {"threshold": 0.8, "heads": ["net.5"], "rank": self.RANK, "calibration_batches": 2}
+        self.check(user_cli(written(cwd, [{"class_path": self.CLASS, "init_args": options}])))
+
+    def test_appended(self) -> None:
+        flags = ["threshold=0.8", "heads=[net.5]", f"rank={json.dumps(self.RANK)}", "calibration_batches=2"]
+        self.check(user_cli(f"--trainer.callbacks+={self.CLASS}", *(f"--trainer.callbacks.{flag}" for flag in flags)))
+
+    def test_a_fit_is_an_experience(self, cwd: Path) -> None:
+        options = {"rank": self.RANK, "calibration_batches": 2, "verbose": False}
+        cli = user_cli(written(cwd, [{"class_path": self.CLASS, "init_args": options}]), run=True)
+        [callback] = callbacks(cli)
+        assert isinstance(callback, ContinualCallback)
+        assert not is_swapped(cli.model)
+        assert set(callback.capacity) == {"net.0", "net.2", "net.5"}
+        assert all(found.protected > 0 for found in callback.capacity.values())
 
 
 class TestRuns:
