@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -159,15 +158,12 @@ class TestResume:
     def test_a_killed_command_ends_with_the_same_numbers(self, config: Path, cwd: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "lightning_lance", "stream", "--config", str(config)]
-        slow = ["--trainer.callbacks+=tests.cli.test_stream.Slow"]
-        process = subprocess.Popen([*command, *slow], env=environment, stdout=subprocess.DEVNULL)
-        inside = cwd / "run" / "inside" / "experience_001"
-        while process.poll() is None and not list(inside.glob("*/step=*.ckpt")):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        for arguments in (slow, [*slow, f"--stream.root={cwd / 'whole'}"]):
-            done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+        command.append("--trainer.callbacks+=tests.cli.test_stream.KillOnce")
+        assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+        assert list((cwd / "run" / "inside" / "experience_001").glob("*/step=*.ckpt"))
+        for root in ("run", "whole"):
+            again = [*command, f"--stream.root={cwd / root}"]
+            done = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
         found, wanted = final(cwd / "run"), final(cwd / "whole")
         for name, value in wanted["state_dict"].items():
@@ -269,8 +265,11 @@ class TestMessages:
         assert "network" in line
 
 
-class Slow(Callback):
-    """Leaves time to kill a run between two steps."""
+class KillOnce(Callback):
+    """Ends the process as a power cut would, once, in the middle of the second experience."""
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        time.sleep(0.02)
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        flag = Path("killed")
+        if trainer.datamodule.experience == 1 and trainer.global_step == 5 and not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
