@@ -57,12 +57,21 @@ class LanceCallback(Callback):
             ``training_step``, with optimisers that take no step under manual optimisation. Where that cannot run
             without gradients, the first ordinary training steps run uncompressed and define the subspaces.
         seed: seed of the random sample orders.
+        continual: each fit is an experience that is not forgotten. Makes a
+            :class:`~lightning_lance.ContinualCallback`, which has further options.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
         PlanError: at fit start, nothing can be compressed or a pattern matches nothing.
         CalibrationError: at the first batch, inputs hold NaN or Inf. The model is restored.
     """
+
+    def __new__(cls, *args: Any, continual: bool = False, **options: Any) -> Any:
+        if not continual or cls is not LanceCallback:
+            return super().__new__(cls)
+        from lightning_lance.continual_callback import ContinualCallback
+
+        return super().__new__(ContinualCallback)  # whose __init__ is called with the same arguments
 
     def __init__(
         self,
@@ -79,7 +88,9 @@ class LanceCallback(Callback):
         verbose: bool = True,
         forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         seed: int = 0,
+        continual: bool = False,
     ) -> None:
+        self.continual = continual
         self.config = LanceConfig(
             rank=rank,
             batch=batch,

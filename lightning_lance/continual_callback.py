@@ -43,6 +43,9 @@ class ContinualCallback(LanceCallback):
         feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
             ``"channel"``, directions of channels, whose bases are smaller and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
+        rank: see :class:`~lightning_lance.LanceCallback`. Experience by experience, noise in the gradient costs more
+            than in fine-tuning, so that inputs are kept in few bits and at full rank by default.
+        core_bits: see :class:`~lightning_lance.LanceCallback`.
         options: see :class:`~lightning_lance.LanceCallback`; ``refresh`` is not among them.
 
     Attributes:
@@ -56,14 +59,17 @@ class ContinualCallback(LanceCallback):
 
     def __init__(
         self,
+        *,
         threshold: float = 0.97,
         threshold_growth: float = 0.003,
         reserved: int | float | Literal["full"] = "full",
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | list[str] | None = None,
+        rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] = "full",
+        core_bits: int | Literal["auto"] | None = 4,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(rank=rank, core_bits=core_bits, **{**options, "continual": True})
         if self.config.refresh is not None:
             raise ConfigError(
                 f"refresh={self.config.refresh!r} is not allowed in continual learning: the subspaces are found once "
@@ -137,8 +143,10 @@ class ContinualCallback(LanceCallback):
                 )
             ready = [copied(batch), *(prepare(trainer, module, raw) for raw in following)]
             passes = [functools.partial(self._pass, trainer, module, found) for found in ready]
+            # DDP reduces the gradients of parameters that it knows: then the weights themselves are trained.
+            optimizers = trainer.optimizers if trainer.world_size == 1 else ()
             self.stream.begin_experience(
-                module, passes, trainer.optimizers, self.own_heads, _reduce(trainer), _sum_over(trainer)
+                module, passes, optimizers, self.own_heads, _reduce(trainer), _sum_over(trainer)
             )
         self.session = self.stream.compression
         if self.session is None:

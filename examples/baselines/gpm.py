@@ -113,7 +113,9 @@ class GradientProjectionMemory:
         for name, (layer, side, _) in layers.items():
             memory = self.memories.get(name)
             if memory is None:
-                memory = self.memories[name] = LayerMemory(side.width, side.groups, name, device=layer.weight.device)
+                memory = self.memories[name] = LayerMemory(
+                    side.width, side.groups, name, device=layer.weight.device, compact=False
+                )
             memory.reserve()
             memory.start()
             memory.protect(moments[name], threshold)

@@ -131,6 +131,54 @@ def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
     return orthonormalize(rest.vectors[:, :count], _double(basis)).to(basis).contiguous()
 
 
+def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
+    """What stays free when :func:`grow` enlarges the basis that a free basis is the complement of.
+
+    Args:
+        free: orthonormal basis of everything outside of ``M``, shape ``(K, K - m)``.
+        gram: Gram matrix ``(K, K)`` of an experience's feature vectors, or their moments.
+        threshold: fraction of the energy to protect, in (0, 1].
+
+    Returns:
+        Orthonormal, shape ``(K, K - m - k)``, inside of the span of ``free``; its dtype.
+    """
+    moments = Moments.of(gram)
+    inner, held = _inside(free, moments)
+    needed = threshold * moments.total
+    if moments.total <= 0.0 or free.shape[1] == 0 or held > needed:
+        return free
+    values, rotation = symmetric_eigh(inner)
+    values = values[values > moments.total * torch.finfo(torch.float32).eps]
+    reached = held + torch.cumsum(values, 0) > needed
+    count = int(reached.to(torch.int8).argmax()) + 1 if threshold < 1.0 and bool(reached.any()) else values.numel()
+    if count == 0:
+        return free
+    return orthonormalize(_double(free) @ rotation[:, count:]).to(free).contiguous()
+
+
+def lead(free: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
+    """:func:`reserve` from the free basis instead of the protected one; same result up to rounding."""
+    moments = Moments.of(gram)
+    values, rotation = symmetric_eigh(_inside(free, moments)[0])
+    values = values[values > moments.total * torch.finfo(torch.float32).eps]
+    if isinstance(rank, float) and rank < 1.0 and values.numel():
+        reached = torch.cumsum(values, 0) > rank * float(values.sum())
+        count = int(reached.to(torch.int8).argmax()) + 1
+    else:
+        count = values.numel() if isinstance(rank, float) else min(rank, values.numel())
+    return orthonormalize(_double(free) @ rotation[:, :count]).to(free).contiguous()
+
+
+def _inside(free: Tensor, moments: Moments) -> tuple[Tensor, float]:
+    """Moments inside of a free basis, ``(K - m, K - m)``, and the energy outside of it."""
+    matrix, basis = _double(moments.matrix), _double(free)
+    if moments.is_root:
+        root = basis.T @ matrix
+        return root @ root.T, float(matrix.square().sum() - root.square().sum())
+    inner = basis.T @ matrix @ basis
+    return (inner + inner.T) / 2, float(matrix.diagonal().sum() - inner.diagonal().sum())
+
+
 def complement(basis: Tensor) -> Tensor:
     """Orthonormal basis of everything outside of ``M``, shape ``(K, K - m)``, dtype of ``basis``."""
     width, count = basis.shape

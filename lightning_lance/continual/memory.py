@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lance.continual.basis import Moments, complement, grow, reserve
+from lightning_lance.continual.basis import Moments, complement, grow, lead, reserve, shrink
 from lightning_lance.continual.moments import FeatureMoments
 from lightning_lance.errors import StateError
 
@@ -31,7 +31,7 @@ class Capacity:
     Attributes:
         width: directions in all.
         protected: directions that earlier experiences need.
-        bytes: size of the protected basis.
+        bytes: size of what is stored: the protected basis, or that of the free directions.
     """
 
     width: int
@@ -58,7 +58,9 @@ class LayerMemory:
     """Protected basis ``M`` and reserved basis ``U`` of one layer.
 
     One experience is ``reserve -> start -> protect``; the states are empty, calibrated, training, consolidated, and
-    then calibrated again. ``M`` only grows, and its columns never change.
+    then calibrated again. What ``M`` spans only grows. As soon as fewer directions are free than protected, an
+    orthonormal basis of the free ones is stored in its place: a layer never takes more than half of ``K x K`` numbers,
+    and less the fuller it is.
 
     Args:
         width: length ``K`` of a feature vector.
@@ -66,10 +68,11 @@ class LayerMemory:
         label: names the layer in messages.
         dtype: dtype of the bases.
         device: device of the bases.
+        compact: store the free directions where they are fewer; ``False``: always ``M``.
 
     Attributes:
         stage: the state.
-        protected: ``M``, shape ``(groups, K, m)``; a group with fewer directions than ``m`` ends in zero columns.
+        compact: as given.
         counts: directions protected in each group.
         reserved: ``U``, shape ``(groups, K, r)``, zero columns alike; ``None``: everything outside of ``M``.
 
@@ -94,14 +97,39 @@ class LayerMemory:
         label: str = "layer",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        compact: bool = True,
     ) -> None:
         self.width = width
         self.groups = groups
         self.label = label
         self.stage = Stage.EMPTY
-        self.protected = torch.empty(groups, width, 0, dtype=dtype, device=device)
+        self.compact = compact
+        self._basis = torch.empty(groups, width, 0, dtype=dtype, device=device)
+        self._is_free = False
         self.counts = [0] * groups
         self.reserved: Tensor | None = None
+
+    @property
+    def protected(self) -> Tensor:
+        """``M``, shape ``(groups, K, m)``; a group with fewer directions than ``m`` ends in zero columns.
+
+        Written out anew where the free directions are stored.
+        """
+        return self._stack([complement(basis) for basis in self._bases()]) if self._is_free else self._basis
+
+    @property
+    def free(self) -> Tensor | None:
+        """Orthonormal basis of everything outside of ``M``, ``(groups, K, K - m)``, where that is what is stored."""
+        return self._basis if self._is_free else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the bases."""
+        return self._basis.dtype
+
+    def to(self, device: torch.device) -> None:
+        """Move the bases."""
+        self._basis = self._basis.to(device)
 
     def _require(self, action: str, *allowed: Stage) -> None:
         if self.stage not in allowed:
@@ -132,7 +160,8 @@ class LayerMemory:
             if gram is None:
                 raise StateError(f"{self.label}: reserve(rank={rank!r}) needs the Gram matrix of the experience.")
             pairs = zip(self._bases(), self._moments(gram), strict=True)
-            self.reserved = self._stack([reserve(basis, moments, rank) for basis, moments in pairs])
+            find = lead if self._is_free else reserve
+            self.reserved = self._stack([find(basis, moments, rank) for basis, moments in pairs])
         self.stage = Stage.CALIBRATED
         return self.reserved
 
@@ -162,9 +191,12 @@ class LayerMemory:
         self._require("protect", Stage.TRAINING)
         before = sum(self.counts)
         pairs = zip(self._bases(), self._moments(gram), strict=True)
-        grown = [grow(basis, moments, threshold) for basis, moments in pairs]
-        self.counts = [basis.shape[1] for basis in grown]
-        self.protected = self._stack(grown)
+        change = shrink if self._is_free else grow
+        found = [change(basis, moments, threshold) for basis, moments in pairs]
+        self.counts = [self.width - basis.shape[1] if self._is_free else basis.shape[1] for basis in found]
+        if self.compact and not self._is_free and self.width - min(self.counts) < max(self.counts):
+            self._is_free, found = True, [complement(basis) for basis in found]
+        self._basis = self._stack(found)
         self.reserved = None
         self.stage = Stage.CONSOLIDATED
         return sum(self.counts) - before
@@ -177,15 +209,18 @@ class LayerMemory:
 
     def basis(self) -> Tensor:
         """``U`` written out, also where it is everything outside of ``M``: ``(groups, K, r)``."""
-        return self._stack([complement(basis) for basis in self._bases()]) if self.reserved is None else self.reserved
+        if self.reserved is not None:
+            return self.reserved
+        return self._basis if self._is_free else self._stack([complement(basis) for basis in self._bases()])
 
     def capacity(self) -> Capacity:
         """Directions taken and free."""
-        size = self.protected.numel() * self.protected.element_size()
-        return Capacity(self.width * self.groups, sum(self.counts), size)
+        return Capacity(self.width * self.groups, sum(self.counts), self._basis.nbytes)
 
     def _bases(self) -> list[Tensor]:
-        return [basis[:, :count] for basis, count in zip(self.protected, self.counts, strict=True)]
+        """The stored basis of each group."""
+        counts = [self.width - count for count in self.counts] if self._is_free else self.counts
+        return [basis[:, :count] for basis, count in zip(self._basis, counts, strict=True)]
 
     def _moments(self, gram: Tensor | FeatureMoments) -> Sequence[Tensor | Moments]:
         if isinstance(gram, FeatureMoments):
@@ -199,7 +234,7 @@ class LayerMemory:
 
     def _stack(self, bases: list[Tensor]) -> Tensor:
         widest = max(basis.shape[1] for basis in bases)
-        stacked = self.protected.new_zeros(self.groups, self.width, widest)
+        stacked = self._basis.new_zeros(self.groups, self.width, widest)
         for target, basis in zip(stacked, bases, strict=True):
             target[:, : basis.shape[1]] = basis
         return stacked
@@ -208,7 +243,8 @@ class LayerMemory:
         """Plain containers and CPU tensors, safe for ``torch.load(weights_only=True)``."""
         return {
             "stage": self.stage.value,
-            "protected": self.protected.detach().cpu(),
+            "basis": self._basis.detach().cpu(),
+            "is_free": self._is_free,
             "counts": list(self.counts),
             "reserved": None if self.reserved is None else self.reserved.detach().cpu(),
         }
@@ -219,14 +255,14 @@ class LayerMemory:
         Raises:
             StateError: it is of a layer with another feature side.
         """
-        shape = tuple(state["protected"].shape[:2])
+        shape = tuple(state["basis"].shape[:2])
         if shape != (self.groups, self.width):
             raise StateError(
                 f"{self.label}: the stored basis is for {shape[0]} groups of width {shape[1]}, the layer has "
                 f"{self.groups} of width {self.width}. Load it with the model and feature_side that it was made with."
             )
         self.stage = Stage(state["stage"])
-        self.protected = state["protected"].to(self.protected)
+        self._basis, self._is_free = state["basis"].to(self._basis), state["is_free"]
         self.counts = list(state["counts"])
         reserved = state["reserved"]
-        self.reserved = None if reserved is None else reserved.to(self.protected)
+        self.reserved = None if reserved is None else reserved.to(self._basis)

@@ -170,6 +170,9 @@ class ContinualSession:
         for name, layer in trained.items():
             memory = self.memories[name]
             memory.reserve(moments.get(name), self.options.reserved if any(memory.counts) else "full")
+            if memory.reserved is None and memory.free is not None and _holds(optimizers, layer.weight):
+                # All that is free, and fewer directions than are protected: fewer numbers to train, and to keep.
+                memory.reserved = memory.free
             self._train(run, name, layer, order, optimizers)
 
     def _train(
@@ -265,7 +268,7 @@ class ContinualSession:
         for name, layer in trained.items():
             memory, stored = self.memories[name], state["layers"][name]
             memory.reserve()
-            memory.reserved = None if stored["reserved"] is None else stored["reserved"].to(memory.protected)
+            memory.reserved = None if stored["reserved"] is None else stored["reserved"].to(layer.weight.device)
             self._train(run, name, layer, order, optimizers, stored["reservation"])
 
     def end_experience(
@@ -417,7 +420,7 @@ class ContinualSession:
                     f"{side.groups} of width {side.width}. A layer that grows between experiences cannot be protected: "
                     "name it in heads."
                 )
-            memory.protected = memory.protected.to(weight.device)
+            memory.to(weight.device)
 
     def _moments(self, layers: dict[str, nn.Module], energy: float = SKETCH_ENERGY) -> dict[str, FeatureMoments]:
         found = {}
@@ -456,7 +459,7 @@ class ContinualSession:
             if memory.stage in (Stage.CALIBRATED, Stage.TRAINING):
                 state["stage"] = (Stage.CONSOLIDATED if any(memory.counts) else Stage.EMPTY).value
                 state["reserved"] = None
-            memories[name] = [memory.width, memory.groups, str(memory.protected.dtype).removeprefix("torch."), state]
+            memories[name] = [memory.width, memory.groups, str(memory.dtype).removeprefix("torch."), state]
         return {
             "version": CONTINUAL_STATE_VERSION,
             "feature_side": self.options.feature_side,
@@ -566,6 +569,10 @@ class _Run:
 
 def _to_eval(norm: nn.Module, _: Any) -> None:
     norm.training = False
+
+
+def _holds(optimizers: list[torch.optim.Optimizer], weight: Any) -> bool:
+    return any(weight is held for found in optimizers for group in found.param_groups for held in group["params"])
 
 
 def _substitute(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> bool:

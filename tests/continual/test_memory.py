@@ -40,7 +40,10 @@ def test_a_hundred_experiences_stay_orthonormal_in_float32() -> None:
         memory.start()
         before = memory.protected
         memory.protect(matrix, 0.97)
-        assert torch.equal(memory.protected[..., : before.shape[2]], before)
+        after, before = memory.protected[0].double(), before[0].double()
+        assert before.shape[1] <= after.shape[1] == memory.counts[0]
+        if before.numel():
+            assert float((before - after @ (after.T @ before)).abs().max()) < 1e-6
     protected = memory.protected[0].double()
     assert float((protected.T @ protected - torch.eye(protected.shape[1])).abs().max()) < 1e-6
     assert protected.shape[1] == memory.capacity().protected > 200
@@ -224,3 +227,39 @@ def test_bad_inputs_are_named(value: float, batches: int) -> None:
         found.update(torch.full((1, 4, 2, 2), value))
     with pytest.raises(CalibrationError, match="conv received NaN or Inf"):
         found.groups()
+
+
+@pytest.mark.parametrize("threshold", [0.8, 0.97, 1.0])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_storing_what_is_free_protects_the_same(groups: int, threshold: float) -> None:
+    stored, whole = (
+        LayerMemory(24, groups, dtype=torch.float64),
+        LayerMemory(24, groups, dtype=torch.float64, compact=False),
+    )
+    flipped = []
+    for index in range(12):
+        rows = torch.randn(groups, 200, 3, dtype=torch.float64) @ torch.randn(groups, 3, 24, dtype=torch.float64)
+        matrix = rows.mT @ rows
+        for memory in (stored, whole):
+            memory.reserve(matrix, 2 if index % 2 else 0.9)
+        assert stored.reserved is not None
+        assert whole.reserved is not None
+        # The same directions, up to signs.
+        both = [reserved @ reserved.mT for reserved in (stored.reserved, whole.reserved)]
+        torch.testing.assert_close(both[0], both[1], atol=1e-8, rtol=0)
+        for memory in (stored, whole):
+            memory.start()
+            memory.protect(matrix, threshold)
+        assert stored.counts == whole.counts
+        both = [memory.protected @ memory.protected.mT for memory in (stored, whole)]
+        torch.testing.assert_close(both[0], both[1], atol=1e-8, rtol=0)
+        assert stored.capacity().bytes <= min(whole.capacity().bytes, groups * 24 * 12 * 8)
+        flipped.append(stored.free is not None)
+        copied = LayerMemory(24, groups, dtype=torch.float64)
+        copied.load_state_dict(stored.state_dict())
+        assert torch.equal(copied.protected, stored.protected)
+        stored = copied
+    assert whole.free is None
+    assert flipped == sorted(flipped)
+    assert flipped[-1]
+    assert not flipped[0]
