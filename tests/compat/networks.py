@@ -259,7 +259,7 @@ NETWORKS: dict[str, Case] = {
     "MLP": Case(mlp, (3, 16, 16)),
     "Conv1d audio": Case(audio, (1, 1024)),
     "U-Net": Case(UNet, (3, 32, 32), left=("up",)),
-    "nn.TransformerEncoder": Case(Encoder, (24,), tokens=50),
+    "nn.TransformerEncoder": Case(Encoder, (24,), tokens=50, left=("encoder.layers.0.self_attn",)),
     "decoder, separate q k v": Case(Decoder, (24,), tokens=50),
     "LSTM": Case(Recurrent, (24,), tokens=50, left=("rnn",)),
     "weight tying": Case(Tied, (24,), tokens=50, left=("embed",)),

@@ -19,10 +19,10 @@ from tests.trainers import make_trainer
 
 BATCH = 16
 SIZE = 64
-SKIPPED = 4
-PAIRS = 12
+SKIPPED = 3
+PAIRS = 9
 FEWEST = 5
-SECONDS = 25.0
+SECONDS = 15.0
 
 
 class Turns:

@@ -1,6 +1,6 @@
 """The compatibility table: what the tests in this folder found, and how long a step takes next to a plain one.
 
-python -m tests.compat.table                                    # prints it, about ten minutes on two cores
+python -m tests.compat.table                                    # prints it, a quarter of an hour on two cores
 python -m tests.compat.table --write docs/compatibility.md
 python -m tests.compat.table --only resnet18 precision --no-time
 """
@@ -113,6 +113,7 @@ def document(rows: Sequence[Row], overhead: dict[str, float]) -> str:
     from tests.compat.rows import BATCH as TESTED
 
     networks, setups, others = ([row for row in rows if row["kind"] == kind] for kind in ("network", "setup", "other"))
+    setups.sort(key=lambda row: "step" not in row)
     slower = sum(row.get("step", 0) > LIMIT for row in rows)
     parts = [
         "# Compatibility",
@@ -121,11 +122,11 @@ def document(rows: Sequence[Row], overhead: dict[str, float]) -> str:
         "`LanceCallback()` as it comes, everything trainable. In every row two epochs are trained, the loss stays "
         "finite, fewer bytes are kept than by plain training, and the model comes back as it was.",
         f"*plain keeps* and *kept* are all that autograd holds for one batch of {TESTED}, measured with saved-tensor "
-        f"hooks. *step* is the processor time of a training step next to that of a plain one: the median over pairs "
+        "hooks. *step* is the processor time of a training step next to that of a plain one: the median over pairs "
         f"that two Trainers take in turn in one process, on one thread, at a batch of {BATCH}. More than {LIMIT} is a "
-        f"limit, and said so in {slower} rows: the inputs are small, so that the fixed cost of each layer "
-        "weighs most; `docs/benchmarks.md` has the times at 224 px. Rows without a time do what the "
-        "row before does in a step.",
+        f"limit, and said so in {slower} rows. It comes from what each layer costs however small its input, "
+        "which these images and networks show most, and from networks of depthwise and pointwise convolutions, which "
+        "compute little on each element that is projected. Rows without a time take the steps of the first row.",
         "## Networks",
         markdown(networks, "network"),
         "None of them keeps more than plain training at a batch of 2 either.",
