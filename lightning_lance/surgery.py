@@ -146,6 +146,9 @@ def _unsupported(module: nn.Module) -> str:
     stock = registry.overrides(module)
     if stock is not None:
         return f"{kind.__module__}.{kind.__name__} has a forward of its own, not that of {stock}"
+    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    if own and any(True for _ in module.children()):
+        return f"its forward uses parameters of its own beside those of its layers: {', '.join(own)}"
     return f"no variant for {kind.__name__}"
 
 

@@ -90,6 +90,16 @@ def test_planning_changes_nothing() -> None:
     assert [str(item) for item in made.left] == ["gate (Bilinear): no variant for Bilinear"]
 
 
+def test_parameters_of_a_container_are_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.position = nn.Parameter(torch.zeros(1, 4))
+    model.scale = nn.Parameter(torch.ones(4))
+    [item] = plan(model).left
+    assert str(item) == (
+        "the model itself (Sequential): its forward uses parameters of its own beside those of its layers: position"
+    )
+
+
 def test_a_failing_plan_changes_nothing() -> None:
     model = Block()
     before = facts(model)

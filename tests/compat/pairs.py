@@ -20,9 +20,9 @@ from tests.trainers import make_trainer
 BATCH = 16
 SIZE = 64
 SKIPPED = 3
-PAIRS = 9
+PAIRS = 8
 FEWEST = 5
-SECONDS = 15.0
+SECONDS = 12.0
 
 
 class Turns:
