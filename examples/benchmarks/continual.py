@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model", choices=MODELS, help="instead of the stream's own")
     found.add_argument("--epochs", type=int, help="over each experience, instead of the stream's own")
     found.add_argument("--lr", type=float, help="of plain SGD, instead of the stream's own")
-    found.add_argument("--threshold", type=float, default=0.97, help="energy protected after an experience")
+    found.add_argument("--threshold", type=float, help="energy protected after an experience, instead of the stream's")
     found.add_argument("--threshold-growth", type=float, default=0.003, help="added to it after each experience")
     found.add_argument("--memory", type=int, default=20, help="samples kept per experience by replay, A-GEM and GEM")
     found.add_argument("--option", action="append", default=[], metavar="METHOD.NAME=VALUE", help="of a single method")
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
                     settings = Settings(
                         epochs=args.epochs or recipe.epochs,
                         batch_size=recipe.batch_size,
-                        threshold=args.threshold,
+                        threshold=recipe.threshold if args.threshold is None else args.threshold,
                         threshold_growth=args.threshold_growth,
                         memory_per_experience=args.memory,
                         experiences=len(scenario.train_stream),
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
                         "model": args.model or recipe.model,
                         "epochs": settings.epochs,
                         "lr": args.lr or recipe.lr,
-                        "threshold": args.threshold,
+                        "threshold": settings.threshold,
                         "threshold_growth": args.threshold_growth,
                         "memory_per_experience": args.memory,
                         "options": settings.method[method],

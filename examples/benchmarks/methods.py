@@ -65,6 +65,7 @@ class Settings:
         eval_batch_size: samples of an evaluation step.
         threshold: energy protected after an experience, in GPM, scaled GPM and LANCE.
         threshold_growth: added to it after each experience.
+        samples: samples that define the directions of an experience, in the same methods.
         memory_per_experience: samples that replay, A-GEM and GEM keep of each experience.
         experiences: length of the stream.
         seed: of what the methods draw themselves.
@@ -78,6 +79,7 @@ class Settings:
     eval_batch_size: int = 100
     threshold: float = 0.97
     threshold_growth: float = 0.003
+    samples: int = 256
     memory_per_experience: int = 20
     experiences: int = 10
     seed: int = 0
@@ -92,7 +94,11 @@ class Settings:
 
 def _gpm(name: str, settings: Settings) -> SupervisedPlugin:
     options = settings.options(
-        name, threshold=settings.threshold, threshold_growth=settings.threshold_growth, seed=settings.seed
+        name,
+        threshold=settings.threshold,
+        threshold_growth=settings.threshold_growth,
+        samples=settings.samples,
+        seed=settings.seed,
     )
     return {"gpm": GPMPlugin, "sgp": SGPPlugin}[name](**options)
 
@@ -180,6 +186,7 @@ def make_strategy(
         defaults = {
             "threshold": settings.threshold,
             "threshold_growth": settings.threshold_growth,
+            "calibration_batches": max(1, settings.samples // settings.batch_size),
             "seed": settings.seed,
             **LANCE[name],
         }

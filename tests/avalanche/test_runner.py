@@ -24,6 +24,7 @@ from lightning_lance import ConfigError, LanceWarning, StateError, is_swapped
 from lightning_lance.avalanche.evaluation import Evaluation
 from lightning_lance.avalanche.module import ContinualClassifier, TaskHeads, takes_task_labels
 from lightning_lance.avalanche.runner import StreamRunner
+from lightning_lance.continual import LayerMemory
 from lightning_lance.metrics import continual_metrics
 from tests.avalanche import runs
 from tests.avalanche.runs import BENCHMARKS, EXPERIENCES, final, network, runner
@@ -208,10 +209,12 @@ class TestContinual:
             stream = before["stream"]["lance"]["stream"]
             assert stream["experience"] == before["stream"]["experience"] + 1
             assert set(stream["memories"]) == {"network.trunk.0", "network.trunk.3"}  # the heads are not protected
-            for name, (*_, memory) in stream["memories"].items():
+            for name, (width, groups, _, state) in stream["memories"].items():
+                memory = LayerMemory(width, groups)
+                memory.load_state_dict(state)
                 change = after["state_dict"][f"{name}.weight"] - before["state_dict"][f"{name}.weight"]
                 assert change.norm() > 1e-3
-                assert (change @ memory["protected"][0]).norm() <= 1e-5 * change.norm()
+                assert (change @ memory.protected[0]).norm() <= 1e-5 * change.norm()
                 bias = f"{name}.bias"
                 assert torch.equal(before["state_dict"][bias], after["state_dict"][bias])
 
