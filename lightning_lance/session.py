@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -264,7 +264,7 @@ class LanceSession:
         energies: dict[str, _Measured] = {}
         self._plain = True
         try:
-            with isolated(self.model), eager(), bypassed(self.model):
+            with isolated(self.model), eager(), self._trainable_weights(), bypassed(self.model):
                 before = measure_saved_bytes(run, self.model)
         finally:
             self._plain = False
@@ -280,6 +280,18 @@ class LanceSession:
                 for layer in self.layers.values():
                     layer._lance.observer = None
         return self._report(before, after, energies)
+
+    @contextmanager
+    def _trainable_weights(self) -> Iterator[None]:
+        """Context in which weights train that a smaller parameter stands in for."""
+        frozen = [layer.weight for layer in self.layers.values() if not layer.weight.requires_grad]  # type: ignore[attr-defined]
+        for weight in frozen:
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
 
     def _report(self, before: SavedBytes, after: SavedBytes, energies: dict[str, _Measured]) -> Report:
         measured = after.by_module()

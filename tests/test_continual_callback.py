@@ -1,0 +1,193 @@
+"""Experiences in plain Lightning: the same callback in one fit after another, and nothing of the earlier ones moves."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lance import ConfigError, ContinualCallback, LanceCallback
+from lightning_lance.continual.layers import reserved_layers
+from tests.trainers import (
+    CLASSES,
+    Classifier,
+    EpochLoader,
+    assert_restored,
+    assert_same_weights,
+    fit,
+    snapshot,
+    weights,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but:UserWarning"),
+    pytest.mark.filterwarnings("ignore::lightning_lance.LanceWarning"),
+]
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05),
+    "momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 3e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+}
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96, 24), nn.ReLU(),
+        nn.Linear(24, CLASSES),
+    )  # fmt: skip
+
+
+class Learner(Classifier):
+    """A classifier with any optimiser."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(net())
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> Any:
+        return OPTIMIZERS[self.optimizer](self.parameters())
+
+
+def experience(index: int) -> DataLoader[Any]:
+    """Images that lie in few directions, others in each experience."""
+    generator = torch.Generator().manual_seed(index)
+    basis = torch.randn(5, 3, 8, 8, generator=generator)
+    images = torch.einsum("nk,kchw->nchw", torch.randn(48, 5, generator=generator), basis)
+    classes = torch.arange(48) % CLASSES
+    return DataLoader(TensorDataset(images + classes.view(-1, 1, 1, 1) * 0.3, classes), batch_size=8)
+
+
+def callback(**options: Any) -> Any:
+    given = {"continual": True, "heads": ["net.6"], "threshold": 0.9, "calibration_batches": 6, "verbose": False}
+    return LanceCallback(**{**given, **options})
+
+
+def test_continual_makes_a_continual_callback() -> None:
+    found = callback(rank=0.7)
+    assert type(found) is ContinualCallback
+    assert found.config.rank == 0.7
+    assert found.stream.options.threshold == 0.9
+    assert (LanceCallback(continual=True).config.rank, LanceCallback(continual=True).config.core_bits) == ("full", 4)
+    assert type(LanceCallback()) is LanceCallback
+    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert type(other) is ContinualCallback
+    with pytest.raises(ConfigError, match="refresh='epoch' is not allowed in continual learning"):
+        callback(refresh="epoch")
+    with pytest.raises(ConfigError, match=r"threshold=2\.0 is not allowed"):
+        callback(threshold=2.0)
+
+
+@pytest.mark.parametrize("reserved", ["full", 6], ids=str)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_move_only_outside_of_what_is_protected(optimizer: str, reserved: Any) -> None:
+    torch.manual_seed(0)
+    module, lance = Learner(optimizer), callback(reserved=reserved)
+    before = snapshot(module)
+    moved = []
+    for index in range(4):
+        memories = {name: memory.protected.double() for name, memory in lance.stream.memories.items()}
+        start = weights(module)
+        fit(module, [lance], experience(index), max_epochs=2)
+        assert_restored(module, before)
+        assert set(lance.stream.memories) == {"net.0", "net.4"}
+        for name, protected in memories.items():
+            weight = module.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            change = (weight.detach() - start[f"{name}.weight"]).double().flatten(1)
+            assert (change @ protected[0]).norm() <= 1e-5 * change.norm()
+            assert torch.equal(module.get_submodule(name).bias, start[f"{name}.bias"])
+            moved.append(float(change.norm()))
+    assert min(moved) > 1e-5
+    assert lance.stream.experience == 4
+
+
+def test_outputs_for_earlier_experiences_stay() -> None:
+    torch.manual_seed(0)
+    module, lance = Learner("adamw"), callback(threshold=1.0)
+    fit(module, [lance], experience(0), max_epochs=1)
+    images = next(iter(experience(0)))[0]
+    body = nn.Sequential(*module.net[:6])
+    with torch.no_grad():
+        before = body(images)
+        fit(module, [lance], experience(1), max_epochs=2)
+        assert float((body(images) - before).norm() / before.norm()) < 1e-3
+    plain = Learner("adamw")
+    plain.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        fit(plain, [], experience(1), max_epochs=2)
+        assert float((nn.Sequential(*plain.net[:6])(images) - before).norm() / before.norm()) > 1e-2
+
+
+class KeepCheckpoint(Callback):
+    """Writes a checkpoint after one step of one fit."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("reserved", ["full", 6], ids=str)
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_resuming_within_an_experience_equals_the_uninterrupted_run(step: int, reserved: Any, tmp_path: Path) -> None:
+    def begun() -> tuple[Learner, Any]:
+        torch.manual_seed(0)
+        module, lance = Learner("adamw"), callback(reserved=reserved)
+        fit(module, [lance], EpochLoader(), max_epochs=1)
+        return module, lance
+
+    module, lance = begun()
+    fit(module, [lance, KeepCheckpoint(step, tmp_path / "a.ckpt")], EpochLoader(), max_epochs=2)
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert "ContinualCallback" in stored["callbacks"]
+    resumed, other = begun()
+    fit(resumed, [other], EpochLoader(), ckpt_path=str(tmp_path / "a.ckpt"), max_epochs=2)
+    assert_same_weights(weights(module), weights(resumed))
+    assert lance.stream.experience == other.stream.experience == 2
+    for name, memory in lance.stream.memories.items():
+        assert torch.equal(memory.protected, other.stream.memories[name].protected)
+
+
+def test_a_failed_fit_leaves_the_model_and_what_was_protected() -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            assert reserved_layers(module)
+            raise RuntimeError("stop")
+
+    torch.manual_seed(0)
+    module, lance = Learner(), callback()
+    before = snapshot(module)
+    fit(module, [lance], experience(0), max_epochs=1)
+    protected = {name: memory.protected for name, memory in lance.stream.memories.items()}
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(module, [lance, Fails()], experience(1), max_epochs=1)
+    assert_restored(module, before)
+    assert lance.stream.experience == 1
+    for name, memory in lance.stream.memories.items():
+        assert torch.equal(memory.protected, protected[name])
+    fit(module, [lance], experience(1), max_epochs=1)
+    assert lance.stream.experience == 2
+
+
+def test_fewer_bytes_are_kept_than_plainly() -> None:
+    module, lance = Learner(), callback()
+    for index in range(3):
+        fit(module, [lance], experience(index), max_epochs=1)
+        assert lance.report is not None
+        assert lance.report.plain is not None
+        assert lance.report.compressed is not None
+        assert lance.report.compressed.total < 0.3 * lance.report.plain.total
