@@ -33,24 +33,36 @@ BATCH = 64
 
 CLIP = 2.0
 
+WHOLE = {"batch": "full", "spatial": "full"}
+
+
+def _cores(bits: int | None, **rank: Any) -> LanceConfig:
+    return LanceConfig(rank={**WHOLE, **rank}, core_bits=bits)
+
+
 SETTINGS: dict[str, LanceConfig | None] = {
     "plain back-propagation": None,
+    "auto": LanceConfig(),
     "published, energy .7": LanceConfig(rank=0.7, batch="projected"),
     "published, energy .9": LanceConfig(rank=0.9, batch="projected"),
-    "batch 8 projected": LanceConfig(rank={"batch": 8, "spatial": "full"}, batch="projected"),
-    "batch 8": LanceConfig(rank={"batch": 8, "spatial": "full"}),
-    "batch 4": LanceConfig(rank={"batch": 4, "spatial": "full"}),
-    "channel .7": LanceConfig(rank={"batch": "full", "channel": 0.7, "spatial": "full"}),
-    "batch 8, channel .9": LanceConfig(rank={"batch": 8, "channel": 0.9, "spatial": "full"}),
-    "batch 8, channel .97": LanceConfig(rank={"batch": 8, "channel": 0.97, "spatial": "full"}),
-    "batch 8, spatial .9 (auto)": LanceConfig(rank={"batch": 8, "spatial": 0.9}),
-    "batch 8, spatial .7": LanceConfig(rank={"batch": 8, "spatial": 0.7}),
-    "batch 4, spatial .9": LanceConfig(rank={"batch": 4, "spatial": 0.9}),
-    "spatial .9": LanceConfig(rank={"batch": "full", "spatial": 0.9}),
-    "spatial .97": LanceConfig(rank={"batch": "full", "spatial": 0.97}),
-    "spatial .99": LanceConfig(rank={"batch": "full", "spatial": 0.99}),
-    "batch 8, spatial .97": LanceConfig(rank={"batch": 8, "spatial": 0.97}),
-    "batch 8, spatial .99": LanceConfig(rank={"batch": 8, "spatial": 0.99}),
+    "batch 8 projected": LanceConfig(rank={**WHOLE, "batch": 8}, batch="projected"),
+    "batch 8": _cores(None, batch=8),
+    "batch 4": _cores(None, batch=4),
+    "channel .7": _cores(None, channel=0.7),
+    "batch 8, channel .9": _cores(None, batch=8, channel=0.9),
+    "batch 8, channel .97": _cores(None, batch=8, channel=0.97),
+    "batch 8, spatial .9": _cores(None, batch=8, spatial=0.9),
+    "batch 8, spatial .7": _cores(None, batch=8, spatial=0.7),
+    "batch 4, spatial .9": _cores(None, batch=4, spatial=0.9),
+    "spatial .9": _cores(None, spatial=0.9),
+    "4 bits": _cores(4),
+    "8 bits": _cores(8),
+    "spatial .9, 4 bits": _cores(4, spatial=0.9),
+    "batch 32, spatial .9, 4 bits": _cores(4, batch=32, spatial=0.9),
+    "batch 16, spatial .9, 4 bits": _cores(4, batch=16, spatial=0.9),
+    "batch 16, spatial .9, 8 bits": _cores(8, batch=16, spatial=0.9),
+    "batch 8, spatial .9, 4 bits": _cores(4, batch=8, spatial=0.9),
+    "batch 8, spatial .9, 8 bits": _cores(8, batch=8, spatial=0.9),
     "published, energy .7, refresh": LanceConfig(rank=0.7, batch="projected", refresh="epoch"),
     "published, energy .9, refresh": LanceConfig(rank=0.9, batch="projected", refresh="epoch"),
 }
