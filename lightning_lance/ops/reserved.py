@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lance.linalg import project_out
+from lightning_lance.ops.backward import first_order_only
 from lightning_lance.ops.conv import Geometry, conv_input_grad, conv_weight_grad, convolve
 from lightning_lance.ops.core import NOTHING, Core, keep, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, compress
@@ -165,7 +165,7 @@ class ReservedLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, low, step, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
@@ -219,7 +219,7 @@ class ReservedConv(torch.autograd.Function):
         return convolve(input, effective_weight(Parts(trained, basis, anchor), form), bias, geometry)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, low, step, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None

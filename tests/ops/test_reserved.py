@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_lance import measure_saved_bytes
+from lightning_lance import LanceError, measure_saved_bytes
 from lightning_lance.linalg import contrast_scale, cosine_basis
 from lightning_lance.ops.conv import low_rank_conv
 from lightning_lance.ops.factors import Factors
@@ -230,3 +230,16 @@ def test_saved_tensor_hooks_see_everything() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         reserved_linear(torch.randn(5, 9), parts, None, form, None).sum()
     assert sorted(seen) == sorted([(5, 9), (6, 9), (1, 9, 2), (1, 6, 2)])
+
+
+@pytest.mark.parametrize("complement", [True, False])
+def test_second_derivatives_are_refused(complement: bool) -> None:
+    input = torch.randn(6, 8, requires_grad=True)
+    basis = torch.linalg.qr(torch.randn(8, 3)).Q.unsqueeze(0)
+    weight = torch.randn(5, 8)
+    trained = (weight.clone() if complement else torch.zeros(5, 3)).requires_grad_()
+    form = Form(FeatureSide(1, 8), weight.shape, complement)
+    anchor = (weight @ basis[0]).unsqueeze(0) if complement else weight
+    output = reserved_linear(input, Parts(trained, basis, anchor), None, form, None)
+    with pytest.raises(LanceError, match="no second derivative"):
+        torch.autograd.grad(output.square().sum(), trained, create_graph=True)
