@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -57,21 +58,14 @@ class LanceCallback(Callback):
             ``training_step``, with optimisers that take no step under manual optimisation. Where that cannot run
             without gradients, the first ordinary training steps run uncompressed and define the subspaces.
         seed: seed of the random sample orders.
-        continual: each fit is an experience that is not forgotten. Makes a
-            :class:`~lightning_lance.ContinualCallback`, which has further options.
+        continual: each fit is an experience that is not forgotten: the callback becomes a
+            :class:`~lightning_lance.ContinualCallback`, which has further options of its own.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
         PlanError: at fit start, nothing can be compressed or a pattern matches nothing.
         CalibrationError: at the first batch, inputs hold NaN or Inf. The model is restored.
     """
-
-    def __new__(cls, *args: Any, continual: bool = False, **options: Any) -> Any:
-        if not continual or cls is not LanceCallback:
-            return super().__new__(cls)
-        from lightning_lance.continual_callback import ContinualCallback
-
-        return super().__new__(ContinualCallback)  # whose __init__ is called with the same arguments
 
     def __init__(
         self,
@@ -90,7 +84,9 @@ class LanceCallback(Callback):
         seed: int = 0,
         continual: bool = False,
     ) -> None:
-        self.continual = continual
+        if continual and type(self) is LanceCallback:
+            self._become_continual(locals())
+            return
         self.config = LanceConfig(
             rank=rank,
             batch=batch,
@@ -114,6 +110,15 @@ class LanceCallback(Callback):
         self._measured = False
         self._own_step: Any = None
         self._wrapped_step: Any = None
+
+    def _become_continual(self, given: dict[str, Any]) -> None:
+        from lightning_lance.continual_callback import ContinualCallback
+
+        names = inspect.signature(LanceCallback).parameters
+        # What is "auto" is left to the defaults of continual learning.
+        options = {name: given[name] for name in names if name != "continual" and given[name] != "auto"}
+        self.__class__ = ContinualCallback
+        ContinualCallback.__init__(self, **options)  # type: ignore[arg-type]
 
     @property
     def report(self) -> Report | None:

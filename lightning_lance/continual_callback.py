@@ -43,9 +43,9 @@ class ContinualCallback(LanceCallback):
         feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
             ``"channel"``, directions of channels, whose bases are smaller and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
-        rank: see :class:`~lightning_lance.LanceCallback`. Experience by experience, noise in the gradient costs more
-            than in fine-tuning, so that inputs are kept in few bits and at full rank by default.
-        core_bits: see :class:`~lightning_lance.LanceCallback`.
+        rank: how far each mode of an input is truncated, see :class:`~lightning_lance.LanceCallback`. Experience by
+            experience, noise in the gradient costs more than in fine-tuning, so that the default is full rank.
+        core_bits: bits in which each element of a kept input is kept: 4, 8, or ``None`` for its own dtype.
         options: see :class:`~lightning_lance.LanceCallback`; ``refresh`` is not among them.
 
     Attributes:
@@ -69,7 +69,7 @@ class ContinualCallback(LanceCallback):
         core_bits: int | Literal["auto"] | None = 4,
         **options: Any,
     ) -> None:
-        super().__init__(rank=rank, core_bits=core_bits, **{**options, "continual": True})
+        super().__init__(rank=rank, core_bits=core_bits, **options)
         if self.config.refresh is not None:
             raise ConfigError(
                 f"refresh={self.config.refresh!r} is not allowed in continual learning: the subspaces are found once "

@@ -70,15 +70,15 @@ def experience(index: int) -> DataLoader[Any]:
 
 
 def callback(**options: Any) -> Any:
-    given = {"continual": True, "heads": ["net.6"], "threshold": 0.9, "calibration_batches": 6, "verbose": False}
-    return LanceCallback(**{**given, **options})
+    given = {"heads": ["net.6"], "threshold": 0.9, "calibration_batches": 6, "verbose": False}
+    return ContinualCallback(**{**given, **options})
 
 
 def test_continual_makes_a_continual_callback() -> None:
-    found = callback(rank=0.7)
+    found = LanceCallback(0.7, continual=True, calibration_batches=3)
     assert type(found) is ContinualCallback
-    assert found.config.rank == 0.7
-    assert found.stream.options.threshold == 0.9
+    assert (found.config.rank, found.config.core_bits, found.config.calibration_batches) == (0.7, 4, 3)
+    assert found.stream.options.threshold == ContinualCallback().stream.options.threshold
     assert (LanceCallback(continual=True).config.rank, LanceCallback(continual=True).config.core_bits) == ("full", 4)
     assert type(LanceCallback()) is LanceCallback
     for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):

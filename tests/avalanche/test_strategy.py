@@ -285,7 +285,7 @@ def test_calibration_leaves_no_trace_in_random_states_and_statistics() -> None:
     results = []
     for kind in (Naive, LanceStrategy):
         torch.manual_seed(0)
-        more: dict[str, Any] = {"rank": "full", "companions": False} if kind is LanceStrategy else {}
+        more: dict[str, Any] = {"rank": "full", "core_bits": None, "companions": False} if kind is LanceStrategy else {}
         model = MultiHead()
         more["optimizer"] = torch.optim.SGD(model.parameters(), 0.01)
         strategy = kind(**settings(model, **more))

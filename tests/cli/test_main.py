@@ -37,6 +37,7 @@ VALUES: dict[str, Any] = {
     "verbose": False,
     "forward_fn": "tests.cli.test_main.forward",
     "seed": 3,
+    "continual": True,
 }
 
 FULL = {"batch": 4, "channel": "full", "spatial": "full"}

@@ -175,7 +175,7 @@ class TestResume:
         before = capsys.readouterr().out
         for flag, wanted in (
             ("--plain=true", ["plain=false there, true asked for"]),
-            ("--lance.rank={batch: 2}", ['lance.rank="auto" there', '{"batch": 2} asked for']),
+            ("--lance.rank={batch: 2}", ['lance.rank="full" there', '{"batch": 2} asked for']),
             ("--trainer.max_epochs=3", ["trainer.max_epochs=2 there, 3"]),
         ):
             line = refused(capsys, "--config", str(config), flag, code=1)
