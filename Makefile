@@ -9,7 +9,7 @@ OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS
 
 # Ten alphabets of rendered glyphs, one seed.
-CONTINUAL_ARGS ?= --streams glyphs --methods naive ewc replay gpm lance --seeds 0 --output runs/continual.json
+CONTINUAL_ARGS ?= --streams glyphs --methods naive ewc replay gpm lance --seeds 0 --threads 1 --output runs/continual.json
 
 .DEFAULT_GOAL := help
 .PHONY: help venv lint format test demo continual dist clean
