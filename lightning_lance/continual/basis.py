@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lance.linalg import orthonormalize, symmetric_eigh
+from lightning_lance.linalg import energy_rank, orthonormalize, symmetric_eigh
 
 
 class Moments(NamedTuple):
@@ -98,11 +98,7 @@ def grow(basis: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
     if moments.total <= 0.0 or basis.shape[1] >= basis.shape[0] or held_energy(moments, basis) > needed:
         return basis
     rest = residual(moments, basis)
-    if threshold >= 1.0:
-        count = rest.values.numel()
-    else:
-        reached = rest.held + torch.cumsum(rest.values, 0) > needed
-        count = int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else rest.values.numel()
+    count = _needed(rest.values, rest.held, needed, threshold)
     if count == 0:
         return basis
     added = orthonormalize(rest.vectors[:, :count], _double(basis))
@@ -121,11 +117,7 @@ def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
         Orthonormal ``U``, shape ``(K, r)``, orthogonal to ``M``, dtype of ``basis``; ``r`` may be 0.
     """
     rest = residual(gram, basis)
-    if isinstance(rank, float) and rank < 1.0 and rest.values.numel():
-        reached = torch.cumsum(rest.values, 0) > rank * float(rest.values.sum())
-        count = int(reached.to(torch.int8).argmax()) + 1
-    else:
-        count = rest.values.numel() if isinstance(rank, float) else min(rank, rest.values.numel())
+    count = _leading(rest.values, rank)
     if count == 0:
         return basis.new_empty(basis.shape[0], 0)
     return orthonormalize(rest.vectors[:, :count], _double(basis)).to(basis).contiguous()
@@ -149,8 +141,7 @@ def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
         return free
     values, rotation = symmetric_eigh(inner)
     values = values[values > moments.total * torch.finfo(torch.float32).eps]
-    reached = held + torch.cumsum(values, 0) > needed
-    count = int(reached.to(torch.int8).argmax()) + 1 if threshold < 1.0 and bool(reached.any()) else values.numel()
+    count = _needed(values, held, needed, threshold)
     if count == 0:
         return free
     return orthonormalize(_double(free) @ rotation[:, count:]).to(free).contiguous()
@@ -161,12 +152,21 @@ def lead(free: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
     moments = Moments.of(gram)
     values, rotation = symmetric_eigh(_inside(free, moments)[0])
     values = values[values > moments.total * torch.finfo(torch.float32).eps]
-    if isinstance(rank, float) and rank < 1.0 and values.numel():
-        reached = torch.cumsum(values, 0) > rank * float(values.sum())
-        count = int(reached.to(torch.int8).argmax()) + 1
-    else:
-        count = values.numel() if isinstance(rank, float) else min(rank, values.numel())
+    count = _leading(values, rank)
     return orthonormalize(_double(free) @ rotation[:, :count]).to(free).contiguous()
+
+
+def _needed(values: Tensor, held: float, needed: float, threshold: float) -> int:
+    """How many of the leading directions bring the energy held above what is needed; all for a threshold of 1."""
+    reached = held + torch.cumsum(values, 0) > needed
+    return int(reached.to(torch.int8).argmax()) + 1 if threshold < 1.0 and bool(reached.any()) else values.numel()
+
+
+def _leading(values: Tensor, rank: int | float) -> int:
+    """A number of directions, clipped to what there is, or how many hold an energy."""
+    if isinstance(rank, float):
+        return energy_rank(values, float(values.sum()), rank)
+    return min(rank, values.numel())
 
 
 def _inside(free: Tensor, moments: Moments) -> tuple[Tensor, float]:
