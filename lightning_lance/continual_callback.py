@@ -40,6 +40,9 @@ class ContinualCallback(LanceCallback):
         reserved: directions that an experience may change: ``"full"``, everything that is not protected; an int, that
             many leading directions of the experience outside of what is protected; a float in (0, 1), those that hold
             that energy. Fewer directions need less memory for gradients and optimiser state.
+        damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
+            energy all the same, see :class:`~lightning_lance.continual.ContinualConfig`. ``"auto"``: 0 with gradient
+            descent, 1.5 with optimisers such as Adam, whose steps are as long in all directions.
         feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
             ``"channel"``, directions of channels, whose bases are smaller and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
@@ -63,6 +66,7 @@ class ContinualCallback(LanceCallback):
         threshold: float = 0.97,
         threshold_growth: float = 0.003,
         reserved: int | float | Literal["full"] = "full",
+        damping: float | Literal["auto"] = "auto",
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | list[str] | None = None,
         rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] = "full",
@@ -79,6 +83,7 @@ class ContinualCallback(LanceCallback):
             threshold=threshold,
             threshold_growth=threshold_growth,
             reserved=reserved,
+            damping=damping,
             feature_side=feature_side,
             heads=heads or (),
         )
@@ -144,9 +149,14 @@ class ContinualCallback(LanceCallback):
             ready = [copied(batch), *(prepare(trainer, module, raw) for raw in following)]
             passes = [functools.partial(self._pass, trainer, module, found) for found in ready]
             # DDP reduces the gradients of parameters that it knows: then the weights themselves are trained.
-            optimizers = trainer.optimizers if trainer.world_size == 1 else ()
             self.stream.begin_experience(
-                module, passes, optimizers, self.own_heads, _reduce(trainer), _sum_over(trainer)
+                module,
+                passes,
+                trainer.optimizers,
+                self.own_heads,
+                _reduce(trainer),
+                _sum_over(trainer),
+                whole=trainer.world_size > 1,
             )
         self.session = self.stream.compression
         if self.session is None:

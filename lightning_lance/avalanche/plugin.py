@@ -45,6 +45,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
             ``feature_side`` and ``heads``.
         threshold_growth: added to the threshold after each experience.
         reserved: directions that an experience may change: ``"full"``, an int or a float.
+        damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
         feature_side: ``"patch"`` or ``"channel"``.
         heads: name patterns of modules that train freely and are not protected.
 
@@ -69,6 +70,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         threshold: float = 0.97,
         threshold_growth: float = 0.003,
         reserved: int | float | Literal["full"] = "full",
+        damping: float | Literal["auto"] = "auto",
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | Sequence[str] = (),
     ) -> None:
@@ -87,6 +89,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
             threshold=threshold,
             threshold_growth=threshold_growth,
             reserved=reserved,
+            damping=damping,
             feature_side=feature_side,
             heads=heads,
         )

@@ -36,6 +36,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         threshold: fraction of an experience's input energy that is protected after it.
         threshold_growth: added to the threshold after each experience.
         reserved: directions that an experience may change: ``"full"``, an int or a float.
+        damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
         feature_side: ``"patch"`` or ``"channel"``.
         heads: name patterns of modules that train freely and are not protected.
         base_kwargs: all other arguments of :class:`avalanche.training.templates.SupervisedTemplate`.
@@ -61,6 +62,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         threshold: float = 0.97,
         threshold_growth: float = 0.003,
         reserved: int | float | Literal["full"] = "full",
+        damping: float | Literal["auto"] = "auto",
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | Sequence[str] = (),
         **base_kwargs: Any,
@@ -77,6 +79,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
             threshold=threshold,
             threshold_growth=threshold_growth,
             reserved=reserved,
+            damping=damping,
             feature_side=feature_side,
             heads=heads,
         )

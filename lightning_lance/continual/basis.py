@@ -93,16 +93,24 @@ def grow(basis: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
     Returns:
         Shape ``(K, m + k)``, orthonormal, dtype of ``basis``.
     """
+    return grow_and_rest(basis, gram, threshold)[0]
+
+
+def grow_and_rest(basis: Tensor, gram: Tensor | Moments, threshold: float) -> tuple[Tensor, Residual | None]:
+    """:func:`grow`, and what of the moments is outside of the result; ``None`` where it was not computed."""
     moments = Moments.of(gram)
     needed = threshold * moments.total
     if moments.total <= 0.0 or basis.shape[1] >= basis.shape[0] or held_energy(moments, basis) > needed:
-        return basis
+        return basis, None
     rest = residual(moments, basis)
     count = _needed(rest.values, rest.held, needed, threshold)
+    left = Residual(
+        rest.values[count:], rest.vectors[:, count:], rest.held + float(rest.values[:count].sum()), rest.total
+    )
     if count == 0:
-        return basis
+        return basis, left
     added = orthonormalize(rest.vectors[:, :count], _double(basis))
-    return torch.cat([basis, added.to(basis)], 1).contiguous()
+    return torch.cat([basis, added.to(basis)], 1).contiguous(), left
 
 
 def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:

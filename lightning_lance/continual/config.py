@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
 
 from lightning_lance.continual.moments import ROWS_PER_UPDATE
 from lightning_lance.errors import ConfigError
 
 HIGHEST_THRESHOLD = 0.999
 """A growing threshold stops here: protecting all energy would protect every direction."""
+
+AUTO_DAMPING = 1.5
+"""With optimisers whose steps are as long in all directions."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,12 @@ class ContinualConfig:
             many leading directions of the experience outside of what is protected; a float in (0, 1]: those that hold
             that energy. Then only ``rows x directions`` numbers of a layer are trained, with gradients and optimiser
             state of that size.
+        damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
+            energy all the same: a step is multiplied with ``b / (b + damping * a)``, where ``b`` is the share of the
+            present experience's energy in a direction and ``a`` the sum of the shares of earlier ones. ``"auto"``: 0
+            with :class:`torch.optim.SGD`, whose steps are short there by themselves, and 1.5 with other optimisers,
+            such as Adam, whose steps are as long in all directions. With damping a layer stores the directions outside
+            of what is protected in which earlier experiences have energy.
         feature_side: of convolutions. ``"patch"``: unfolded patches; ``"channel"``: channels, whose bases are smaller
             by the number of kernel positions squared, and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
@@ -39,6 +51,7 @@ class ContinualConfig:
     threshold: float = 0.97
     threshold_growth: float = 0.003
     reserved: int | float | Literal["full"] = "full"
+    damping: float | Literal["auto"] = "auto"
     feature_side: Literal["patch", "channel"] = "patch"
     heads: str | Sequence[str] = ()
     max_rows: int = ROWS_PER_UPDATE
@@ -62,6 +75,11 @@ class ContinualConfig:
                 f"reserved={self.reserved!r} is not allowed. Allowed: 'full', an int of at least 1 (directions), "
                 "a float in (0, 1] (their energy)."
             )
+        if not _is_damping(self.damping):
+            raise ConfigError(
+                f"damping={self.damping!r} is not allowed. Allowed: 'auto', or a finite number of at least 0, such as "
+                "1.5."
+            )
         if self.feature_side not in ("patch", "channel"):
             raise ConfigError(f"feature_side={self.feature_side!r} is not allowed. Allowed: 'patch', 'channel'.")
         if isinstance(self.max_rows, bool) or self.max_rows < 1:
@@ -71,6 +89,18 @@ class ContinualConfig:
         """Threshold after an experience, counted from 0."""
         grown = self.threshold + self.threshold_growth * experience
         return max(self.threshold, min(grown, HIGHEST_THRESHOLD))
+
+    def damping_of(self, optimizers: Iterable[torch.optim.Optimizer]) -> float:
+        """Damping with the given optimisers."""
+        if not isinstance(self.damping, str):
+            return float(self.damping)
+        return 0.0 if all(isinstance(found, torch.optim.SGD) for found in optimizers) else AUTO_DAMPING
+
+
+def _is_damping(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return bool(value == "auto")
+    return 0.0 <= value < math.inf
 
 
 def _is_reserved(value: Any) -> bool:

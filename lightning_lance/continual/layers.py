@@ -39,16 +39,29 @@ class Reservation:
         whole = memory.reserved is None
         self.form = Form(side, weight.shape, whole)
         self._start = fingerprint(weight)
-        basis = memory.protected if memory.reserved is None else memory.reserved
+        self._scaled = memory.steps is not None
+        basis = memory.closed() if whole else memory.opened()
         self.basis = Parameter(basis.to(weight.device).contiguous(), requires_grad=False)
         self.anchor: Parameter | None = None
         self.update: Parameter | None = None
         if whole:
-            anchor = side.rows(exact(weight)) @ exact(self.basis)
-            self.anchor = Parameter(anchor.to(self.basis), requires_grad=False)
+            self.anchor = Parameter(self._anchored(weight), requires_grad=False)
         else:
             rows = weight.numel() // side.width
             self.update = Parameter(weight.new_zeros(rows, self.basis.shape[2]))
+
+    def _anchored(self, weight: Tensor) -> Tensor:
+        return (self.form.side.rows(exact(weight)) @ exact(self.basis)).to(self.basis)
+
+    @property
+    def _damped(self) -> bool:
+        """Whether dropping what is outside of the reservation twice is not the same as dropping it once."""
+        return self._scaled and self.update is None
+
+    @property
+    def written_out(self) -> bool:
+        """Whether the weight that the layer works with is another tensor than the one that it holds."""
+        return self.update is not None or self._damped
 
     def parts(self, weight: Tensor) -> Parts:
         """Tensors of the parametrisation, given the layer's weight as it is now."""
@@ -64,24 +77,28 @@ class Reservation:
         return effective_weight(parts, self.form).to(weight)
 
     def state_dict(self, weight: Tensor) -> dict[str, Any]:
-        """What does not follow from the memory, on the CPU; the weight too where it is not the trained tensor."""
-        trained = self.update is None
+        """What does not follow from the memory, on the CPU; the weight too where a state dict holds another one."""
 
         def stored(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.detach().cpu()
 
         return {
             "start": self._start,
+            "basis": stored(self.basis) if self._scaled else None,
             "anchor": stored(self.anchor),
             "update": stored(self.update),
-            "weight": None if trained else stored(weight),
+            "weight": stored(weight) if self.written_out else None,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], weight: Tensor) -> None:
-        """Go on with stored tensors; the weight gets its stored values where it is not the trained one."""
-        self._start = state["start"]
-        for own, name in ((self.anchor, "anchor"), (self.update, "update"), (weight.data, "weight")):
+        """Go on with stored tensors; the weight gets its stored values where there are any."""
+        self._start, self._scaled = state["start"], state["basis"] is not None
+        if self._scaled:
+            self.basis = Parameter(state["basis"].to(self.basis), requires_grad=False)
+        if self.anchor is not None:
+            self.anchor = Parameter(state["anchor"].to(self.anchor), requires_grad=False)
+        for own, name in ((self.update, "update"), (weight.data, "weight")):
             if own is not None and state[name] is not None:
                 own.copy_(state[name])
 
@@ -89,9 +106,9 @@ class Reservation:
     def settle(self, weight: Tensor) -> None:
         """Drop what an optimiser has added to the weight inside of the protected basis: no output changes.
 
-        A truncated reservation has nothing to drop.
+        A truncated reservation has nothing to drop, and a damped one keeps it until the end.
         """
-        if self.update is None and fingerprint(weight) != self._start:
+        if not self.written_out and fingerprint(weight) != self._start:
             # Through .data, so that a graph that saved the weight can still run backward.
             weight.data.copy_(self.effective(weight))
 
@@ -99,6 +116,10 @@ class Reservation:
     def fold(self, weight: Tensor) -> None:
         """Write the effective weight into the layer's own; one that was not trained stays bit for bit."""
         self.settle(weight)
+        if self._damped and fingerprint(weight) != self._start:
+            weight.data.copy_(self.effective(weight))
+            self._start = fingerprint(weight)
+            self.anchor = Parameter(self._anchored(weight), requires_grad=False)
         if self.update is not None and bool(self.update.any()):
             weight.data.copy_(self.effective(weight))
             self.update.zero_()
@@ -147,7 +168,7 @@ class Reserved(Compressed):
         self.reservation.settle(self.weight)
         stock: Any = super()
         stock._save_to_state_dict(destination, prefix, keep_vars)
-        if self.reservation.update is not None:
+        if self.reservation.written_out:
             destination[prefix + "weight"] = self.reservation.effective(self.weight)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lance.continual.basis import Moments, complement, grow, lead, reserve, shrink
+from lightning_lance.continual.basis import Moments, complement, grow_and_rest, lead, reserve, shrink
+from lightning_lance.continual.leftover import Leftover, energy_along, inside, outside, step_sizes
 from lightning_lance.continual.moments import FeatureMoments
 from lightning_lance.errors import StateError
 
@@ -31,7 +32,7 @@ class Capacity:
     Attributes:
         width: directions in all.
         protected: directions that earlier experiences need.
-        bytes: size of what is stored: the protected basis, or that of the free directions.
+        bytes: size of what is stored: the protected basis, or that of the free directions, and what is beside it.
     """
 
     width: int
@@ -58,9 +59,10 @@ class LayerMemory:
     """Protected basis ``M`` and reserved basis ``U`` of one layer.
 
     One experience is ``reserve -> start -> protect``; the states are empty, calibrated, training, consolidated, and
-    then calibrated again. What ``M`` spans only grows. As soon as fewer directions are free than protected, an
-    orthonormal basis of the free ones is stored in its place: a layer never takes more than half of ``K x K`` numbers,
-    and less the fuller it is.
+    then calibrated again. What ``M`` spans only grows. As soon as fewer directions are free than stored, an
+    orthonormal basis of the free ones is stored in its place, with the energies that earlier experiences have in
+    them: a layer takes less the fuller it is, and never more than half of ``K x K`` numbers. Where steps are damped,
+    the directions outside of ``M`` in which earlier experiences have energy are stored beside it, in ``K x K`` at most.
 
     Args:
         width: length ``K`` of a feature vector.
@@ -75,6 +77,8 @@ class LayerMemory:
         compact: as given.
         counts: directions protected in each group.
         reserved: ``U``, shape ``(groups, K, r)``, zero columns alike; ``None``: everything outside of ``M``.
+        steps: where steps are damped, their sizes in [0, 1] along the columns of ``U``; with everything outside of
+            ``M`` along the stored directions outside of it, shape ``(groups, r)``. Else ``None``.
 
     Example:
         >>> import torch
@@ -107,7 +111,13 @@ class LayerMemory:
         self._basis = torch.empty(groups, width, 0, dtype=dtype, device=device)
         self._is_free = False
         self.counts = [0] * groups
+        # What is left of earlier experiences outside of M: beside a stored M some directions of their own, beside the
+        # free ones nothing but the energies along them.
+        self._soft = torch.empty(groups, width, 0, dtype=dtype, device=device)
+        self._energies = torch.empty(groups, 0, dtype=torch.float64)
+        self._rest = [0.0] * groups
         self.reserved: Tensor | None = None
+        self.steps: Tensor | None = None
 
     @property
     def protected(self) -> Tensor:
@@ -129,7 +139,7 @@ class LayerMemory:
 
     def to(self, device: torch.device) -> None:
         """Move the bases."""
-        self._basis = self._basis.to(device)
+        self._basis, self._soft = self._basis.to(device), self._soft.to(device)
 
     def _require(self, action: str, *allowed: Stage) -> None:
         if self.stage not in allowed:
@@ -139,31 +149,57 @@ class LayerMemory:
                 "An experience is reserve() -> start() -> protect(); abandon() ends one that failed."
             )
 
-    def reserve(self, gram: Tensor | FeatureMoments | None = None, rank: int | float | str = "full") -> Tensor | None:
-        """Choose the directions that the coming experience may change.
+    def reserve(
+        self, gram: Tensor | FeatureMoments | None = None, rank: int | float | str = "full", damping: float = 0.0
+    ) -> Tensor | None:
+        """Choose the directions that the coming experience may change, and how long a step is in them.
 
         Args:
             gram: second moments of the experience's feature vectors, ``(K, K)`` or ``(groups, K, K)``; not needed for
-                ``"full"``.
+                ``"full"`` without damping.
             rank: ``"full"``: everything outside of ``M``; an int: that many leading directions outside of ``M``; a
                 float in (0, 1]: those that hold that fraction of the energy outside of ``M``.
+            damping: see :func:`~lightning_lance.continual.leftover.step_sizes`; 0 for steps of full length.
 
         Returns:
             ``U``, shape ``(groups, K, r)``, or ``None`` for everything outside of ``M``.
 
         Raises:
-            StateError: the state is neither empty nor consolidated, or a rank is given without moments.
+            StateError: the state is neither empty nor consolidated, or a rank or damping is given without moments.
         """
         self._require("reserve", Stage.EMPTY, Stage.CONSOLIDATED)
-        self.reserved = None
+        self.reserved = self.steps = None
+        damped = damping > 0.0 and any(self.counts)
+        if gram is None and (damped or not isinstance(rank, str)):
+            given = f"damping={damping!r}" if damped else f"rank={rank!r}"
+            raise StateError(f"{self.label}: reserve({given}) needs the Gram matrix of the experience.")
+        moments = [] if gram is None else [Moments.of(found) for found in self._moments(gram)]
         if not isinstance(rank, str):
-            if gram is None:
-                raise StateError(f"{self.label}: reserve(rank={rank!r}) needs the Gram matrix of the experience.")
-            pairs = zip(self._bases(), self._moments(gram), strict=True)
             find = lead if self._is_free else reserve
-            self.reserved = self._stack([find(basis, moments, rank) for basis, moments in pairs])
+            self.reserved = self._stack([find(*pair, rank) for pair in zip(self._bases(), moments, strict=True)])
+        if damped:
+            columns = self._open() if self.reserved is None else self.reserved
+            sizes = [
+                step_sizes(left.along(basis), energy_along(seen, basis), damping if seen.total > 0.0 else 0.0)
+                for left, seen, basis in zip(self._leftovers(), moments, columns, strict=True)
+            ]
+            self.steps = torch.stack(sizes).to(self._basis)
         self.stage = Stage.CALIBRATED
         return self.reserved
+
+    def closed(self) -> Tensor:
+        """``B`` such that the change of a weight is one in all directions times ``I - B Bᵀ``, ``(groups, K, m)``.
+
+        ``M``, and where steps are damped the stored directions outside of it times ``sqrt(1 - s)``.
+        """
+        if self.steps is None:
+            return self.protected
+        return torch.cat([self.protected, self._open() * (1.0 - self.steps).sqrt().unsqueeze(1)], 2)
+
+    def opened(self) -> Tensor:
+        """``U``, times the step sizes where steps are damped, ``(groups, K, r)``."""
+        assert self.reserved is not None
+        return self.reserved if self.steps is None else self.reserved * self.steps.unsqueeze(1)
 
     def start(self) -> None:
         """Begin training.
@@ -174,12 +210,13 @@ class LayerMemory:
         self._require("start", Stage.CALIBRATED)
         self.stage = Stage.TRAINING
 
-    def protect(self, gram: Tensor | FeatureMoments, threshold: float) -> int:
+    def protect(self, gram: Tensor | FeatureMoments, threshold: float, soft: bool = False) -> int:
         """Enlarge ``M`` until it holds more than a fraction of the experience's energy, in each group.
 
         Args:
             gram: second moments of the feature vectors after training, ``(K, K)`` or ``(groups, K, K)``.
             threshold: the fraction, in (0, 1].
+            soft: store the directions of what is not protected beside ``M``, to damp steps along them.
 
         Returns:
             Directions added, over all groups.
@@ -190,21 +227,55 @@ class LayerMemory:
         """
         self._require("protect", Stage.TRAINING)
         before = sum(self.counts)
-        pairs = zip(self._bases(), self._moments(gram), strict=True)
-        change = shrink if self._is_free else grow
-        found = [change(basis, moments, threshold) for basis, moments in pairs]
-        self.counts = [self.width - basis.shape[1] if self._is_free else basis.shape[1] for basis in found]
-        if self.compact and not self._is_free and self.width - min(self.counts) < max(self.counts):
-            self._is_free, found = True, [complement(basis) for basis in found]
-        self._basis = self._stack(found)
-        self.reserved = None
+        moments = [Moments.of(found) for found in self._moments(gram)]
+        groups = list(zip(self._bases(), moments, self._leftovers(), strict=True))
+        if self._is_free:
+            self._store_free([inside(left, shrink(free, seen, threshold), seen) for free, seen, left in groups])
+        else:
+            grown, lefts = [], []
+            for basis, seen, left in groups:
+                larger, rest = grow_and_rest(basis, seen, threshold)
+                grown.append(larger)
+                lefts.append(outside(left, seen, rest, larger, soft))
+            stored = max(basis.shape[1] for basis in grown) + max(left.directions.shape[1] for left in lefts)
+            if self.compact and self.width - min(basis.shape[1] for basis in grown) < stored:
+                self._is_free = True
+                self._store_free([inside(left, complement(b)) for b, left in zip(grown, lefts, strict=True)])
+            else:
+                self.counts = [basis.shape[1] for basis in grown]
+                self._basis = self._stack(grown)
+                self._soft = self._stack([left.directions for left in lefts])
+                self._store_energies(lefts)
+        self.reserved = self.steps = None
         self.stage = Stage.CONSOLIDATED
         return sum(self.counts) - before
+
+    def _store_free(self, lefts: list[Leftover]) -> None:
+        """Store the free directions, turned into eigenvectors of what earlier experiences have in them."""
+        self.counts = [self.width - left.directions.shape[1] for left in lefts]
+        self._basis = self._stack([left.directions for left in lefts])
+        self._soft = self._basis[:, :, :0]
+        self._store_energies(lefts)
+
+    def _store_energies(self, lefts: list[Leftover]) -> None:
+        widest = max(left.energies.numel() for left in lefts)
+        self._energies = torch.zeros(self.groups, widest, dtype=torch.float64)
+        for target, left in zip(self._energies, lefts, strict=True):
+            target[: left.energies.numel()] = left.energies
+        self._rest = [left.rest for left in lefts]
+
+    def _open(self) -> Tensor:
+        """The stored directions outside of ``M``."""
+        return self._basis if self._is_free else self._soft
+
+    def _leftovers(self) -> list[Leftover]:
+        """What is left of earlier experiences outside of ``M``, in each group."""
+        return [Leftover(*found) for found in zip(self._open(), self._energies, self._rest, strict=True)]
 
     def abandon(self) -> None:
         """End an experience that failed: ``M`` stays as it was. Does nothing outside of one."""
         if self.stage in (Stage.CALIBRATED, Stage.TRAINING):
-            self.reserved = None
+            self.reserved = self.steps = None
             self.stage = Stage.CONSOLIDATED if any(self.counts) else Stage.EMPTY
 
     def basis(self) -> Tensor:
@@ -215,7 +286,12 @@ class LayerMemory:
 
     def capacity(self) -> Capacity:
         """Directions taken and free."""
-        return Capacity(self.width * self.groups, sum(self.counts), self._basis.nbytes)
+        return Capacity(self.width * self.groups, sum(self.counts), self.bytes)
+
+    @property
+    def bytes(self) -> int:
+        """Size of what is stored."""
+        return self._basis.nbytes + self._soft.nbytes + self._energies.nbytes
 
     def _bases(self) -> list[Tensor]:
         """The stored basis of each group."""
@@ -246,6 +322,9 @@ class LayerMemory:
             "basis": self._basis.detach().cpu(),
             "is_free": self._is_free,
             "counts": list(self.counts),
+            "soft": self._soft.detach().cpu().contiguous(),
+            "energies": self._energies.clone(),
+            "rest": list(self._rest),
             "reserved": None if self.reserved is None else self.reserved.detach().cpu(),
         }
 
@@ -263,6 +342,7 @@ class LayerMemory:
             )
         self.stage = Stage(state["stage"])
         self._basis, self._is_free = state["basis"].to(self._basis), state["is_free"]
-        self.counts = list(state["counts"])
+        self.counts, self._rest = list(state["counts"]), list(state["rest"])
+        self._soft, self._energies = state["soft"].to(self._basis), state["energies"].clone()
         reserved = state["reserved"]
         self.reserved = None if reserved is None else reserved.to(self._basis)

@@ -30,7 +30,7 @@ from lightning_lance.sampling import SampleOrder
 from lightning_lance.session import LanceSession, Pass
 from lightning_lance.surgery import restore
 
-CONTINUAL_STATE_VERSION = 1
+CONTINUAL_STATE_VERSION = 2
 
 SumOver = Callable[[Sequence[Tensor]], None]
 """Sums tensors over processes, in place."""
@@ -104,17 +104,20 @@ class ContinualSession:
         heads: Iterable[str] = (),
         reduce: Reduce | None = None,
         sum_over: SumOver | None = None,
+        whole: bool = False,
     ) -> None:
         """Swap, calibrate, freeze and reserve; then train.
 
         Args:
             model: the model, adapted to the experience already.
             passes: forward passes on batches of the experience, run in training mode and without a trace.
-            optimizers: hold the model's parameters; needed where ``reserved`` is not ``"full"``, since the trained
-                parameter of a layer is then a smaller one, put in its place until the experience ends.
+            optimizers: hold the model's parameters. Where less than the weight of a layer is to be trained, a smaller
+                parameter takes its place in them until the experience ends; needed where ``reserved`` is not
+                ``"full"``. What they are decides about ``damping="auto"``.
             heads: names of modules that are not protected, beside those that match ``heads`` of the options.
             reduce: sums calibration accumulators over processes.
             sum_over: sums moments over processes.
+            whole: train the weights themselves in any case, as DDP needs, which knows no other parameters.
 
         Raises:
             StateError: an experience is running, or an optimiser does not hold a weight that it should train.
@@ -126,7 +129,9 @@ class ContinualSession:
         self._check_heads(model)
         run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
         try:
-            self._begin(run, passes, list(optimizers), reduce, sum_over)
+            optimizers = list(optimizers)
+            run.damping = self.options.damping_of(optimizers)
+            self._begin(run, passes, [] if whole else optimizers, reduce, sum_over)
         except BaseException:
             self.abandon()
             raise
@@ -144,7 +149,7 @@ class ContinualSession:
         trained = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
         self._add_memories(trained)
         moments = {}
-        if self.options.reserved != "full":
+        if self.options.reserved != "full" or run.damping:
             moments = self._moments({name: layer for name, layer in trained.items() if name in self._reservable()})
         compression = LanceSession(run.model, self.config)
         try:
@@ -169,7 +174,10 @@ class ContinualSession:
         order = _order(run.model, self.config.seed)
         for name, layer in trained.items():
             memory = self.memories[name]
-            memory.reserve(moments.get(name), self.options.reserved if any(memory.counts) else "full")
+            if any(memory.counts):
+                memory.reserve(moments.get(name), self.options.reserved, run.damping)
+            else:
+                memory.reserve()
             if memory.reserved is None and memory.free is not None and _holds(optimizers, layer.weight):
                 # All that is free, and fewer directions than are protected: fewer numbers to train, and to keep.
                 memory.reserved = memory.free
@@ -218,7 +226,12 @@ class ContinualSession:
                 "reservation": layer.reservation.state_dict(layer.weight) if isinstance(layer, Reserved) else None,
             }
         compression = None if run.compression is None else run.compression.state_dict()
-        return {"layers": layers, "compression": compression, "before": dict(run.before)}
+        return {
+            "layers": layers,
+            "compression": compression,
+            "before": dict(run.before),
+            "damping": run.damping,
+        }
 
     def resume_experience(
         self,
@@ -249,7 +262,7 @@ class ContinualSession:
             raise
 
     def _resume(self, run: _Run, state: dict[str, Any], optimizers: list[torch.optim.Optimizer]) -> None:
-        run.before = dict(state["before"])
+        run.before, run.damping = dict(state["before"]), state["damping"]
         layers = self._protectable(run.model, run.heads)
         self._freeze(run, layers)
         trained = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
@@ -314,7 +327,7 @@ class ContinualSession:
         for name, found in moments.items():
             memory = self.memories[name]
             if found.count:
-                memory.protect(found, threshold)
+                memory.protect(found, threshold, soft=run.damping > 0.0)
             elif any(memory.counts):
                 memory.abandon()
             else:
@@ -504,6 +517,7 @@ class _Run:
         self.model = model
         self.heads = heads
         self.compression: LanceSession | None = None
+        self.damping = 0.0
         self.layers: dict[str, nn.Module] = {}
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []

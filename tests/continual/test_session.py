@@ -25,6 +25,7 @@ from lightning_lance import (
     restore,
 )
 from lightning_lance.continual import ContinualConfig, ContinualSession, Stage
+from lightning_lance.continual.config import AUTO_DAMPING
 from lightning_lance.continual.layers import Reserved, reserved_variant
 from tests.oracles import relative_error
 
@@ -282,6 +283,59 @@ def test_state_dict_in_training_is_the_model_that_runs(reserved: Any) -> None:
     for key, value in runs[0].items():
         if value.is_floating_point():
             assert relative_error(runs[1][key], value) < 1e-5
+
+
+def test_damping_follows_the_optimiser_unless_it_is_given() -> None:
+    parameters = [nn.Parameter(torch.zeros(2))]
+    sgd = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    adam = torch.optim.Adam(parameters)
+    options = ContinualConfig()
+    assert options.damping_of([]) == options.damping_of([sgd, sgd]) == 0.0
+    assert options.damping_of([adam]) == options.damping_of([sgd, adam]) == AUTO_DAMPING > 0.0
+    assert ContinualConfig(damping=0.5).damping_of([sgd]) == ContinualConfig(damping=0.5).damping_of([adam]) == 0.5
+
+
+class Shared(nn.Module):
+    """Two experiences whose inputs share directions with little energy of the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_damped_steps_move_what_the_threshold_leaves_out_less(whole: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spectra = torch.ones(2, 12)
+    spectra[0, 4:8], spectra[0, 8:] = 0.15, 0.0  # under the threshold, and nothing at all
+    spectra[1, :4], spectra[1, 4:8] = 0.0, 0.05
+    inputs = [torch.randn(64, 12, generator=generator) * spectrum for spectrum in spectra]
+    targets = torch.randint(2, (64,), generator=generator)
+    drift, learned = {}, {}
+    for damping in (0.0, 1.5):
+        model = Shared()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        session = ContinualSession(
+            LanceConfig(rank="full"), ContinualConfig(threshold=0.9, heads=["head"], damping=damping)
+        )
+        for x in inputs:
+            before = model.body(inputs[0]).detach()
+            start = F.cross_entropy(model(x), targets).item()
+            session.begin_experience(model, [lambda x=x, model=model: model(x)], [optimizer], whole=whole)
+            for _ in range(30):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), targets).backward()
+                optimizer.step()
+            session.end_experience(model, [lambda x=x, model=model: model(x)])
+        drift[damping] = relative_error(model.body(inputs[0]).detach(), before)
+        learned[damping] = start - F.cross_entropy(model(inputs[1]), targets).item()
+    assert drift[1.5] < 0.5 * drift[0.0]
+    assert learned[1.5] > 0.7 * learned[0.0] > 0.0
 
 
 @pytest.mark.parametrize("reserved", ["full", 5])
@@ -627,6 +681,10 @@ def test_a_layer_that_grew_is_refused() -> None:
         {"reserved": True},
         {"reserved": "all"},
         {"reserved": 1.5},
+        {"damping": -0.5},
+        {"damping": True},
+        {"damping": float("inf")},
+        {"damping": "much"},
         {"feature_side": "pixel"},
         {"max_rows": 0},
         {"heads": [3]},

@@ -1,0 +1,138 @@
+"""What earlier experiences have outside of a protected basis, and how long a step may be there.
+
+A threshold leaves out a few percent of an experience's energy, and a change of the weights outside of ``M`` moves
+earlier outputs through it. Plain gradient descent hardly does: its step in a direction is as long as the energy that
+the present experience has there. Optimisers that scale every coordinate to the same step, such as Adam, move as far
+where the present experience has next to nothing and earlier ones have something.
+
+So that a step in a direction is multiplied with ``b / (b + ρ a)``, where ``b`` is the share of the present experience's
+energy in it, ``a`` the sum of the shares of the earlier ones, and ``ρ`` the damping: it is left as it is where earlier
+experiences have nothing, and shortest where they have more than the present one.
+
+Related: orthogonal weights modification (Zeng et al., Nature Machine Intelligence 2019) divides every step by the
+energy of the past; scaled gradient projection (Saha & Roy, AAAI 2023) lets steps into the protected basis by its
+energies.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lance.continual.basis import Moments, Residual, residual
+from lightning_lance.linalg import orthonormalize, symmetric_eigh
+
+LEFT_OUT = 1e-3
+"""Energy of earlier experiences, each of 1 in all, that is not kept apart by direction."""
+
+_NOTHING = torch.finfo(torch.float32).eps ** 2
+"""A share of the energy below this is rounding."""
+
+
+class Leftover(NamedTuple):
+    """Second moments ``R = L diag(a) Lᵀ + rest (I - M Mᵀ - L Lᵀ)`` of earlier experiences, each of trace 1.
+
+    Attributes:
+        directions: ``L``, shape ``(K, k)``, orthonormal and orthogonal to ``M``; zero columns count for nothing.
+        energies: ``a``, shape ``(k,)``, float64.
+        rest: mean energy of each direction outside of ``M`` and ``L``.
+    """
+
+    directions: Tensor
+    energies: Tensor
+    rest: float
+
+    def along(self, basis: Tensor) -> Tensor:
+        """Energies ``diag(Uᵀ R U)`` along orthonormal columns ``(K, r)`` outside of ``M``; shape ``(r,)``, float64."""
+        shares = (_double(self.directions).T @ _double(basis)).square()
+        return (self.energies - self.rest) @ shares + self.rest
+
+
+def nothing(width: int) -> Leftover:
+    """Before the first experience has ended."""
+    return Leftover(torch.zeros(width, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), 0.0)
+
+
+def energy_along(moments: Moments, basis: Tensor) -> Tensor:
+    """Share of an experience's energy along orthonormal columns ``(K, r)``; shape ``(r,)``, float64."""
+    matrix, basis = _double(moments.matrix), _double(basis)
+    energy = (matrix.T @ basis).square().sum(0) if moments.is_root else ((matrix @ basis) * basis).sum(0)
+    return energy.clamp_(min=0.0) / moments.total if moments.total > 0.0 else energy.zero_()
+
+
+def step_sizes(past: Tensor, present: Tensor, damping: float) -> Tensor:
+    """``b / (b + ρ a)``, in [0, 1]; 1 where earlier experiences have nothing.
+
+    Args:
+        past: ``a``, shape ``(r,)``; what is below 0 is rounding.
+        present: ``b``, same shape, not negative.
+        damping: ``ρ``.
+    """
+    past = past.clamp(min=0.0)
+    known = damping * past > _NOTHING
+    return torch.where(known, present / (present + damping * past).clamp(min=_NOTHING), torch.ones_like(past))
+
+
+def outside(before: Leftover, moments: Moments, rest: Residual | None, basis: Tensor, apart: bool) -> Leftover:
+    """What is left outside of a protected basis after one more experience.
+
+    Args:
+        before: what was left before it.
+        moments: of the experience.
+        rest: of the moments, what is outside of ``basis``, where it is known already.
+        basis: ``M`` after the experience, shape ``(K, m)``.
+        apart: keep directions, until the others hold less than :data:`LEFT_OUT`; else their mean energy alone.
+    """
+    width, count = basis.shape
+    open_count = width - count
+    if open_count == 0 or moments.total <= 0.0:
+        return before if moments.total <= 0.0 else nothing(width)
+    if not apart and before.directions.shape[1] == 0:
+        held = float(energy_along(moments, basis).sum())
+        return before._replace(rest=before.rest + max(0.0, 1.0 - held) / open_count)
+    rest = residual(moments, basis) if rest is None else rest
+    protected, known = _double(basis), _double(before.directions)
+    known = known - protected @ (protected.T @ known)
+    root = torch.cat(
+        [
+            known * (before.energies - before.rest).clamp(min=0.0).sqrt(),
+            rest.vectors * (rest.values / moments.total).sqrt(),
+        ],
+        1,
+    )
+    values, rotation = symmetric_eigh(root.T @ root)
+    beyond = values.sum() - values.cumsum(0)
+    kept = min(int((beyond > LEFT_OUT).sum()) + 1, values.numel(), open_count) if apart else 0
+    kept = min(kept, int((values > torch.finfo(torch.float32).eps).sum()))
+    tail = float(values[kept:].sum()) / (open_count - kept) if kept < open_count else 0.0
+    directions = root @ (rotation[:, :kept] / values[:kept].sqrt())
+    if kept:
+        directions = orthonormalize(directions, protected)
+    return Leftover(directions, values[:kept] + before.rest, before.rest + tail)
+
+
+def inside(before: Leftover, free: Tensor, moments: Moments | None = None) -> Leftover:
+    """The same where a basis of everything outside of ``M`` is stored: its columns become the directions.
+
+    Args:
+        before: what was left before the experience.
+        free: orthonormal, ``(K, K - m)``, after it.
+        moments: of the experience; ``None``: they are in ``before`` already.
+    """
+    basis = _double(free)
+    mixed = basis.T @ _double(before.directions)
+    energies = (mixed * (before.energies - before.rest)) @ mixed.T
+    energies.diagonal().add_(before.rest)
+    if moments is not None and moments.total > 0.0:
+        matrix = _double(moments.matrix)
+        root = basis.T @ matrix
+        energies += (root @ root.T if moments.is_root else root @ basis) / moments.total
+    values, rotation = symmetric_eigh((energies + energies.T) / 2)
+    directions = basis @ rotation
+    return Leftover(orthonormalize(directions) if free.shape[1] else directions, values, 0.0)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
