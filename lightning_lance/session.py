@@ -74,9 +74,13 @@ class LanceSession:
         self._observing: Calibration | None = None
         self._plain = False
         self._trainable: list[bool] = []
+        self._waiting: Plan | None = None
+        self._accompanied = False
 
     def start(self) -> Plan:
-        """Plan and swap. A model that an interrupted run left swapped is restored first.
+        """Plan, and swap what is to be compressed; its companions follow once it is calibrated.
+
+        Until then every layer runs the stock path. A model that an interrupted run left swapped is restored first.
 
         Raises:
             PlanError: nothing can be compressed, or a pattern matches nothing. The model is as it was.
@@ -88,7 +92,16 @@ class LanceSession:
         self._checked = False
         self._observing = None
         self._trainable = self._flags()
-        return swap(self.model, made)
+        self._accompanied = False
+        self._waiting = made
+        swap(self.model, replace(made, entries=made.compressed))
+        return made
+
+    def _accompany(self) -> None:
+        """Swap the companions too."""
+        waiting, self._waiting, self._accompanied = self._waiting, None, True
+        if waiting is not None:
+            join(self.model, replace(waiting, entries=[entry for entry in waiting.entries if not entry.compress]))
 
     def join(self) -> list[str]:
         """Swap layers that have become trainable since, as fine-tuning schedules do. Cheap where nothing has.
@@ -106,7 +119,11 @@ class LanceSession:
             return []
         self.left = [*made.left, *self._dropped.values()]
         made = replace(made, entries=[entry for entry in made.entries if entry.name not in self._dropped])
-        joined = join(self.model, made)
+        if self._accompanied:
+            joined = join(self.model, made)
+        else:
+            self._waiting = made
+            joined = join(self.model, replace(made, entries=made.compressed))
         self._checked = self._checked and not joined
         return joined
 
@@ -210,6 +227,7 @@ class LanceSession:
         self.left += calibration.left
         if share is not None:
             self._assign(share(self._subspaces()))
+        self._accompany()
 
     @property
     def checked(self) -> bool:
@@ -244,7 +262,7 @@ class LanceSession:
 
     def functional(self) -> AbstractContextManager[Any]:
         """Context for a forward pass in which functional calls (``F.relu(x)``) keep less for backward too."""
-        if not self.config.companions or self._plain:
+        if not self.config.companions or self._plain or not self._accompanied:
             return nullcontext()
         return compact_functional(self.config.companions == "approximate")
 
@@ -419,6 +437,8 @@ class LanceSession:
             )
         self._checked = state["checked"]
         self._assign(state["subspaces"])
+        if state["subspaces"]:
+            self._accompany()
         if layers:
             next(iter(layers.values()))._lance.order.state.copy_(torch.tensor(state["order"], dtype=torch.int64))
         watched = set(state["observing"] or ()) & set(layers)

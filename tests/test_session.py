@@ -18,6 +18,7 @@ from lightning_lance import (
     is_swapped,
     measure_saved_bytes,
 )
+from lightning_lance.layers.registry import Variant
 from tests.trainers import assert_restored, small_net, snapshot, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -296,6 +297,27 @@ def test_join_respects_patterns() -> None:
 
 
 # --- state ---------------------------------------------------------------------------------------------------------
+
+
+def test_before_calibration_everything_runs_the_stock_path() -> None:
+    net, plain, x = small_net(), small_net(), images(1)[0]
+    plain.load_state_dict(net.state_dict())
+
+    def kept(model: nn.Module) -> int:
+        with session.functional():
+            return measure_saved_bytes(lambda: torch.relu(model(x)), model).total
+
+    session = LanceSession(net)
+    session.start()
+    companions = [module for module in net if isinstance(module, Variant) and not module.compresses]
+    assert not companions
+    torch.manual_seed(0)
+    before = kept(plain)
+    torch.manual_seed(0)
+    assert kept(net) == before
+    session.calibrate([lambda: net(x)])
+    assert any(isinstance(module, Variant) and not module.compresses for module in net)
+    assert kept(net) < before
 
 
 def test_state_continues_in_another_model(tmp_path: Any) -> None:
