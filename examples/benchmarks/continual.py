@@ -222,6 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     for name in args.streams:
         recipe = RECIPES[name]
         for optimizer_name in args.optimizers:
+            own: dict[str, dict[str, Any]] = {key: dict(recipe.method.get(key, {})) for key in METHODS}
+            if recipe.damping is not None and OPTIMIZERS[optimizer_name].make is not torch.optim.SGD:
+                own["lance"]["damping"] = recipe.damping
             for seed in args.seeds:
                 scenario = recipe.stream(seed)
                 for method in args.methods:
@@ -236,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
                         experiences=len(scenario.train_stream),
                         seed=seed,
                         device=args.device,
-                        method={key: {**recipe.method.get(key, {}), **given.get(key, {})} for key in METHODS},
+                        method={key: {**own[key], **given.get(key, {})} for key in METHODS},
                     )
                     optimizer = make_optimizer(optimizer_name, model, args.lr or recipe.lr)
                     numbers, metrics = run(method, scenario, model, optimizer, settings)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import export
 from torch.func import functional_call, grad, jvp, vmap
 
-from lightning_lance import LanceConfig, LanceError, LanceSession, LanceWarning, is_swapped
+from lightning_lance import LanceConfig, LanceError, LanceSession, LanceWarning, is_swapped, restore, swap
 from tests.compat.networks import CLASSES, NETWORKS, Case
 from tests.compat.rows import Task, data, lance, write
 from tests.compat.setups import CASE, resnet
@@ -65,6 +65,18 @@ def test_tracing_after_fit() -> None:
         traced = torch.jit.trace(net, x)
         torch.testing.assert_close(traced(x), net(x))
     write("other", "TorchScript tracing after fit", None)
+
+
+def test_onnx_export_after_fit() -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    net, x = fitted(CASE), CASE.input(2)
+    program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    (found,) = ReferenceEvaluator(program.model_proto).run(None, {program.model_proto.graph.input[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), net(x), rtol=1e-4, atol=1e-4)
+    write("other", "ONNX export after fit", None)
 
 
 # --- transforms and second derivatives: an error, never a wrong number ------------------------------------------------
@@ -124,14 +136,13 @@ def test_second_derivatives_are_refused(ready: Any) -> None:
 
 @pytest.mark.parametrize("companions", [True, "approximate"])
 def test_second_derivatives_through_companions_alone(companions: Any) -> None:
-    """Before calibration only the companions are there. A graph that ends at the weights goes around their inputs."""
+    """Uncalibrated, only the companions act. A graph that ends at the weights goes around their inputs."""
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 1))
     x = torch.randn(4, 6, requires_grad=True)
-    session = LanceSession(net, LanceConfig(companions=companions))
-    session.start()
+    swap(net, LanceConfig(companions=companions))
     with pytest.raises(LanceError, match=r"create_graph=True.*restore\(model\)"):
         torch.autograd.grad(net(x).sum(), x, create_graph=True)
-    session.stop()
+    restore(net)
     torch.autograd.grad(net(x).sum(), x, create_graph=True)
 
 

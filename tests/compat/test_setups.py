@@ -99,7 +99,7 @@ def lr_finder(order: Callable[..., list[Callback]]) -> Report:
     return callback.report
 
 
-@row("BatchSizeFinder", "its trials run before the calibration: companions count, cores do not")
+@row("BatchSizeFinder", "its trials run before the calibration, and keep what plain training keeps")
 def batch_size_finder() -> Report:
     class Sized(Task):
         batch_size = 2
