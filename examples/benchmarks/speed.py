@@ -8,7 +8,8 @@ Two copies of the network take steps (forward, backward, SGD) in turn on the sam
 the method. The ratio is the median over these pairs, once of elapsed time and once of processor time of the process,
 which other programs on the machine disturb less. Only the ratios mean anything.
 
-Calibration is given in plain steps, without its own forward passes: what the statistics and the eigenvectors cost.
+Calibration is given in plain steps, without its own forward passes: what the statistics and the eigenvectors cost. So
+is a refresh, whose statistics come from ordinary steps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from examples.benchmarks.cases import Case, select
 from examples.benchmarks.memory import RESULTS, write
 from examples.benchmarks.table import show
-from examples.benchmarks.training_methods import METHODS, TITLES, Method, find
+from examples.benchmarks.training_methods import METHODS, TITLES, Lance, Method, find
 
 CALIBRATION_BATCHES = 4
 LEARNING_RATE = 0.01
@@ -57,6 +58,7 @@ class Row:
         forward_ratio: of processor time of the forward passes.
         backward_ratio: of processor time of the backward passes.
         calibration_steps: processor time of calibration beyond its forward passes, in plain steps.
+        refresh_steps: processor time that a refresh of the subspaces adds, in plain steps.
         plain_seconds: elapsed time of a plain step on this machine, median.
         pairs: number of pairs.
     """
@@ -69,6 +71,7 @@ class Row:
     forward_ratio: float
     backward_ratio: float
     calibration_steps: float | None
+    refresh_steps: float | None
     plain_seconds: float
     pairs: int
 
@@ -115,6 +118,20 @@ def seconds(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def refresh_seconds(method: Lance, ours: Trainer, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Processor time of a refresh: what observing adds to the forward pass of each step, and the new subspaces."""
+    session = method.session
+    session.observe()
+    added = []
+    for index in range(session.config.calibration_batches):
+        batch = batches[index % len(batches)]
+        alone = seconds(lambda batch=batch: method.loss(ours.case, ours.model, batch))  # type: ignore[misc]
+        session.begin_step()
+        added.append(seconds(lambda batch=batch: method.loss(ours.case, ours.model, batch)) - alone)  # type: ignore[misc]
+        session.end_step()
+    return statistics.median(added) * len(added) + seconds(session.refresh)
+
+
 def measure(case: Case, name: str, pairs: int) -> Row:
     """One case with one method."""
     method = METHODS[name]()
@@ -134,6 +151,8 @@ def measure(case: Case, name: str, pairs: int) -> Row:
     batches = case.batches(min(DIFFERENT_BATCHES, pairs))
     for trainer in (plain, ours):
         trainer.step(batches[0])
+    refreshes = isinstance(method, Lance) and method.calibrates
+    refresh = refresh_seconds(method, ours, batches) if refreshes else None
     found = []
     for index in range(pairs):
         batch = batches[index % len(batches)]
@@ -158,13 +177,14 @@ def measure(case: Case, name: str, pairs: int) -> Row:
         processor(1),
         processor(2),
         None if beyond is None else beyond / plain_step,
+        None if refresh is None else refresh / plain_step,
         statistics.median(before[0].elapsed for before, _ in found),
         pairs,
     )
 
 
-HEADER = ["method", "step", "quartiles", "processor", "forward", "backward", "calibration"]
-NOTE = "Ratios to plain training; calibration in plain steps, beyond its forward passes. Nothing else means anything."
+HEADER = ["method", "step", "quartiles", "processor", "forward", "backward", "calibration", "refresh"]
+NOTE = "Ratios to plain training; calibration, beyond its forward passes, and refresh in plain steps."
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -177,7 +197,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
                 f"{row.ratio:.3f}",
                 f"{row.quartiles[0]:.2f} to {row.quartiles[1]:.2f}",
                 *(f"{value:.3f}" for value in (row.processor_ratio, row.forward_ratio, row.backward_ratio)),
-                "" if row.calibration_steps is None else f"{row.calibration_steps:.2f}",
+                *("" if n is None else f"{n:.2f}" for n in (row.calibration_steps, row.refresh_steps)),
             ]
             for row in rows
         ),
