@@ -254,7 +254,7 @@ class LayerMemory:
         """Store the free directions, turned into eigenvectors of what earlier experiences have in them."""
         self.counts = [self.width - left.directions.shape[1] for left in lefts]
         self._basis = self._stack([left.directions for left in lefts])
-        self._soft = self._basis[:, :, :0]
+        self._soft = self._basis.new_empty(self.groups, self.width, 0)
         self._store_energies(lefts)
 
     def _store_energies(self, lefts: list[Leftover]) -> None:
