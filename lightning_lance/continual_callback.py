@@ -42,7 +42,7 @@ class ContinualCallback(LanceCallback):
             that energy. Fewer directions need less memory for gradients and optimiser state.
         damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
             energy all the same, see :class:`~lightning_lance.continual.ContinualConfig`. ``"auto"``: 0 with gradient
-            descent, 1.5 with optimisers such as Adam, whose steps are as long in all directions.
+            descent, .5 with optimisers such as Adam, whose steps are as long in all directions.
         feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
             ``"channel"``, directions of channels, whose bases are smaller and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.

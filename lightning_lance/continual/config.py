@@ -15,7 +15,7 @@ from lightning_lance.errors import ConfigError
 HIGHEST_THRESHOLD = 0.999
 """A growing threshold stops here: protecting all energy would protect every direction."""
 
-AUTO_DAMPING = 1.5
+AUTO_DAMPING = 0.5
 """With optimisers whose steps are as long in all directions."""
 
 
@@ -35,7 +35,7 @@ class ContinualConfig:
         damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
             energy all the same: a step is multiplied with ``b / (b + damping * a)``, where ``b`` is the share of the
             present experience's energy in a direction and ``a`` the sum of the shares of earlier ones. ``"auto"``: 0
-            with :class:`torch.optim.SGD`, whose steps are short there by themselves, and 1.5 with other optimisers,
+            with :class:`torch.optim.SGD`, whose steps are short there by themselves, and .5 with other optimisers,
             such as Adam, whose steps are as long in all directions. With damping a layer stores the directions outside
             of what is protected in which earlier experiences have energy.
         feature_side: of convolutions. ``"patch"``: unfolded patches; ``"channel"``: channels, whose bases are smaller
@@ -77,8 +77,7 @@ class ContinualConfig:
             )
         if not _is_damping(self.damping):
             raise ConfigError(
-                f"damping={self.damping!r} is not allowed. Allowed: 'auto', or a finite number of at least 0, such as "
-                "1.5."
+                f"damping={self.damping!r} is not allowed. Allowed: 'auto', or a finite number of at least 0, such as 1."
             )
         if self.feature_side not in ("patch", "channel"):
             raise ConfigError(f"feature_side={self.feature_side!r} is not allowed. Allowed: 'patch', 'channel'.")
