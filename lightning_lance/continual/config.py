@@ -77,7 +77,7 @@ class ContinualConfig:
             )
         if not _is_damping(self.damping):
             raise ConfigError(
-                f"damping={self.damping!r} is not allowed. Allowed: 'auto', or a finite number of at least 0, such as 1."
+                f"damping={self.damping!r} is not allowed. Allowed: 'auto', or a finite number of at least 0."
             )
         if self.feature_side not in ("patch", "channel"):
             raise ConfigError(f"feature_side={self.feature_side!r} is not allowed. Allowed: 'patch', 'channel'.")
