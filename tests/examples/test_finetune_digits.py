@@ -60,9 +60,8 @@ def test_batch_norms_stay_frozen_in_training_mode() -> None:
 @pytest.mark.filterwarnings("ignore:calibration_batches=8")  # two batches are all there are
 @pytest.mark.parametrize("variant", ["plain", "lance"])
 def test_a_run_measures_memory_time_and_accuracy(variant: str) -> None:
-    options = parser().parse_args(
-        ["--worker", variant, "--epochs", "1", "--batches", "2", "--image-size", "64", "--batch-size", "32"]
-    )
+    size = ["--image-size", "64", "--batch-size", "32", "--last", "4"]
+    options = parser().parse_args(["--worker", variant, "--epochs", "1", "--batches", "2", *size])
     found = work(options)
     # 2×2 maps at 64 pixels: the classifier's input is one row of 1,280 per image
     assert found.inputs == {
