@@ -407,7 +407,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--variant", type=variants, default="plain,lance", help=f"from {', '.join(VARIANTS)}")
     result.add_argument("--seeds", type=integers, default="0", help="one run of each variant for each")
     result.add_argument("--epochs", type=int, default=3)
-    result.add_argument("--last", type=int, default=16, help="pointwise convolutions to train, from the output")
+    result.add_argument("--last", type=int, default=8, help="pointwise convolutions to train, from the output")
     result.add_argument("--image-size", type=int, default=112)
     result.add_argument("--batch-size", type=int, default=64)
     result.add_argument("--learning-rate", type=float, default=0.05)
