@@ -51,7 +51,7 @@ class Residual(NamedTuple):
 
 def held_energy(moments: Moments, basis: Tensor) -> float:
     """Energy of the moments inside of an orthonormal basis ``(K, m)``: ``tr(Mᵀ S M)``."""
-    matrix, basis = _double(moments.matrix), _double(basis)
+    matrix, basis = as_double(moments.matrix), as_double(basis)
     if moments.is_root:
         return float((basis.T @ matrix).square().sum())
     return float((basis * (matrix @ basis)).sum())
@@ -65,7 +65,7 @@ def residual(gram: Tensor | Moments, basis: Tensor) -> Residual:
         basis: ``(K, m)``, ``m`` may be 0.
     """
     moments = Moments.of(gram)
-    matrix, basis = _double(moments.matrix), _double(basis)
+    matrix, basis = as_double(moments.matrix), as_double(basis)
     held = held_energy(moments, basis)
     if moments.is_root:
         outside = matrix - basis @ (basis.T @ matrix)
@@ -109,7 +109,7 @@ def grow_and_rest(basis: Tensor, gram: Tensor | Moments, threshold: float) -> tu
     )
     if count == 0:
         return basis, left
-    added = orthonormalize(rest.vectors[:, :count], _double(basis))
+    added = orthonormalize(rest.vectors[:, :count], as_double(basis))
     return torch.cat([basis, added.to(basis)], 1).contiguous(), left
 
 
@@ -128,7 +128,7 @@ def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
     count = _leading(rest.values, rank)
     if count == 0:
         return basis.new_empty(basis.shape[0], 0)
-    return orthonormalize(rest.vectors[:, :count], _double(basis)).to(basis).contiguous()
+    return orthonormalize(rest.vectors[:, :count], as_double(basis)).to(basis).contiguous()
 
 
 def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
@@ -143,7 +143,7 @@ def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
         Orthonormal, shape ``(K, K - m - k)``, inside of the span of ``free``; its dtype.
     """
     moments = Moments.of(gram)
-    inner, held = _inside(free, moments)
+    inner, held = inner_moments(free, moments)
     needed = threshold * moments.total
     if moments.total <= 0.0 or free.shape[1] == 0 or held > needed:
         return free
@@ -152,16 +152,16 @@ def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
     count = _needed(values, held, needed, threshold)
     if count == 0:
         return free
-    return orthonormalize(_double(free) @ rotation[:, count:]).to(free).contiguous()
+    return orthonormalize(as_double(free) @ rotation[:, count:]).to(free).contiguous()
 
 
 def lead(free: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
     """:func:`reserve` from the free basis instead of the protected one; same result up to rounding."""
     moments = Moments.of(gram)
-    values, rotation = symmetric_eigh(_inside(free, moments)[0])
+    values, rotation = symmetric_eigh(inner_moments(free, moments)[0])
     values = values[values > moments.total * torch.finfo(torch.float32).eps]
     count = _leading(values, rank)
-    return orthonormalize(_double(free) @ rotation[:, :count]).to(free).contiguous()
+    return orthonormalize(as_double(free) @ rotation[:, :count]).to(free).contiguous()
 
 
 def _needed(values: Tensor, held: float, needed: float, threshold: float) -> int:
@@ -177,9 +177,9 @@ def _leading(values: Tensor, rank: int | float) -> int:
     return min(rank, values.numel())
 
 
-def _inside(free: Tensor, moments: Moments) -> tuple[Tensor, float]:
+def inner_moments(free: Tensor, moments: Moments) -> tuple[Tensor, float]:
     """Moments inside of a free basis, ``(K - m, K - m)``, and the energy outside of it."""
-    matrix, basis = _double(moments.matrix), _double(free)
+    matrix, basis = as_double(moments.matrix), as_double(free)
     if moments.is_root:
         root = basis.T @ matrix
         return root @ root.T, float(matrix.square().sum() - root.square().sum())
@@ -190,9 +190,10 @@ def _inside(free: Tensor, moments: Moments) -> tuple[Tensor, float]:
 def complement(basis: Tensor) -> Tensor:
     """Orthonormal basis of everything outside of ``M``, shape ``(K, K - m)``, dtype of ``basis``."""
     width, count = basis.shape
-    found: Tensor = torch.linalg.qr(_double(basis), mode="complete").Q[:, count:]
-    return orthonormalize(found, _double(basis)).to(basis).contiguous() if count < width else found.to(basis)
+    found: Tensor = torch.linalg.qr(as_double(basis), mode="complete").Q[:, count:]
+    return orthonormalize(found, as_double(basis)).to(basis).contiguous() if count < width else found.to(basis)
 
 
-def _double(tensor: Tensor) -> Tensor:
+def as_double(tensor: Tensor) -> Tensor:
+    """In float64 on the CPU, where all of this is computed."""
     return tensor.detach().to("cpu", torch.float64)

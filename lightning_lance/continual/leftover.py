@@ -5,7 +5,7 @@ earlier outputs through it. Plain gradient descent hardly does: its step in a di
 the present experience has there. Optimisers that scale every coordinate to the same step, such as Adam, move as far
 where the present experience has next to nothing and earlier ones have something.
 
-So that a step in a direction is multiplied with ``b / (b + ρ a)``, where ``b`` is the share of the present experience's
+So a step in a direction is multiplied with ``b / (b + ρ a)``, where ``b`` is the share of the present experience's
 energy in it, ``a`` the sum of the shares of the earlier ones, and ``ρ`` the damping: it is left as it is where earlier
 experiences have nothing, and shortest where they have more than the present one.
 
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lance.continual.basis import Moments, Residual, residual
+from lightning_lance.continual.basis import Moments, Residual, as_double, held_energy, inner_moments, residual
 from lightning_lance.linalg import orthonormalize, symmetric_eigh
 
 LEFT_OUT = 1e-3
@@ -46,7 +46,7 @@ class Leftover(NamedTuple):
 
     def along(self, basis: Tensor) -> Tensor:
         """Energies ``diag(Uᵀ R U)`` along orthonormal columns ``(K, r)`` outside of ``M``; shape ``(r,)``, float64."""
-        shares = (_double(self.directions).T @ _double(basis)).square()
+        shares = (as_double(self.directions).T @ as_double(basis)).square()
         return (self.energies - self.rest) @ shares + self.rest
 
 
@@ -57,7 +57,7 @@ def nothing(width: int) -> Leftover:
 
 def energy_along(moments: Moments, basis: Tensor) -> Tensor:
     """Share of an experience's energy along orthonormal columns ``(K, r)``; shape ``(r,)``, float64."""
-    matrix, basis = _double(moments.matrix), _double(basis)
+    matrix, basis = as_double(moments.matrix), as_double(basis)
     energy = (matrix.T @ basis).square().sum(0) if moments.is_root else ((matrix @ basis) * basis).sum(0)
     return energy.clamp_(min=0.0) / moments.total if moments.total > 0.0 else energy.zero_()
 
@@ -90,10 +90,10 @@ def outside(before: Leftover, moments: Moments, rest: Residual | None, basis: Te
     if open_count == 0 or moments.total <= 0.0:
         return before if moments.total <= 0.0 else nothing(width)
     if not apart and before.directions.shape[1] == 0:
-        held = float(energy_along(moments, basis).sum())
+        held = held_energy(moments, basis) / moments.total
         return before._replace(rest=before.rest + max(0.0, 1.0 - held) / open_count)
     rest = residual(moments, basis) if rest is None else rest
-    protected, known = _double(basis), _double(before.directions)
+    protected, known = as_double(basis), as_double(before.directions)
     known = known - protected @ (protected.T @ known)
     root = torch.cat(
         [
@@ -121,18 +121,12 @@ def inside(before: Leftover, free: Tensor, moments: Moments | None = None) -> Le
         free: orthonormal, ``(K, K - m)``, after it.
         moments: of the experience; ``None``: they are in ``before`` already.
     """
-    basis = _double(free)
-    mixed = basis.T @ _double(before.directions)
+    basis = as_double(free)
+    mixed = basis.T @ as_double(before.directions)
     energies = (mixed * (before.energies - before.rest)) @ mixed.T
     energies.diagonal().add_(before.rest)
     if moments is not None and moments.total > 0.0:
-        matrix = _double(moments.matrix)
-        root = basis.T @ matrix
-        energies += (root @ root.T if moments.is_root else root @ basis) / moments.total
+        energies += inner_moments(free, moments)[0] / moments.total
     values, rotation = symmetric_eigh((energies + energies.T) / 2)
     directions = basis @ rotation
     return Leftover(orthonormalize(directions) if free.shape[1] else directions, values, 0.0)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
