@@ -47,42 +47,72 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     return product.reshape(*before, matrix.shape[0], *after)
 
 
-def cosine_basis(size: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """First columns of the orthonormal DCT-II basis; the first one is constant.
+def sample_groups(size: int, count: int, device: torch.device) -> Tensor:
+    """Group of each sample: ``count`` runs of neighbours, as equal as can be.
 
-    Calls with equal arguments share one tensor, so that every layer of a model keeps the same storage.
-    Do not write into it.
+    Calls with equal arguments share one tensor, and so do those of :func:`group_rotation`. Do not write into it.
 
     Args:
-        size: length ``n`` of the columns.
-        columns: number ``r <= n`` of columns.
+        size: number ``B`` of samples.
+        count: number ``1 <= r <= B`` of groups.
+        device: device of the result.
+
+    Returns:
+        int32 of shape ``(B,)``, from 0 to ``count - 1``.
+    """
+    return (_make_sample_groups if _traced() else _shared_sample_groups)(size, count, device)
+
+
+def group_rotation(size: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Matrix ``T`` that turns the sums over :func:`sample_groups` into coefficients in an orthonormal basis.
+
+    With the indicators of the groups in the columns of ``Z``, the basis is ``Φ = Z Tᵀ``: its first column is constant
+    and the others are contrasts, which sum to zero. Dividing by the square roots of the group sizes makes the columns
+    of ``Z`` orthonormal, and a Householder reflection brings the constant vector, which they span, to the front.
+
+    Args:
+        size: number ``B`` of samples.
+        count: number ``1 <= r <= B`` of groups.
         dtype: dtype of the result; it is computed in float64.
         device: device of the result.
 
     Returns:
-        Contiguous tensor of shape ``(n, r)`` with orthonormal columns.
+        Contiguous tensor of shape ``(r, r)``.
     """
-    # Under a tracer the result is a stand-in that must not be kept for real calls.
-    traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
-    return (_make_cosine_basis if traced else _shared_cosine_basis)(size, columns, dtype, device)
+    return (_make_group_rotation if _traced() else _shared_group_rotation)(size, count, dtype, device)
 
 
-def _make_cosine_basis(size: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _traced() -> bool:
+    # Under a tracer a result is a stand-in that must not be kept for real calls.
+    return torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
+
+
+def _make_sample_groups(size: int, count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        position = torch.arange(size, dtype=torch.float64, device="cpu").add_(0.5)
-        frequency = torch.arange(columns, dtype=torch.float64, device="cpu").mul_(math.pi / size)
-        basis = torch.outer(position, frequency).cos_().mul_(math.sqrt(2.0 / size))
-        basis[:, 0] = math.sqrt(1.0 / size)
-        return basis.to(device=device, dtype=dtype)
+        groups = torch.arange(size, device="cpu").mul_(count).div_(size, rounding_mode="floor")
+        return groups.to(device=device, dtype=torch.int32)
 
 
-_shared_cosine_basis = functools.lru_cache(maxsize=64)(_make_cosine_basis)
+def _make_group_rotation(size: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        sizes = [-(-size * (k + 1) // count) - -(-size * k // count) for k in range(count)]
+        root = torch.tensor(sizes, dtype=torch.float64, device="cpu").sqrt_()
+        rotation = torch.eye(count, dtype=torch.float64, device="cpu")
+        if count > 1:
+            mirror = root / math.sqrt(size)
+            mirror[0] -= 1.0
+            rotation -= torch.outer(mirror, mirror).mul_(2.0 / mirror.dot(mirror))
+        return rotation.div_(root).to(device=device, dtype=dtype)
+
+
+_shared_sample_groups = functools.lru_cache(maxsize=64)(_make_sample_groups)
+_shared_group_rotation = functools.lru_cache(maxsize=64)(_make_group_rotation)
 
 
 def contrast_scale(size: int, columns: int) -> float:
-    r"""Weight :math:`(B-1)/(r-1)` of the non-constant columns that makes the batch mode unbiased.
+    r"""Weight :math:`(B-1)/(r-1)` of the contrasts that makes the batch mode unbiased.
 
-    Over a uniformly random order of the rows, every non-constant orthonormal column has
+    Over a uniformly random order of the samples, every contrast of norm 1 has
     :math:`E[\phi\phi^T] = (I - 11^T/B)/(B-1)`, so that the constant column plus the others
     weighted by this number has expectation ``I``.
     """

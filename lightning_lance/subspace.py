@@ -22,12 +22,12 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BatchRule:
-    """How many columns of the cosine basis represent a batch of any size.
+    """How many groups of samples represent a batch of any size.
 
     Attributes:
         rank: an int, an energy, ``"auto"`` or ``"full"``.
-        unbiased: weight the contrasts so that the gradient estimate has no bias; needs a random order.
-        constant_energy: measured fraction of the input's energy in the constant column. The other columns
+        unbiased: weight the contrasts so that the gradient estimate has no bias; needs random groups.
+        constant_energy: measured fraction of the input's energy in the constant direction. The contrasts
             share the rest evenly, since the samples of a batch are exchangeable; this turns an energy into
             a rank for any batch size without a Gram matrix of the batch mode.
     """
@@ -54,7 +54,7 @@ class BatchRule:
         return min(max(rank, 2 if self.unbiased else 1), size)
 
     def contrast_scale(self, size: int) -> float:
-        """Weight of the non-constant columns in the weight gradient (DESIGN: unbiased batch mode)."""
+        """Weight of the contrasts in the weight gradient; 1 where a bias is accepted."""
         return contrast_scale(size, self.columns(size)) if self.unbiased else 1.0
 
 
@@ -109,9 +109,10 @@ class LayerSubspace:
         return (self.batch.columns(batch), channels if self.channel is None else self.channel.shape[1], *spatial)
 
     def formula_bytes(self, batch: int, channels: int, sizes: Sizes, itemsize: int) -> int:
-        """Bytes kept for one call by formula: core (in its bits), factors, and the sample order (int32 each).
+        """Bytes kept for one call by formula: core (in its bits), factors, and the group of each sample (int32).
 
-        The cosine basis is not in it: one copy per batch size serves all layers. An input of sizes without factors is
+        The rotation of the batch mode is not in it: one copy per batch size serves all layers, and where the groups are
+        not random so do they. An input of sizes without factors is
         kept whole.
         """
         core = math.prod(self.core_shape(batch, channels, sizes))
@@ -123,7 +124,7 @@ class LayerSubspace:
         return core_bytes(core, itemsize, self.bits) + factors * itemsize + (4 * batch if ordered else 0)
 
     def shrinks(self, batch: int, channels: int, sizes: Sizes) -> bool:
-        """Whether core, factors and sample order of an input are smaller than the input itself (in float32).
+        """Whether core, factors and groups of an input are smaller than the input itself (in float32).
 
         They are not where the batch is tiny or a factor is as large as the input; then the input is better kept.
         """

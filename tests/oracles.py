@@ -10,6 +10,7 @@ import torch
 from tensorly.tenalg import multi_mode_dot
 from torch import Tensor
 
+from lightning_lance.linalg import group_rotation, sample_groups
 from lightning_lance.ops.factors import Factors
 
 tensorly.set_backend("numpy")
@@ -20,21 +21,23 @@ def orthonormal(size: int, columns: int, dtype: torch.dtype = torch.float64) -> 
     return torch.linalg.qr(torch.randn(size, columns, dtype=torch.float64)).Q.contiguous().to(dtype)
 
 
-def dct(size: int, columns: int) -> np.ndarray:
-    """Orthonormal DCT-II columns from their definition."""
-    position = (np.arange(size) + 0.5)[:, None]
-    basis = np.sqrt(2.0 / size) * np.cos(np.pi / size * position * np.arange(columns)[None])
-    basis[:, 0] = size**-0.5
-    return basis
+def batch_mode(
+    size: int, rank: int, order: Sequence[int] | Tensor | None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Rotation and groups of a batch whose samples are in some order; ``None``: as they come."""
+    device = torch.device("cpu")
+    groups = sample_groups(size, rank, device)
+    if order is not None:
+        groups = groups[torch.as_tensor(order, dtype=torch.int64)]
+    return group_rotation(size, rank, dtype, device), groups
 
 
 def projected_input(input: Tensor, factors: Factors, channel_axis: int, first_spatial: int) -> Tensor:
-    """``X̂ = G ×₀ (P Φ S) ×_c U_c ×_s U_s …`` with the core ``G = X ×₀ (P Φ)ᵀ ×_c U_cᵀ …``, in float64."""
+    """``X̂ = G ×₀ (Φ S) ×_c U_c ×_s U_s …`` with the core ``G = X ×₀ Φᵀ ×_c U_cᵀ …``, in float64."""
     core, rebuild, modes = [], [], []
-    if factors.basis is not None:
-        basis = factors.basis.double().numpy()
-        if factors.order is not None:
-            basis = basis[factors.order.numpy()]
+    if factors.rotation is not None:
+        assert factors.groups is not None
+        basis = factors.rotation.double().numpy().T[factors.groups.numpy()]
         weights = np.full(basis.shape[1], factors.scale)
         weights[0] = 1.0
         core.append(basis.T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_lance.linalg import (
     contrast_scale,
-    cosine_basis,
     energy_rank,
+    group_rotation,
     mode_product,
     orthonormalize,
+    sample_groups,
     symmetric_eigh,
     unfold,
 )
@@ -65,49 +66,56 @@ def test_mode_product_of_an_empty_tensor(shape: tuple[int, ...], mode: int) -> N
     assert not product.any()
 
 
+CPU = torch.device("cpu")
+
+
 @given(size=st.integers(1, 40), data=st.data())
-def test_cosine_basis_is_the_orthonormal_dct_ii(size: int, data: st.DataObject) -> None:
-    columns = data.draw(st.integers(1, size))
-    basis = cosine_basis(size, columns, torch.float64, torch.device("cpu"))
-    assert basis.shape == (size, columns)
-    assert basis.is_contiguous()
-    assert basis.untyped_storage().nbytes() == size * columns * 8  # not a view of a full basis
-    torch.testing.assert_close(basis.T @ basis, torch.eye(columns, dtype=torch.float64), rtol=0, atol=1e-13)
-    torch.testing.assert_close(basis[:, 0], torch.full((size,), size**-0.5, dtype=torch.float64))
-    for position in range(size):
-        for frequency in range(1, columns):
-            expected = math.sqrt(2 / size) * math.cos(math.pi / size * (position + 0.5) * frequency)
-            assert basis[position, frequency].item() == pytest.approx(expected, abs=1e-13)
+def test_groups_are_runs_as_equal_as_can_be(size: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, size))
+    groups = sample_groups(size, count, CPU)
+    assert groups.dtype == torch.int32
+    assert groups.tolist() == sorted(groups.tolist())
+    sizes = torch.bincount(groups, minlength=count)
+    assert sizes.numel() == count
+    assert sizes.max() - sizes.min() <= 1
 
 
-def test_cosine_basis_is_one_shared_tensor() -> None:
-    first = cosine_basis(16, 4, torch.float32, torch.device("cpu"))
-    assert cosine_basis(16, 4, torch.float32, torch.device("cpu")) is first
-    assert cosine_basis(16, 4, torch.float64, torch.device("cpu")).dtype == torch.float64
+def basis(size: int, count: int) -> torch.Tensor:
+    """``Φ = Z Tᵀ`` from its definition."""
+    groups = sample_groups(size, count, CPU).long()
+    indicators = torch.nn.functional.one_hot(groups, count).double()
+    return indicators @ group_rotation(size, count, torch.float64, CPU).T
 
 
-def test_cosine_basis_made_in_inference_mode_serves_training() -> None:
-    with torch.inference_mode():
-        basis = cosine_basis(23, 5, torch.float32, torch.device("cpu"))
-    assert not basis.is_inference()
-    weight = torch.ones(5, requires_grad=True)
-    (basis @ weight).sum().backward()
-    assert weight.grad is not None
+@given(size=st.integers(1, 40), data=st.data())
+def test_rotated_groups_are_the_constant_and_contrasts(size: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, size))
+    found = basis(size, count)
+    torch.testing.assert_close(found.T @ found, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-13)
+    torch.testing.assert_close(found[:, 0], torch.full((size,), size**-0.5, dtype=torch.float64))
+    assert group_rotation(size, count, torch.float64, CPU).is_contiguous()
 
 
-def test_cosine_basis_made_under_fake_tensors_does_not_poison_real_calls() -> None:
-    with FakeTensorMode():
-        cosine_basis(29, 6, torch.float32, torch.device("cpu"))
-    basis = cosine_basis(29, 6, torch.float32, torch.device("cpu"))
-    assert type(basis) is torch.Tensor
-    assert basis.sum().item() == pytest.approx(math.sqrt(29), rel=1e-5)
+@pytest.mark.parametrize("make", [sample_groups, lambda b, r, d: group_rotation(b, r, torch.float32, d)])
+class TestSharedTensors:
+    def test_equal_arguments_share_one(self, make: Any) -> None:
+        assert make(16, 4, CPU) is make(16, 4, CPU)
+        assert make(16, 5, CPU) is not make(16, 4, CPU)
 
+    def test_made_in_inference_mode_they_serve_training(self, make: Any) -> None:
+        with torch.inference_mode():
+            found = make(23, 5, CPU)
+        assert not found.is_inference()
 
-def test_cosine_basis_ignores_the_default_device() -> None:
-    with torch.device("meta"):
-        basis = cosine_basis(31, 7, torch.float32, torch.device("cpu"))
-    assert basis.device.type == "cpu"
-    assert basis.sum().item() == pytest.approx(math.sqrt(31), rel=1e-5)
+    def test_made_under_fake_tensors_they_do_not_poison_real_calls(self, make: Any) -> None:
+        with FakeTensorMode():
+            make(29, 6, CPU)
+        assert type(make(29, 6, CPU)) is torch.Tensor
+
+    def test_they_ignore_the_default_device(self, make: Any) -> None:
+        with torch.device("meta"):
+            found = make(31, 7, CPU)
+        assert found.device.type == "cpu"
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
@@ -115,11 +123,11 @@ def test_contrast_scale_makes_the_expected_projector_the_identity(size: int) -> 
     from itertools import permutations
 
     for columns in range(2, size + 1):
-        basis = cosine_basis(size, columns, torch.float64, torch.device("cpu"))
+        phi = basis(size, columns)
         weights = torch.full((columns,), contrast_scale(size, columns), dtype=torch.float64)
         weights[0] = 1.0
         orders = [list(order) for order in permutations(range(size))]
-        mean = sum((basis[order] * weights) @ basis[order].T for order in orders) / len(orders)
+        mean = sum((phi[order] * weights) @ phi[order].T for order in orders) / len(orders)
         torch.testing.assert_close(mean, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
 
 

@@ -403,12 +403,12 @@ def test_a_swapped_network_against_the_sum_by_hand() -> None:
     swap(model, LanceConfig(rank={"batch": 4, "channel": 3, "spatial": 2}, core_bits=None))
     with calibrate(model):
         model(input)
-    order, basis = 16 * 4, 16 * 4 * FLOAT
-    convolution = (4 * 3 * 2 * 2 + 4 * 3 + 6 * 2 + 6 * 2) * FLOAT + order
-    linear = (4 * 3 + 288 * 3) * FLOAT + order
+    groups, rotation = 16 * 4, 4 * 4 * FLOAT
+    convolution = (4 * 3 * 2 * 2 + 4 * 3 + 6 * 2 + 6 * 2) * FLOAT + groups
+    linear = (4 * 3 + 288 * 3) * FLOAT + groups
     mask = 16 * 8 * 36 // 8
     kept = measured(model, input)
-    assert kept.total == convolution + linear + basis + mask
+    assert kept.total == convolution + linear + rotation + mask
     assert {holder.module for holder in kept.holders} == {"0", "1", "3"}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lance.errors import LanceWarning
 from lightning_lance.layers.registry import Variant
-from lightning_lance.linalg import cosine_basis
+from lightning_lance.linalg import group_rotation, sample_groups
 from lightning_lance.ops.core import Core, keep_input
 from lightning_lance.ops.factors import Factors
 from lightning_lance.ranks import ModeRanks
@@ -69,12 +69,12 @@ class LayerState:
         columns = subspace.batch.columns(size)
         if columns >= size:
             return Factors(None, None, 1.0, subspace.channel, spatial, subspace.bits)
-        basis = cosine_basis(size, columns, input.dtype, input.device)
-        if not subspace.batch.unbiased:
-            return Factors(basis, None, 1.0, subspace.channel, spatial, subspace.bits)
-        order = self.order.draw(size, input.device)
+        rotation = group_rotation(size, columns, input.dtype, input.device)
+        groups = sample_groups(size, columns, input.device)
+        if subspace.batch.unbiased:
+            groups = groups.index_select(0, self.order.draw(size, input.device))
         scale = subspace.batch.contrast_scale(size)
-        return Factors(basis, order, scale, subspace.channel, spatial, subspace.bits)
+        return Factors(rotation, groups, scale, subspace.channel, spatial, subspace.bits)
 
     def _warn_once(self, sizes: Sizes) -> None:
         if sizes in self.unknown_sizes:

@@ -82,7 +82,7 @@ class ReLU(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return flagged_gradient(_aten.threshold_backward, grad, bits, ctx.stride, 0.0, 1.0, 0), None
+        return flagged_gradient(_aten.threshold_backward, grad, bits, ctx.stride, 0, 1, 0), None
 
 
 class Hardtanh(torch.autograd.Function):
@@ -106,7 +106,7 @@ class Hardtanh(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return flagged_gradient(_aten.hardtanh_backward, grad, bits, ctx.stride, 0.0, 1.0, -1, 1), None, None, None
+        return flagged_gradient(_aten.hardtanh_backward, grad, bits, ctx.stride, 0, 1, -1, 1), None, None, None
 
 
 class LeakyReLU(torch.autograd.Function):
@@ -123,7 +123,7 @@ class LeakyReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         kernel = _aten.leaky_relu_backward
-        return flagged_gradient(kernel, grad, bits, ctx.stride, -1.0, 1.0, ctx.slope, False), None, None
+        return flagged_gradient(kernel, grad, bits, ctx.stride, -1, 1, ctx.slope, False), None, None
 
 
 class Hardsigmoid(torch.autograd.Function):
@@ -138,7 +138,7 @@ class Hardsigmoid(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return flagged_gradient(_aten.hardsigmoid_backward, grad, bits, ctx.stride, 4.0, 0.0), None
+        return flagged_gradient(_aten.hardsigmoid_backward, grad, bits, ctx.stride, 4, 0), None
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -193,8 +193,7 @@ def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geome
     Returns:
         ``(O, C / groups, *kernel)``.
     """
-    grad = project_gradient(grad, factors.basis, factors.order, factors.scale)
-    core = core.to(grad.dtype)
+    grad, core = project_gradient(grad, core.to(grad.dtype), factors)
     channel = None if factors.channel is None else factors.channel.to(grad.dtype)
     if geometry.pointwise:
         weight_grad = _pointwise_weight_grad(grad, core, geometry, factors)
@@ -226,7 +225,7 @@ class LowRankConv(torch.autograd.Function):
     """Convolution with exact output, input gradient and bias gradient, and a projected weight gradient.
 
     Saved: core, factors, weight; the core is left out where the weight needs no gradient.
-    ``apply(input, weight, bias, geometry, core, bits, scale, basis, order, channel, *spatial)``.
+    ``apply(input, weight, bias, geometry, core, bits, scale, rotation, groups, channel, *spatial)``.
     """
 
     @staticmethod
@@ -239,30 +238,30 @@ class LowRankConv(torch.autograd.Function):
         core: Core | None,
         bits: int | None,
         scale: float,
-        basis: Tensor | None,
-        order: Tensor | None,
+        rotation: Tensor | None,
+        groups: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
         if not ctx.needs_input_grad[1]:
             core = NOTHING
         elif core is None:
-            core = keep_input(input, Factors(basis, order, scale, channel, spatial, bits), 1, 2)
+            core = keep_input(input, Factors(rotation, groups, scale, channel, spatial, bits), 1, 2)
         values, low, step, ctx.form = core
         ctx.geometry, ctx.scale, ctx.shape = geometry, scale, tuple(input.shape)
-        ctx.save_for_backward(values, low, step, weight, basis, order, channel, *spatial)
+        ctx.save_for_backward(values, low, step, weight, rotation, groups, channel, *spatial)
         return convolve(input, weight, bias, geometry)
 
     @staticmethod
     @first_order_only
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, step, weight, basis, order, channel, *spatial = ctx.saved_tensors
+        values, low, step, weight, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = conv_input_grad(grad, weight, ctx.geometry, ctx.shape)
         if ctx.needs_input_grad[1]:
-            factors = Factors(basis, order, ctx.scale, channel, tuple(spatial))
+            factors = Factors(rotation, groups, ctx.scale, channel, tuple(spatial))
             core = rebuild(Core(values, low, step, ctx.form))
             grad_weight = conv_weight_grad(grad, core, weight, ctx.geometry, factors)
         if ctx.needs_input_grad[2]:
@@ -291,8 +290,8 @@ def low_rank_conv(
     Returns:
         ``(B, O, *out)``, that of the stock operator.
     """
-    basis, order, scale, channel, spatial, bits = factors or Factors(None, None, 1.0, None, ())
+    rotation, groups, scale, channel, spatial, bits = factors or Factors(None, None, 1.0, None, ())
     result: Tensor = LowRankConv.apply(
-        input, weight, bias, geometry, core, bits, scale, basis, order, channel, *spatial
+        input, weight, bias, geometry, core, bits, scale, rotation, groups, channel, *spatial
     )
     return result

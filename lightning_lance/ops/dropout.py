@@ -44,11 +44,11 @@ class Dropout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         if ctx.fused:
-            kept = expand_bits(bits, grad.shape, ctx.stride, 0.0, 1.0, torch.bool)
+            kept = expand_bits(bits, grad.shape, ctx.stride, 0, 1, torch.bool)
             return torch.ops.aten.native_dropout_backward(grad, kept, 1 / (1 - ctx.p)), None, None
         # The stock operator multiplies by the mask in the dtype of the input, with 1 / (1 - p) rounded to it.
         scale = float(torch.ones((), dtype=grad.dtype).div_(1 - ctx.p))
-        noise = expand_bits(bits, grad.shape, ctx.stride, 0.0, scale, grad.dtype)
+        noise = expand_bits(bits, grad.shape, ctx.stride, 0, 1, grad.dtype).mul_(scale)
         return product_into(noise, grad), None, None
 
 

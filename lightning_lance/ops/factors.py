@@ -7,44 +7,28 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_lance.linalg import mode_product
+from lightning_lance.ops.batch import batch_matrix, batch_product, group_sums, summed
 
 
 class Factors(NamedTuple):
     """Everything that defines the projection of one input.
 
     Attributes:
-        basis: cosine basis ``(B, r)``, shared by all layers, or ``None``: the batch mode is kept whole.
-        order: permutation ``(B,)`` of the samples, int32, or ``None``: the order they came in.
-        scale: weight of the non-constant columns in the weight gradient.
+        rotation: ``(r, r)``, sums over groups of samples to coefficients, shared by all layers, or ``None``: the batch
+            mode is kept whole.
+        groups: group ``(B,)`` of each sample, int32; ``None`` without a rotation.
+        scale: weight of the contrasts, which are all coefficients but the first, in the weight gradient.
         channel: ``(C, r)`` or ``None``.
         spatial: ``(n, r)`` or ``None`` for each spatial or token axis.
         bits: of an element of the core; ``None``: it is kept as it is.
     """
 
-    basis: Tensor | None
-    order: Tensor | None
+    rotation: Tensor | None
+    groups: Tensor | None
     scale: float
     channel: Tensor | None
     spatial: tuple[Tensor | None, ...]
     bits: int | None = None
-
-
-def batch_matrix(basis: Tensor, order: Tensor | None, scale: float = 1.0) -> Tensor:
-    """``(r, B)`` rows that project a batch, in the drawn order; the non-constant ones times ``scale``."""
-    rows = basis if order is None else basis.index_select(0, order)
-    if scale != 1.0:
-        rows = rows.clone() if order is None else rows
-        rows[:, 1:] *= scale
-    return rows.transpose(0, 1)
-
-
-def batch_product(matrix: Tensor, tensor: Tensor) -> Tensor:
-    """``X ×_0 A`` as one matrix product that reads the tensor once, in either memory format."""
-    if tensor.dim() > 2 and not tensor.is_contiguous():
-        last = tensor.movedim(1, -1)
-        if last.is_contiguous():
-            return mode_product(last, matrix, 0).movedim(-1, 1)
-    return mode_product(tensor, matrix, 0)
 
 
 def compress(input: Tensor, factors: Factors, channel_axis: int, first_spatial: int) -> Tensor:
@@ -62,19 +46,45 @@ def compress(input: Tensor, factors: Factors, channel_axis: int, first_spatial: 
     Returns:
         The core; the input itself where no mode is truncated.
     """
-    core = input
-    if factors.basis is not None:
-        core = batch_product(batch_matrix(factors.basis, factors.order).to(input.dtype), core)
+    core, late = input, False
+    if factors.rotation is not None:
+        assert factors.groups is not None
+        late = summed(input)  # the rotation goes last: on sums, every mode that comes before makes it smaller
+        if late:
+            core = group_sums(input, factors.groups, factors.rotation.shape[0])
+        else:
+            core = batch_product(batch_matrix(factors.rotation, factors.groups).to(input.dtype), core)
     for offset, factor in enumerate(factors.spatial):
         if factor is not None:
             core = mode_product(core, factor.to(input.dtype).T, first_spatial + offset)
     if factors.channel is not None:
         core = mode_product(core, factors.channel.to(input.dtype).T, channel_axis)
+    if late:
+        assert factors.rotation is not None
+        core = batch_product(factors.rotation.to(input.dtype), core)
     return core
 
 
-def project_gradient(grad: Tensor, basis: Tensor | None, order: Tensor | None, scale: float) -> Tensor:
-    """``Φᵀ g`` with the unbiased weights; the gradient itself where the batch mode is whole."""
-    if basis is None:
-        return grad
-    return batch_product(batch_matrix(basis, order, scale).to(grad.dtype), grad)
+def project_gradient(grad: Tensor, core: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+    """Gradient and core with batch modes of length ``r`` whose contraction has the unbiased weights.
+
+    Args:
+        grad: ``(B, …)``.
+        core: ``(r, …)``, as :func:`compress` made it.
+        factors: its projections.
+
+    Returns:
+        ``(r, …)`` each; both as they are where the batch mode is whole.
+    """
+    rotation, groups, scale = factors[:3]
+    if rotation is None:
+        return grad, core
+    assert groups is not None
+    if not summed(grad):
+        return batch_product(batch_matrix(rotation, groups, scale).to(grad.dtype), grad), core
+    sums = group_sums(grad, groups, rotation.shape[0])
+    weighted = rotation.to(grad.dtype, copy=True)
+    weighted[1:] *= scale
+    if core.numel() <= sums.numel():
+        return sums, batch_product(weighted.T, core)
+    return batch_product(weighted, sums), core

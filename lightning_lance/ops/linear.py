@@ -28,11 +28,10 @@ def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
     Returns:
         ``(O, K)``.
     """
-    grad = project_gradient(grad, factors.basis, factors.order, factors.scale)
+    grad, core = project_gradient(grad, core.to(grad.dtype), factors)
     for axis, factor in enumerate(factors.spatial, start=1):
         if factor is not None:
             grad = mode_product(grad, factor.to(grad.dtype).T, axis)
-    core = core.to(grad.dtype)
     weight_grad = grad.reshape(-1, grad.shape[-1]).T @ core.reshape(-1, core.shape[-1])
     if factors.channel is not None:
         weight_grad = weight_grad @ factors.channel.to(grad.dtype).T
@@ -42,7 +41,7 @@ def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
 class LowRankLinear(torch.autograd.Function):
     """Linear map with exact output, input gradient and bias gradient, and a projected weight gradient.
 
-    Saved: core, factors, weight. ``apply(input, weight, bias, core, bits, scale, basis, order, channel, *spatial)``
+    Saved: core, factors, weight. ``apply(input, weight, bias, core, bits, scale, rotation, groups, channel, *spatial)``
     with the fields of :class:`~lightning_lance.ops.factors.Factors`.
     """
 
@@ -55,28 +54,28 @@ class LowRankLinear(torch.autograd.Function):
         core: Core | None,
         bits: int | None,
         scale: float,
-        basis: Tensor | None,
-        order: Tensor | None,
+        rotation: Tensor | None,
+        groups: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
         if core is None:
-            core = keep_input(input, Factors(basis, order, scale, channel, spatial, bits), input.dim() - 1, 1)
+            core = keep_input(input, Factors(rotation, groups, scale, channel, spatial, bits), input.dim() - 1, 1)
         values, low, step, ctx.form = core
         ctx.scale = scale
-        ctx.save_for_backward(values, low, step, weight, basis, order, channel, *spatial)
+        ctx.save_for_backward(values, low, step, weight, rotation, groups, channel, *spatial)
         return F.linear(input, weight, bias)
 
     @staticmethod
     @first_order_only
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, step, weight, basis, order, channel, *spatial = ctx.saved_tensors
+        values, low, step, weight, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            factors = Factors(basis, order, ctx.scale, channel, tuple(spatial))
+            factors = Factors(rotation, groups, ctx.scale, channel, tuple(spatial))
             grad_weight = linear_weight_grad(grad, rebuild(Core(values, low, step, ctx.form)), factors)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
@@ -98,6 +97,6 @@ def low_rank_linear(
     Returns:
         ``(B, *tokens, O)``, bit for bit that of the stock operator.
     """
-    basis, order, scale, channel, spatial, bits = factors
-    result: Tensor = LowRankLinear.apply(input, weight, bias, core, bits, scale, basis, order, channel, *spatial)
+    rotation, groups, scale, channel, spatial, bits = factors
+    result: Tensor = LowRankLinear.apply(input, weight, bias, core, bits, scale, rotation, groups, channel, *spatial)
     return result

@@ -2,7 +2,7 @@
 
 Flags are kept in the memory order of the tensor that they belong to, whatever its memory format; no pass reorders
 them. Packing reads eight bools as one 64-bit word and gathers their bits with one multiplication; unpacking reads
-one row of a table of 256 for every byte, so that no separate bool tensor is made.
+one entry of a table of 256 for every byte, so that no separate bool tensor is made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GATHER = 0x8040201008040201 - (1 << 64)
 _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
 _MAX_TABLES = 64
 
-_tables: dict[tuple[float, float, torch.dtype, torch.device], Tensor] = {}
+_tables: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def pack_bits(flags: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def pack_bits(flags: Tensor) -> Tensor:
 
 
 def expand_bits(
-    bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], off: float, on: float, dtype: torch.dtype
+    bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], off: int, on: int, dtype: torch.dtype
 ) -> Tensor:
     """A value for every flag.
 
@@ -52,9 +52,9 @@ def expand_bits(
         bits: what :func:`pack_bits` returned.
         shape: shape of the flags.
         stride: their strides.
-        off: value where the flag is not set.
+        off: value where the flag is not set, from -128 to 127.
         on: value where it is.
-        dtype: dtype of the result.
+        dtype: dtype of the result; ``torch.bool`` for 0 and 1.
 
     Returns:
         A new tensor of that shape, strides and dtype.
@@ -62,22 +62,25 @@ def expand_bits(
     if torch.compiler.is_compiling():
         shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=bits.device)
         flat = ((bits.unsqueeze(-1) >> shifts) & 1).to(dtype)
-        if (off, on) != (0.0, 1.0):
+        if (off, on) != (0, 1):
             values = torch.tensor((off, on), dtype=dtype, device=bits.device)
             flat = torch.where(flat != 0, values[1], values[0])
     else:
-        flat = _table(off, on, dtype, bits.device).index_select(0, bits.int())
+        # Eight small values are copied as one word, and converted afterwards with vector instructions.
+        small = _table(off, on, bits.device).index_select(0, bits.int()).view(torch.int8)
+        flat = small.view(torch.bool) if dtype == torch.bool else small.to(dtype)
     return flat.as_strided(shape, stride)
 
 
-def _table(off: float, on: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    key = (off, on, dtype, device)
+def _table(off: int, on: int, device: torch.device) -> Tensor:
+    """``(256,)`` int64, each the eight int8 values of a byte of flags."""
+    key = (off, on, device)
     found = _tables.get(key)
     if found is None:
         shifts = torch.tensor(_SHIFTS, device=device)
         set_ = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & 1
-        values = torch.tensor((off, on), dtype=dtype, device=device)
-        found = values.index_select(0, set_.view(-1)).view(256, 8)
+        values = torch.tensor((off, on), dtype=torch.int8, device=device)
+        found = values.index_select(0, set_.view(-1)).view(torch.int64)
         if type(found) is Tensor:  # a fake tensor of some tracer must not outlive it
             if len(_tables) >= _MAX_TABLES:
                 _tables.clear()
@@ -86,7 +89,7 @@ def _table(off: float, on: float, dtype: torch.dtype, device: torch.device) -> T
 
 
 def flagged_gradient(
-    kernel: Any, grad: Tensor, bits: Tensor, stride: tuple[int, ...], off: float, on: float, *arguments: Any
+    kernel: Any, grad: Tensor, bits: Tensor, stride: tuple[int, ...], off: int, on: int, *arguments: Any
 ) -> Tensor:
     """Run a stock elementwise backward kernel on stand-ins for its input.
 

@@ -126,7 +126,7 @@ class ReservedLinear(torch.autograd.Function):
     """Linear map with a reparametrised weight, that keeps the core of its input.
 
     Saved: core, ``trained``, ``basis``, ``anchor``, factors. For the subspace form the core is that of ``x U``.
-    ``apply(input, trained, bias, basis, anchor, form, bits, scale, batch, order, channel, *spatial)``.
+    ``apply(input, trained, bias, basis, anchor, form, bits, scale, rotation, groups, channel, *spatial)``.
     """
 
     @staticmethod
@@ -140,8 +140,8 @@ class ReservedLinear(torch.autograd.Function):
         form: Form,
         bits: int | None,
         scale: float,
-        batch: Tensor | None,
-        order: Tensor | None,
+        rotation: Tensor | None,
+        groups: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
@@ -149,31 +149,31 @@ class ReservedLinear(torch.autograd.Function):
         output, projected = _linear(input, parts, bias, form)
         core = NOTHING
         # In the complement form x(I - MMᵀ) replaces x only where it is compressed: x itself may be shared with others.
-        ctx.projected = not form.complement or (projected is not None and batch is not None and channel is None)
+        ctx.projected = not form.complement or (projected is not None and rotation is not None and channel is None)
         if ctx.needs_input_grad[1]:
             if form.complement:
                 source = projected if ctx.projected and projected is not None else input
-                core = keep_input(source, Factors(batch, order, scale, channel, spatial, bits), input.dim() - 1, 1)
+                core = keep_input(source, Factors(rotation, groups, scale, channel, spatial, bits), input.dim() - 1, 1)
             elif projected is not None and channel is None:
-                core = keep_input(projected, Factors(batch, order, scale, None, spatial, bits), input.dim() - 1, 1)
+                core = keep_input(projected, Factors(rotation, groups, scale, None, spatial, bits), input.dim() - 1, 1)
             else:
-                found = compress(input, Factors(batch, order, scale, channel, spatial), input.dim() - 1, 1)
+                found = compress(input, Factors(rotation, groups, scale, channel, spatial), input.dim() - 1, 1)
                 core = keep(found @ (basis[0] if channel is None else channel.T @ basis[0]).to(found.dtype), bits)
         values, low, step, ctx.core = core
         ctx.form, ctx.scale = form, scale
-        ctx.save_for_backward(values, low, step, trained, basis, anchor, batch, order, channel, *spatial)
+        ctx.save_for_backward(values, low, step, trained, basis, anchor, rotation, groups, channel, *spatial)
         return output
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, step, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
+        values, low, step, trained, basis, anchor, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = _linear_input_grad(grad, Parts(trained, basis, anchor), ctx.form)
         if ctx.needs_input_grad[1]:
             core, complement = rebuild(Core(values, low, step, ctx.core)), ctx.form.complement
-            factors = Factors(batch, order, ctx.scale, channel if complement else None, tuple(spatial))
+            factors = Factors(rotation, groups, ctx.scale, channel if complement else None, tuple(spatial))
             few = channel is None and math.prod(core.shape[:-1]) < grad.shape[-1]
             if not ctx.projected and few:
                 core = project_out(core.to(grad.dtype), basis[0].to(grad.dtype))
@@ -190,7 +190,7 @@ class ReservedConv(torch.autograd.Function):
 
     The weight is written out in forward and again in backward, which costs its rows times the basis: little next to
     the positions that it is applied to.
-    ``apply(input, trained, bias, basis, anchor, geometry, form, bits, scale, batch, order, channel, *spatial)``.
+    ``apply(input, trained, bias, basis, anchor, geometry, form, bits, scale, rotation, groups, channel, *spatial)``.
     """
 
     @staticmethod
@@ -205,29 +205,29 @@ class ReservedConv(torch.autograd.Function):
         form: Form,
         bits: int | None,
         scale: float,
-        batch: Tensor | None,
-        order: Tensor | None,
+        rotation: Tensor | None,
+        groups: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
         core = NOTHING
         if ctx.needs_input_grad[1]:
-            core = keep_input(input, Factors(batch, order, scale, channel, spatial, bits), 1, 2)
+            core = keep_input(input, Factors(rotation, groups, scale, channel, spatial, bits), 1, 2)
         values, low, step, ctx.core = core
         ctx.geometry, ctx.form, ctx.scale, ctx.shape = geometry, form, scale, tuple(input.shape)
-        ctx.save_for_backward(values, low, step, trained, basis, anchor, batch, order, channel, *spatial)
+        ctx.save_for_backward(values, low, step, trained, basis, anchor, rotation, groups, channel, *spatial)
         return convolve(input, effective_weight(Parts(trained, basis, anchor), form), bias, geometry)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, step, trained, basis, anchor, batch, order, channel, *spatial = ctx.saved_tensors
+        values, low, step, trained, basis, anchor, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = effective_weight(Parts(trained, basis, anchor), ctx.form)
             grad_input = conv_input_grad(grad, weight, ctx.geometry, ctx.shape)
         if ctx.needs_input_grad[1]:
-            factors = Factors(batch, order, ctx.scale, channel, tuple(spatial))
+            factors = Factors(rotation, groups, ctx.scale, channel, tuple(spatial))
             stand_in = grad.new_empty(1).expand(ctx.form.shape)  # read for its shape only
             core = rebuild(Core(values, low, step, ctx.core))
             weight_grad = conv_weight_grad(grad, core, stand_in, ctx.geometry, factors)
@@ -262,8 +262,8 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
         form,
         factors.bits,
         factors.scale,
-        factors.basis,
-        factors.order,
+        factors.rotation,
+        factors.groups,
         factors.channel,
         *factors.spatial,
     )
@@ -299,8 +299,8 @@ def reserved_conv(
         form,
         factors.bits,
         factors.scale,
-        factors.basis,
-        factors.order,
+        factors.rotation,
+        factors.groups,
         factors.channel,
         *factors.spatial,
     )

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceConfig, LanceWarning, calibrate, measure_saved_bytes, restore, swap
-from lightning_lance.linalg import contrast_scale, cosine_basis
+from lightning_lance.linalg import contrast_scale
 from lightning_lance.ops.factors import Factors
 from lightning_lance.surgery import compressed_layers
-from tests.oracles import projected_input, relative_error
+from tests.oracles import batch_mode, projected_input, relative_error
 
 CPU = torch.device("cpu")
 
@@ -76,20 +76,21 @@ def test_kept_bytes_equal_the_formula(name: str, rank: Any, batch: Any, bits: in
     sizes = shape[1:-1] if isinstance(model, nn.Linear) else shape[2:]
     formula = subspace.formula_bytes(shape[0], channels, sizes, 4)
     columns = subspace.batch.columns(shape[0])
-    basis = 4 * shape[0] * columns if columns < shape[0] else 0
+    random = batch == "unbiased" and columns < shape[0]
+    shared = 4 * columns * columns + (0 if random else 4 * shape[0]) if columns < shape[0] else 0
     kept = measure_saved_bytes(lambda: model(input * 1.0), model)
-    assert kept.total == formula + basis
+    assert kept.total == formula + shared
     assert formula < input.nbytes
     # The parts, by hand.
     factors = list(subspace.factors())
     core = 4 * torch.Size(subspace.core_shape(shape[0], channels, sizes)).numel()
     if bits is not None:  # every 64 elements: their codes, and the two ends of their range
         core = min(core, math.ceil(core / 4 / 64) * (64 * bits // 8 + 8))
-    order = 4 * shape[0] if batch == "unbiased" and columns < shape[0] else 0
-    assert formula == core + 4 * sum(factor.numel() for factor in factors) + order
+    groups = 4 * shape[0] if random else 0
+    assert formula == core + 4 * sum(factor.numel() for factor in factors) + groups
 
 
-def test_a_network_keeps_the_formula_of_its_layers_and_one_basis() -> None:
+def test_a_network_keeps_the_formula_of_its_layers_and_one_rotation() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
     input = torch.randn(32, 3, 8, 8)
     ready(model, input, rank=EVERYWHERE, companions=False)
@@ -99,7 +100,7 @@ def test_a_network_keeps_the_formula_of_its_layers_and_one_basis() -> None:
         layer._lance.subspace.formula_bytes(32, channels, sizes, 4)  # type: ignore[union-attr]
         for layer, (channels, sizes) in zip(layers.values(), shapes, strict=True)
     )
-    assert measure_saved_bytes(lambda: model(input), model).total == formula + 4 * 32 * 4
+    assert measure_saved_bytes(lambda: model(input), model).total == formula + 4 * 4 * 4
 
 
 @pytest.mark.parametrize("batch", ["unbiased", "projected"])
@@ -116,8 +117,7 @@ def test_the_weight_gradient_is_that_of_the_projected_input(name: str, rank: Any
     columns = subspace.batch.columns(16)
     unbiased = batch == "unbiased" and columns < 16
     factors = Factors(
-        cosine_basis(16, columns, torch.float64, CPU) if columns < 16 else None,
-        drawn.draw(16, CPU) if unbiased else None,
+        *(batch_mode(16, columns, drawn.draw(16, CPU) if unbiased else None) if columns < 16 else (None, None)),
         contrast_scale(16, columns) if unbiased else 1.0,
         subspace.channel,
         next(iter(subspace.spatial.values())),

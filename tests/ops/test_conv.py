@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceError, measure_saved_bytes
-from lightning_lance.linalg import contrast_scale, cosine_basis
+from lightning_lance.linalg import contrast_scale
 from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
 from lightning_lance.ops.factors import Factors
 from tests.live_bytes import LiveBytes
-from tests.oracles import gradients, orthonormal, projected_input, relative_error
+from tests.oracles import batch_mode, gradients, orthonormal, projected_input, relative_error
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -90,9 +90,9 @@ def cases(draw: st.DrawFn, batches: st.SearchStrategy[int] = st.integers(0, 7)) 
 def factors_for(shape: tuple[int, ...], ranks: list[int | None], unbiased: bool, dtype: torch.dtype) -> Factors:
     """Random factors with these ranks; ``None`` keeps a mode whole."""
     batch, channel, *spatial = ranks
+    order = torch.randperm(shape[0]) if unbiased else None
     return Factors(
-        None if batch is None else cosine_basis(shape[0], batch, dtype, CPU),
-        torch.randperm(shape[0], dtype=torch.int32) if unbiased and batch is not None else None,
+        *((None, None) if batch is None else batch_mode(shape[0], batch, order, dtype)),
         contrast_scale(shape[0], batch) if unbiased and batch is not None and batch > 1 else 1.0,
         None if channel is None else orthonormal(shape[1], channel, dtype),
         tuple(
@@ -225,8 +225,7 @@ def test_the_average_over_every_sample_order_is_the_plain_gradient(name: str, si
     worst = 0.0
     for order in permutations(range(size)):
         factors = Factors(
-            cosine_basis(size, rank, torch.float64, CPU),
-            torch.tensor(order, dtype=torch.int32),
+            *batch_mode(size, rank, order),
             contrast_scale(size, rank),
             None,
             (None, None),
@@ -241,14 +240,14 @@ def test_the_average_over_every_sample_order_is_the_plain_gradient(name: str, si
 
 @pytest.mark.parametrize("name", ["pointwise", "dense", "depthwise", "circular"])
 @pytest.mark.parametrize("truncated", range(8))
-def test_kept_bytes_are_the_core_the_factors_and_the_order(name: str, truncated: int) -> None:
+def test_kept_bytes_are_the_core_the_factors_and_the_groups(name: str, truncated: int) -> None:
     case = NAMED[name]
     batch, channel, spatial = (3 if truncated >> bit & 1 else None for bit in range(3))
     factors = factors_for(case.shape, [batch, channel, spatial, spatial], True, torch.float32)
     module = case.module(torch.float32)
     input = torch.randn(case.shape, requires_grad=True)
     core = 4 * (batch or 8) * (channel or 6) * (spatial or 7) * (spatial or 5)
-    expected = core + (4 * 8 * 3 + 4 * 8 if batch else 0) + (4 * 6 * 3 if channel else 0)
+    expected = core + (4 * 3 * 3 + 4 * 8 if batch else 0) + (4 * 6 * 3 if channel else 0)
     expected += 4 * (7 + 5) * 3 if spatial else 0
     kept = measure_saved_bytes(
         lambda: low_rank_conv(input * 1.0, module.weight, module.bias, case.geometry(), factors), module

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceError, measure_saved_bytes
-from lightning_lance.linalg import contrast_scale, cosine_basis
+from lightning_lance.linalg import contrast_scale
 from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.linear import low_rank_linear
 from tests.live_bytes import LiveBytes
-from tests.oracles import gradients, orthonormal, projected_input, relative_error
+from tests.oracles import batch_mode, gradients, orthonormal, projected_input, relative_error
 
 CPU = torch.device("cpu")
 WHOLE = Factors(None, None, 1.0, None, ())
@@ -36,9 +36,9 @@ def factors_for(
     dtype: torch.dtype = torch.float64,
 ) -> Factors:
     """Random factors with these ranks; ``None`` keeps a mode whole."""
+    order = torch.randperm(shape[0]) if unbiased else None
     return Factors(
-        None if batch is None else cosine_basis(shape[0], batch, dtype, CPU),
-        torch.randperm(shape[0], dtype=torch.int32) if unbiased and batch is not None else None,
+        *((None, None) if batch is None else batch_mode(shape[0], batch, order, dtype)),
         contrast_scale(shape[0], batch) if unbiased and batch is not None and batch > 1 else 1.0,
         None if channel is None else orthonormal(shape[-1], channel, dtype),
         tuple(
@@ -125,8 +125,7 @@ def test_the_average_over_every_sample_order_is_the_plain_gradient(
     worst = 0.0
     for order in orders:
         factors = Factors(
-            cosine_basis(size, rank, torch.float64, CPU),
-            torch.tensor(order, dtype=torch.int32),
+            *batch_mode(size, rank, order),
             contrast_scale(size, rank),
             None,
             (None,) * len(tokens),
@@ -144,15 +143,14 @@ def test_without_the_scale_the_average_is_not_the_plain_gradient() -> None:
     plain = gradients(F.linear, input, weight, None, grad)[2]
     total = torch.zeros_like(plain)
     for order in permutations(range(4)):
-        basis = cosine_basis(4, 2, torch.float64, CPU)
-        factors = Factors(basis, torch.tensor(order, dtype=torch.int32), 1.0, None, ())
+        factors = Factors(*batch_mode(4, 2, order), 1.0, None, ())
         total += gradients(lambda x, w, b, f=factors: low_rank_linear(x, w, b, f), input, weight, None, grad)[2]
     assert relative_error(total / 24, plain) > 0.05
 
 
 @pytest.mark.parametrize("truncated", range(8))
 @pytest.mark.parametrize("bias", [True, False])
-def test_kept_bytes_are_the_core_the_factors_and_the_order(truncated: int, bias: bool) -> None:
+def test_kept_bytes_are_the_core_the_factors_and_the_groups(truncated: int, bias: bool) -> None:
     shape = (16, 6, 10)
     ranks: list[int | None] = [5 if truncated >> mode & 1 else None for mode in range(3)]
     factors = factors_for(shape, ranks[0], ranks[2], ranks[1:2], dtype=torch.float32)
@@ -162,7 +160,7 @@ def test_kept_bytes_are_the_core_the_factors_and_the_order(truncated: int, bias:
     core = 4 * (5 if ranks[0] else 16) * (5 if ranks[1] else 6) * (5 if ranks[2] else 10)
     expected = core
     if ranks[0]:
-        expected += 4 * 16 * 5 + 4 * 16  # cosine basis and order
+        expected += 4 * 5 * 5 + 4 * 16  # rotation and groups
     if ranks[1]:
         expected += 4 * 6 * 5
     if ranks[2]:
@@ -173,7 +171,7 @@ def test_kept_bytes_are_the_core_the_factors_and_the_order(truncated: int, bias:
     assert {holder.op for holder in kept.holders} == {"LowRankLinearBackward"}
 
 
-def test_layers_share_the_cosine_basis() -> None:
+def test_layers_share_the_rotation() -> None:
     weight = torch.nn.Parameter(torch.randn(10, 10))
 
     def run() -> Tensor:
@@ -182,7 +180,7 @@ def test_layers_share_the_cosine_basis() -> None:
             value = low_rank_linear(value, weight, None, factors_for((16, 10), 4, None, [], dtype=torch.float32))
         return value
 
-    assert measure_saved_bytes(run).total == 3 * (4 * 4 * 10 + 4 * 16) + 4 * 16 * 4
+    assert measure_saved_bytes(run).total == 3 * (4 * 4 * 10 + 4 * 16) + 4 * 4 * 4
 
 
 def test_gradients_that_nobody_asks_for_are_not_computed() -> None:

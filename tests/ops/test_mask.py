@@ -16,7 +16,7 @@ def test_bits_come_back(size: int, seed: int) -> None:
     bits = pack_bits(flags.clone())
     assert bits.dtype == torch.uint8
     assert bits.shape == (-(-size // 8),)
-    back = expand_bits(bits, (size,), (1,), 0.0, 1.0, torch.bool)
+    back = expand_bits(bits, (size,), (1,), 0, 1, torch.bool)
     assert torch.equal(back, flags)
 
 
@@ -31,7 +31,7 @@ def test_each_bit_has_its_place() -> None:
 def test_memory_order_is_kept(permutation: tuple[int, ...]) -> None:
     flags = (torch.rand(3, 5, 7, 2) < 0.5).permute(permutation)
     expected = flags.clone(memory_format=torch.preserve_format)
-    back = expand_bits(pack_bits(flags), expected.shape, expected.stride(), 0.0, 1.0, torch.bool)
+    back = expand_bits(pack_bits(flags), expected.shape, expected.stride(), 0, 1, torch.bool)
     assert back.stride() == expected.stride()
     assert torch.equal(back, expected)
 
@@ -39,15 +39,15 @@ def test_memory_order_is_kept(permutation: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_values_of_the_flags(dtype: torch.dtype) -> None:
     flags = torch.tensor([True, False, False, True, True])
-    values = expand_bits(pack_bits(flags.clone()), (5,), (1,), 0.1, 1.25, dtype)
-    assert torch.equal(values, torch.where(flags, torch.tensor(1.25, dtype=dtype), torch.tensor(0.1, dtype=dtype)))
+    values = expand_bits(pack_bits(flags.clone()), (5,), (1,), -128, 127, dtype)
+    assert torch.equal(values, torch.where(flags, torch.tensor(127, dtype=dtype), torch.tensor(-128, dtype=dtype)))
 
 
 def test_no_number_gets_through_a_closed_gate() -> None:
     grad = special(64)
     flags = torch.rand(64) < 0.5
     kernel = torch.ops.aten.threshold_backward
-    stopped = flagged_gradient(kernel, grad, pack_bits(flags.clone()), (1,), 1.0, 0.0, 0)
+    stopped = flagged_gradient(kernel, grad, pack_bits(flags.clone()), (1,), 1, 0, 0)
     assert same_bits(stopped, grad.masked_fill(flags, 0.0))
 
 
@@ -55,5 +55,5 @@ def test_gradient_of_another_layout() -> None:
     flags = torch.rand(6, 4) < 0.5
     grad = torch.randn(4, 6).T
     kernel = torch.ops.aten.leaky_relu_backward
-    scaled = flagged_gradient(kernel, grad, pack_bits(flags.clone()), flags.stride(), -1.0, 1.0, 0.5, False)
+    scaled = flagged_gradient(kernel, grad, pack_bits(flags.clone()), flags.stride(), -1, 1, 0.5, False)
     assert torch.equal(scaled, torch.where(flags, 1.0, 0.5) * grad)

@@ -1,0 +1,44 @@
+"""The batch mode: samples are summed in groups, and the sums turned into a constant direction and contrasts.
+
+Summing costs one pass over the activation and one addition per element, whatever the rank; a product with a matrix
+of ``r`` rows takes ``2 r`` operations on each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_lance.linalg import mode_product
+
+
+def batch_matrix(rotation: Tensor, groups: Tensor, scale: float = 1.0) -> Tensor:
+    """``Φᵀ``, shape ``(r, B)``: a column of the rotation for every sample; the contrasts times ``scale``."""
+    rows = rotation.index_select(1, groups)
+    if scale != 1.0:
+        rows[1:] *= scale
+    return rows
+
+
+def batch_product(matrix: Tensor, tensor: Tensor) -> Tensor:
+    """``X ×_0 A`` as one matrix product that reads the tensor once, in either memory format."""
+    if tensor.dim() > 2 and not tensor.is_contiguous():
+        last = tensor.movedim(1, -1)
+        if last.is_contiguous():
+            return mode_product(last, matrix, 0).movedim(-1, 1)
+    return mode_product(tensor, matrix, 0)
+
+
+def summed(tensor: Tensor) -> bool:
+    """Whether summing groups is exact enough and the faster way.
+
+    Accelerators multiply faster than they add to places in memory, in an order of their own; half precision would be
+    rounded at every addition; a compiler fuses the product.
+    """
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    return tensor.device.type == "cpu" and wide and not torch.compiler.is_compiling()
+
+
+def group_sums(tensor: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Sums over the samples of each group, ``(count, …)`` in the memory format of the tensor."""
+    return torch.zeros_like(tensor[:count]).index_add_(0, groups, tensor)
