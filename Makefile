@@ -34,8 +34,10 @@ format: $(STAMP)  ## rewrite the files as ruff wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# One thread in each of up to four processes: the tests are many small things.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## all tests and docstring examples
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 demo: $(STAMP)  ## fine-tune a pretrained network with and without LANCE, a few minutes on two cores
 	@$(BIN)/python -m examples.finetune_digits $(DEMO_ARGS)

@@ -42,7 +42,7 @@ def allocate(
 
     Args:
         layers: name -> layer.
-        budget: bytes for cores, factors and sample orders of all layers together.
+        budget: bytes for cores, factors and groups of all layers together.
         unbiased: whether the batch mode is estimated without bias.
         bits: of an element of a core; ``None``: as it is.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ from lightning_lance.surgery import LeftAlone, compressed_layers
 
 Reduce = Callable[[dict[str, LayerStatistics]], None]
 """Sums the accumulators over processes, in place."""
+
+
+def _with_joint_work(spectra: dict[str, LayerSpectra]) -> dict[str, LayerSpectra]:
+    """The same, where layers of equal statistics count the work of the one that does most.
+
+    They read one input, and can share its core if none of them keeps a mode whole that another one truncates.
+    """
+    most: dict[Any, float] = {}
+    for found in spectra.values():
+        most[found.totals] = max(found.work, most.get(found.totals, 0.0))
+    return {name: replace(found, work=most[found.totals]) for name, found in spectra.items()}
 
 
 class Calibration:
@@ -45,7 +57,10 @@ class Calibration:
         self.budget = budget
         self.statistics = {
             name: LayerStatistics(
-                layer._lance.ranks if budget is None else gathering_ranks(layer._lance.ranks), layer.channel_axis, name
+                layer._lance.ranks if budget is None else gathering_ranks(layer._lance.ranks),
+                layer.channel_axis,
+                name,
+                layer.lance_work(),
             )
             for name, layer in self.layers.items()
         }
@@ -91,7 +106,7 @@ class Calibration:
                 + "; ".join(f"{name}: {reason}" for name, reason in gone.items())
                 + ". Run the forward pass that training runs, on real batches."
             )
-        for name, subspace in self._cut(spectra).items() if spectra else ():
+        for name, subspace in self._cut(_with_joint_work(spectra)).items() if spectra else ():
             self.layers[name]._lance.subspace = subspace
         link(compressed_layers(self.model).values())
         for name, reason in gone.items():

@@ -40,7 +40,7 @@ class LanceCallback(Callback):
             every mode (the published rule); a mapping of the modes ``batch``, ``channel`` (or ``feature``) and
             ``spatial`` (or ``token``) to an int, an energy or ``"full"``; or a mapping of layer patterns to any of
             these. ``"auto"`` is batch rank ``max(4, B / 6)``, the whole batch where a sample is one row; channels
-            whole; spatial and token energy 0.9.
+            whole; spatial and token energy 0.9, where that halves the mode or costs little next to the layer.
         batch: ``"unbiased"``: the weight gradient has no bias from the batch mode; ``"projected"``: as published.
         core_bits: bits in which each element of a core is kept: 4, 8, or ``None`` for its own dtype. ``"auto"`` is 4,
             and ``None`` with ``batch="projected"``, as published, and in layers with full ranks.

@@ -27,8 +27,9 @@ class LanceConfig:
             every mode (the published rule); a mapping mode -> rule with the modes ``batch``, ``channel`` (or
             ``feature``) and ``spatial`` (or ``token``), each an int, an energy or ``"full"``; or a mapping layer
             pattern -> any of these. ``"auto"`` is batch rank ``max(4, B / 6)``, the whole
-            batch where a sample is one row; channels whole; spatial and token energy .9.
-        batch: ``"unbiased"`` weights a random cosine sketch of the batch so that the weight gradient has no bias
+            batch where a sample is one row; channels whole; spatial and token energy .9, where that halves the mode or
+            costs little next to the layer.
+        batch: ``"unbiased"`` weights sums over random groups of samples so that the weight gradient has no bias
             from it; ``"projected"`` projects it, as published.
         core_bits: bits in which each element of a core is kept: 4, 8, or ``None`` for its own dtype. ``"auto"`` is 4,
             and ``None`` with ``batch="projected"``, as published, and in layers with full ranks.

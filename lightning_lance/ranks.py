@@ -18,12 +18,27 @@ MODES = ("batch", "channel", "spatial")
 _ALIASES = {"feature": "channel", "token": "spatial"}
 
 AUTO_SPATIAL_ENERGY = 0.9
-"""Energy of the spatial and token modes under ``"auto"``."""
+"""Energy of the spatial and token modes under ``"auto"``, where truncating them is :func:`worthwhile`."""
 
 
 def auto_batch_rank(batch_size: int) -> int:
     """Batch rank under ``"auto"`` of inputs with spatial or token modes: a sixth of the batch, at least 4."""
     return max(4, -(-batch_size // 6))
+
+
+def worthwhile(size: int, rank: int, work: float) -> bool:
+    """Whether ``"auto"`` truncates a spatial or token mode: it is at least halved, or that is cheap for this layer.
+
+    Projecting takes ``rank`` multiply-adds on each element of what the batch mode has left of the input, a sixth, and
+    as many in the backward pass: at most a quarter of the layer's own. Depthwise and narrow pointwise convolutions do
+    so little on each element that a few bytes less would take them as long as all the rest.
+
+    Args:
+        size: length of the mode.
+        rank: of the factor that holds the energy.
+        work: multiply-adds of the layer's forward pass on each element of its input.
+    """
+    return 2 * rank <= size or 2 * rank / 6 <= work / 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,12 @@ class ModeRanks:
 
     batch: ModeRank = "auto"
     channel: ModeRank = "full"
-    spatial: ModeRank = AUTO_SPATIAL_ENERGY
+    spatial: ModeRank = "auto"
+
+    @property
+    def spatial_rank(self) -> ModeRank:
+        """Rule of the spatial modes with the energy that ``"auto"`` stands for."""
+        return AUTO_SPATIAL_ENERGY if self.spatial == "auto" else self.spatial
 
     @property
     def full(self) -> bool:

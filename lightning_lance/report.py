@@ -21,7 +21,7 @@ class LayerReport:
         core_shape: what is kept of it, ``(batch, channel, spatial...)``.
         energy: fraction of the calibration energy that each truncated mode holds.
         plain_bytes: bytes of the input; 0 where it is that of an earlier layer, which shares its core.
-        formula_bytes: bytes of core, factors and sample order.
+        formula_bytes: bytes of core, factors and groups of samples.
         measured_bytes: bytes that autograd keeps for the layer; ``None`` where nothing was measured.
     """
 

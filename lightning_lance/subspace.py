@@ -14,7 +14,7 @@ from lightning_lance.errors import CalibrationError, StateError
 from lightning_lance.gram import GramMatrix, NystromSketch, mode_statistics
 from lightning_lance.linalg import contrast_scale, energy_rank, mode_product, orthonormalize
 from lightning_lance.precision import core_bytes
-from lightning_lance.ranks import ModeRank, ModeRanks, auto_batch_rank
+from lightning_lance.ranks import ModeRank, ModeRanks, auto_batch_rank, worthwhile
 
 Sizes = tuple[int, ...]
 """Lengths of the spatial (or token) axes of an input."""
@@ -200,7 +200,11 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LayerSpectra:
-    """Spectra of every mode that may be truncated, from which a subspace of any rank can be cut."""
+    """Spectra of every mode that may be truncated, from which a subspace of any rank can be cut.
+
+    Attributes:
+        work: multiply-adds of the layer's forward pass on each element of its input.
+    """
 
     channels: int
     channel: Spectrum | None
@@ -208,6 +212,13 @@ class LayerSpectra:
     constant_energy: float
     dtype: torch.dtype
     device: torch.device
+    work: float = math.inf
+
+    @property
+    def totals(self) -> tuple[Any, ...]:
+        """What layers that read the same inputs have in common: the energy in every mode."""
+        spatial = ((sizes, *(s and s.total for s in spectra)) for sizes, spectra in sorted(self.spatial.items()))
+        return (self.channels, *spatial)
 
     def subspace(self, ranks: ModeRanks, unbiased: bool, bits: int | None = None) -> LayerSubspace:
         """Factors of the given rank rules, and the bits of an element of the core."""
@@ -219,9 +230,13 @@ class LayerSpectra:
         for sizes, spectra in self.spatial.items():
             group: list[Tensor | None] = []
             for axis, spectrum in enumerate(spectra):
-                factor, held = (
-                    (None, 1.0) if spectrum is None else spectrum.truncate(ranks.spatial, self.dtype, self.device)
-                )
+                factor, held = None, 1.0
+                if spectrum is not None:
+                    factor, held = spectrum.truncate(ranks.spatial_rank, self.dtype, self.device)
+                if factor is not None and ranks.spatial == "auto":
+                    size, rank = factor.shape
+                    if not worthwhile(size, rank, self.work):
+                        factor, held = None, 1.0
                 group.append(factor)
                 key = f"spatial_{axis}"
                 energy[key] = min(held, energy.get(key, 1.0))
@@ -239,12 +254,14 @@ class LayerStatistics:
         ranks: rank rules; a mode that is kept whole costs nothing here.
         channel_axis: 1 for convolutions, -1 for linear layers.
         label: names the layer in messages.
+        work: multiply-adds of the layer's forward pass on each element of its input.
     """
 
-    def __init__(self, ranks: ModeRanks, channel_axis: int, label: str) -> None:
+    def __init__(self, ranks: ModeRanks, channel_axis: int, label: str, work: float = math.inf) -> None:
         self.ranks = ranks
         self.channel_axis = channel_axis
         self.label = label
+        self.work = work
         self.calls = 0
         self.channels = 0
         self.shape: tuple[int, ...] = ()
@@ -266,7 +283,7 @@ class LayerStatistics:
         if channels != self.channels:
             raise CalibrationError(f"{self.label}: inputs with {self.channels} and with {channels} channels.")
         if sizes not in self._spatial:
-            rank = self.ranks.spatial
+            rank = self.ranks.spatial_rank
             self._spatial[sizes] = (
                 None
                 if isinstance(rank, str) or _whole(rank)
@@ -390,7 +407,7 @@ class LayerStatistics:
                 if group is None
                 else tuple(Spectrum(*statistics.eigh(), statistics.trace) for statistics in group)
             )
-        return LayerSpectra(self.channels, channel, spatial, constant / total, self._input_dtype, device)
+        return LayerSpectra(self.channels, channel, spatial, constant / total, self._input_dtype, device, self.work)
 
 
 class ZeroInputError(CalibrationError):

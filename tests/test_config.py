@@ -19,7 +19,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert config.calibration_batches == 8
     assert config.budget is None
     rules = config.rules().for_layer("any")
-    assert (rules.batch, rules.channel, rules.spatial) == ("auto", "full", 0.9)
+    assert (rules.batch, rules.channel, rules.spatial) == ("auto", "full", "auto")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_lance.errors import ConfigError, LanceError
-from lightning_lance.ranks import ModeRanks, RankRules, auto_batch_rank, closest, matches
+from lightning_lance.ranks import ModeRanks, RankRules, auto_batch_rank, closest, matches, worthwhile
 
-AUTO = ModeRanks("auto", "full", 0.9)
+AUTO = ModeRanks("auto", "full", "auto")
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ AUTO = ModeRanks("auto", "full", 0.9)
         (3, ModeRanks(3, 3, 3)),
         (0.7, ModeRanks(0.7, 0.7, 0.7)),
         (1.0, ModeRanks(1.0, 1.0, 1.0)),
-        ({"batch": 4}, ModeRanks(4, "full", 0.9)),
+        ({"batch": 4}, ModeRanks(4, "full", "auto")),
         ({"batch": "auto", "channel": "auto", "spatial": "auto"}, AUTO),
         ({"feature": 0.97, "token": "full"}, ModeRanks("auto", 0.97, "full")),
         (OrderedDict(spatial=2), ModeRanks("auto", "full", 2)),
@@ -40,7 +40,7 @@ def test_a_rule_for_every_layer(rank: Any, expected: ModeRanks) -> None:
 
 def test_rules_by_layer_pattern_take_the_first_that_matches() -> None:
     rules = RankRules({"layer4.0": {"channel": 0.9}, "layer4": 0.7, "fc": "full", "head*": "auto"})
-    assert rules.for_layer("layer4.0.conv1") == ModeRanks("auto", 0.9, 0.9)
+    assert rules.for_layer("layer4.0.conv1") == ModeRanks("auto", 0.9, "auto")
     assert rules.for_layer("layer4.1.conv1") == ModeRanks(0.7, 0.7, 0.7)
     assert rules.for_layer("fc") == ModeRanks("full", "full", "full")
     assert rules.for_layer("head2") == AUTO
@@ -129,3 +129,18 @@ def test_closest_names_what_was_probably_meant() -> None:
     assert "layer4.conv" in closest("layer4.con", names)
     assert closest("zzz", names) == "layer1.conv, layer4.conv, fc"
     assert closest("zzz", []) == "none"
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "work", "expected"),
+    [
+        (56, 28, 9, True),  # a depthwise convolution: half of the mode is worth it
+        (56, 29, 9, False),
+        (14, 7, 9, True),
+        (7, 6, 512, True),  # a wide layer pays for any of it
+        (112, 61, 64, False),  # 61 / 3 of 64 is more than a quarter
+        (112, 61, 9 * 64, True),
+    ],
+)
+def test_where_truncating_is_worthwhile(size: int, rank: int, work: float, expected: bool) -> None:
+    assert worthwhile(size, rank, work) is expected

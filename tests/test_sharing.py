@@ -236,8 +236,8 @@ def test_the_report_counts_a_shared_input_once() -> None:
     assert [rows[name].plain_bytes for name in "qkv"] == [x.nbytes, 0, 0]
     assert [rows[name].formula_bytes > 0 for name in "qkv"] == [True, False, False]
     assert [rows[name].core_shape for name in "qkv"] == [rows["q"].core_shape] * 3
-    basis = 4 * BATCH * rows["q"].core_shape[0]
-    assert rows["q"].measured_bytes == rows["q"].formula_bytes + basis
+    rotation = 4 * rows["q"].core_shape[0] ** 2
+    assert rows["q"].measured_bytes == rows["q"].formula_bytes + rotation
     assert str(report).count("shared") == 2
 
 

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorly.tenalg import multi_mode_dot
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_lance import LanceConfig, swap
 from lightning_lance.errors import CalibrationError, LanceWarning, StateError
 from lightning_lance.ranks import ModeRanks, RankRules
 from lightning_lance.subspace import (
@@ -168,6 +169,47 @@ def test_ranks_as_wide_as_their_mode_keep_it_whole() -> None:
     assert subspace.spatial == {(5, 5): (None, None)}
     assert subspace.energy == {"channel": 1.0, "spatial_0": 1.0, "spatial_1": 1.0}
     assert subspace.any_size
+
+
+def test_auto_leaves_a_spatial_mode_whole_where_it_costs_more_than_it_saves() -> None:
+    """The energy is spread: more than half of the directions are needed for nine tenths of it."""
+    input = torch.randn(16, 3, 12, 12)
+    found = {}
+    for rank in ("auto", 0.9):
+        for work in (9.0, 4608.0):
+            statistics = LayerStatistics(ModeRanks("full", "full", rank), 1, "layer", work)
+            statistics.update(input)
+            subspace = statistics.spectra().subspace(statistics.ranks, True)
+            found[rank, work] = [factor is not None for factor in subspace.spatial[12, 12]]
+            assert (subspace.energy["spatial_0"] < 1.0) == found[rank, work][0]
+    assert found == {
+        ("auto", 9.0): [False, False],
+        ("auto", 4608.0): [True, True],
+        (0.9, 9.0): [True, True],
+        (0.9, 4608.0): [True, True],
+    }
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 10), (4, 5, 6)),
+        (nn.Conv2d(4, 8, 3, padding=1), (2, 4, 9, 9)),
+        (nn.Conv2d(4, 8, (3, 2), stride=(2, 3), padding=0), (2, 4, 41, 62)),
+        (nn.Conv1d(6, 6, 5, groups=6, padding=2), (2, 6, 20)),
+        (nn.Conv3d(2, 6, 2, stride=2, groups=2), (1, 2, 8, 8, 8)),
+    ],
+    ids=str,
+)
+def test_work_is_the_multiply_adds_on_an_element(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    swap(layer, LanceConfig())
+    input = torch.randn(shape)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(input)
+    work = layer.lance_work()  # type: ignore[operator]
+    assert work == pytest.approx(counter.get_total_flops() / 2 / input.numel(), rel=0.06)  # but for the edges
 
 
 def test_statistics_of_one_process_split_over_two_are_the_same() -> None:

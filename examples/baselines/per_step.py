@@ -62,7 +62,12 @@ def install(layers: Iterable[nn.Module], make: Callable[[], Decompose]) -> None:
 def as_factors(bases: list[Tensor | None], channel_axis: int) -> Factors:
     """One basis `(n, r)` per axis of the input, `None` for a mode that is kept whole, as the operators take them."""
     spatial = tuple(basis for axis, basis in enumerate(bases) if axis not in (0, channel_axis))
-    return Factors(bases[0], None, 1.0, bases[channel_axis], spatial)
+    rows = None if bases[0] is None else bases[0].T.contiguous()
+    return Factors(rows, None, 1.0, bases[channel_axis], spatial)
+
+
+def _batch(factors: Factors) -> Tensor | None:
+    return None if factors.rotation is None else factors.rotation.T
 
 
 def tucker_bytes(input: Tensor, factors: Factors, channel_axis: int) -> int:
@@ -70,7 +75,7 @@ def tucker_bytes(input: Tensor, factors: Factors, channel_axis: int) -> int:
     elements = 1
     spatial = iter(factors.spatial)
     for axis, size in enumerate(input.shape):
-        basis = factors.basis if axis == 0 else factors.channel if axis == channel_axis else next(spatial)
+        basis = _batch(factors) if axis == 0 else factors.channel if axis == channel_axis else next(spatial)
         elements *= size if basis is None else basis.shape[1]
-    bases = (factors.basis, factors.channel, *factors.spatial)
+    bases = (_batch(factors), factors.channel, *factors.spatial)
     return (elements + sum(basis.numel() for basis in bases if basis is not None)) * input.element_size()

@@ -110,6 +110,10 @@ class Compressed(Variant):
         """Spatial or token sizes of an input."""
         raise NotImplementedError
 
+    def lance_work(self) -> float:
+        """Multiply-adds of the forward pass on each element of an input."""
+        raise NotImplementedError
+
     def lance_observe(self, input: Tensor) -> None:
         """Show an input to the observer, if there is one."""
         if self._lance.observer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ class CompressedConv(Compressed):
     """
 
     channel_axis: ClassVar[int] = 1
+    out_channels: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
@@ -32,6 +34,9 @@ class CompressedConv(Compressed):
     @staticmethod
     def sizes(input: Tensor) -> Sizes:
         return tuple(input.shape[2:])
+
+    def lance_work(self) -> float:
+        return self.out_channels * math.prod(self.kernel_size) / self.groups / math.prod(self.stride)
 
     def lance_geometry(self) -> Geometry:
         return geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)

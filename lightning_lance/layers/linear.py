@@ -19,12 +19,16 @@ class CompressedLinear(Compressed):
     """:class:`torch.nn.Linear` on inputs ``(B, *tokens, K)``; a single vector takes the stock path."""
 
     channel_axis: ClassVar[int] = -1
+    out_features: int
     weight: Tensor
     bias: Tensor | None
 
     @staticmethod
     def sizes(input: Tensor) -> Sizes:
         return tuple(input.shape[1:-1])
+
+    def lance_work(self) -> float:
+        return self.out_features
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() > 1:

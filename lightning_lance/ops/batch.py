@@ -12,10 +12,11 @@ from torch import Tensor
 from lightning_lance.linalg import mode_product
 
 
-def batch_matrix(rotation: Tensor, groups: Tensor, scale: float = 1.0) -> Tensor:
+def batch_matrix(rotation: Tensor, groups: Tensor | None, scale: float = 1.0) -> Tensor:
     """``Φᵀ``, shape ``(r, B)``: a column of the rotation for every sample; the contrasts times ``scale``."""
-    rows = rotation.index_select(1, groups)
+    rows = rotation if groups is None else rotation.index_select(1, groups)
     if scale != 1.0:
+        rows = rows.clone() if groups is None else rows
         rows[1:] *= scale
     return rows
 

@@ -15,8 +15,8 @@ class Factors(NamedTuple):
 
     Attributes:
         rotation: ``(r, r)``, sums over groups of samples to coefficients, shared by all layers, or ``None``: the batch
-            mode is kept whole.
-        groups: group ``(B,)`` of each sample, int32; ``None`` without a rotation.
+            mode is kept whole. Or ``(r, B)`` without groups: any orthonormal rows.
+        groups: group ``(B,)`` of each sample, int32, or ``None``.
         scale: weight of the contrasts, which are all coefficients but the first, in the weight gradient.
         channel: ``(C, r)`` or ``None``.
         spatial: ``(n, r)`` or ``None`` for each spatial or token axis.
@@ -46,12 +46,11 @@ def compress(input: Tensor, factors: Factors, channel_axis: int, first_spatial: 
     Returns:
         The core; the input itself where no mode is truncated.
     """
-    core, late = input, False
+    core, late = input, None
     if factors.rotation is not None:
-        assert factors.groups is not None
-        late = summed(input)  # the rotation goes last: on sums, every mode that comes before makes it smaller
-        if late:
-            core = group_sums(input, factors.groups, factors.rotation.shape[0])
+        if factors.groups is not None and summed(input):
+            late = factors.rotation.to(input.dtype)  # the other modes first: they make what is rotated smaller
+            core = group_sums(input, factors.groups, late.shape[0])
         else:
             core = batch_product(batch_matrix(factors.rotation, factors.groups).to(input.dtype), core)
     for offset, factor in enumerate(factors.spatial):
@@ -59,10 +58,7 @@ def compress(input: Tensor, factors: Factors, channel_axis: int, first_spatial: 
             core = mode_product(core, factor.to(input.dtype).T, first_spatial + offset)
     if factors.channel is not None:
         core = mode_product(core, factors.channel.to(input.dtype).T, channel_axis)
-    if late:
-        assert factors.rotation is not None
-        core = batch_product(factors.rotation.to(input.dtype), core)
-    return core
+    return core if late is None else batch_product(late, core)
 
 
 def project_gradient(grad: Tensor, core: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -79,8 +75,7 @@ def project_gradient(grad: Tensor, core: Tensor, factors: Factors) -> tuple[Tens
     rotation, groups, scale = factors[:3]
     if rotation is None:
         return grad, core
-    assert groups is not None
-    if not summed(grad):
+    if groups is None or not summed(grad):
         return batch_product(batch_matrix(rotation, groups, scale).to(grad.dtype), grad), core
     sums = group_sums(grad, groups, rotation.shape[0])
     weighted = rotation.to(grad.dtype, copy=True)

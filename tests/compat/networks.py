@@ -34,6 +34,11 @@ class Case:
     def input(self, batch: int) -> Tensor:
         if self.tokens:
             return torch.randint(0, self.tokens, (batch, *self.shape))
+        if len(self.shape) == 3 and self.shape[0] == 3:
+            from examples.data.photographs import photograph_batch
+
+            seed = int(torch.randint(2**31, ()))
+            return photograph_batch(batch, self.shape[1], seed)[0]
         return torch.randn(batch, *self.shape)
 
 

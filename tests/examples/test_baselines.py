@@ -131,7 +131,7 @@ def test_asi_starts_anew_at_another_shape() -> None:
     asi = Asi(0.8)
     asi(correlated((8, 6, 5)), 2)
     last = asi(correlated((3, 6, 5)), 2)
-    assert last.basis is None or last.basis.shape[0] == 3
+    assert last.rotation is None or last.rotation.shape[1] == 3
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -70,8 +70,8 @@ def test_half_precision_takes_the_product(dtype: torch.dtype) -> None:
     """Its sums would be rounded at every addition: 512 ones and many small numbers are lost one by one."""
     values = torch.full((600, 1), 2.0**-9, dtype=dtype)
     values[0] = 1.0
-    assert not summed(values)
     factors = Factors(*batch_mode(600, 2, None, dtype), 1.0, None, ())
+    assert not summed(values)
     core = compress(values, factors, 1, 1)
     expected = compress(values.double(), Factors(*batch_mode(600, 2, None), 1.0, None, ()), 1, 1)
     assert relative_error(core, expected) < 0.02
