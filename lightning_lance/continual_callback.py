@@ -43,6 +43,8 @@ class ContinualCallback(LanceCallback):
         damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
             energy all the same, see :class:`~lightning_lance.continual.ContinualConfig`. ``"auto"``: 0 with gradient
             descent, .5 with optimisers such as Adam, whose steps are as long in all directions.
+        freeze_above: fraction of a layer's directions from which on its weight is frozen: the last few add little to
+            what can be learned. 1: a layer trains as long as it has any direction free.
         feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
             ``"channel"``, directions of channels, whose bases are smaller and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
@@ -67,6 +69,7 @@ class ContinualCallback(LanceCallback):
         threshold_growth: float = 0.003,
         reserved: int | float | Literal["full"] = "full",
         damping: float | Literal["auto"] = "auto",
+        freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | list[str] | None = None,
         rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] = "full",
@@ -84,6 +87,7 @@ class ContinualCallback(LanceCallback):
             threshold_growth=threshold_growth,
             reserved=reserved,
             damping=damping,
+            freeze_above=freeze_above,
             feature_side=feature_side,
             heads=heads or (),
         )

@@ -46,6 +46,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         threshold_growth: added to the threshold after each experience.
         reserved: directions that an experience may change: ``"full"``, an int or a float.
         damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
+        freeze_above: fraction of a layer's directions from which on its weight is frozen.
         feature_side: ``"patch"`` or ``"channel"``.
         heads: name patterns of modules that train freely and are not protected.
 
@@ -71,6 +72,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         threshold_growth: float = 0.003,
         reserved: int | float | Literal["full"] = "full",
         damping: float | Literal["auto"] = "auto",
+        freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | Sequence[str] = (),
     ) -> None:
@@ -90,6 +92,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
             threshold_growth=threshold_growth,
             reserved=reserved,
             damping=damping,
+            freeze_above=freeze_above,
             feature_side=feature_side,
             heads=heads,
         )

@@ -37,6 +37,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         threshold_growth: added to the threshold after each experience.
         reserved: directions that an experience may change: ``"full"``, an int or a float.
         damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
+        freeze_above: fraction of a layer's directions from which on its weight is frozen.
         feature_side: ``"patch"`` or ``"channel"``.
         heads: name patterns of modules that train freely and are not protected.
         base_kwargs: all other arguments of :class:`avalanche.training.templates.SupervisedTemplate`.
@@ -63,6 +64,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         threshold_growth: float = 0.003,
         reserved: int | float | Literal["full"] = "full",
         damping: float | Literal["auto"] = "auto",
+        freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | Sequence[str] = (),
         **base_kwargs: Any,
@@ -80,6 +82,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
             threshold_growth=threshold_growth,
             reserved=reserved,
             damping=damping,
+            freeze_above=freeze_above,
             feature_side=feature_side,
             heads=heads,
         )

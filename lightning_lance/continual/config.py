@@ -42,6 +42,9 @@ class ContinualConfig:
             by the number of kernel positions squared, and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
         max_rows: feature vectors taken from one input; a random subset where there are more.
+        freeze_above: fraction of a layer's directions from which on its weight is frozen. The last few directions
+            add little to what can be learned; once the first layers are frozen, nothing before the first trained one
+            is kept for backward. 1: a layer trains as long as it has any direction free.
         warn_above: fraction of a layer's directions that may be protected before a warning.
 
     Raises:
@@ -55,7 +58,8 @@ class ContinualConfig:
     feature_side: Literal["patch", "channel"] = "patch"
     heads: str | Sequence[str] = ()
     max_rows: int = ROWS_PER_UPDATE
-    warn_above: float = 0.95
+    freeze_above: float = 0.95
+    warn_above: float = 0.9
 
     def __post_init__(self) -> None:
         if isinstance(self.heads, str):
@@ -81,6 +85,10 @@ class ContinualConfig:
             )
         if self.feature_side not in ("patch", "channel"):
             raise ConfigError(f"feature_side={self.feature_side!r} is not allowed. Allowed: 'patch', 'channel'.")
+        if not 0.0 < self.freeze_above <= 1.0:
+            raise ConfigError(
+                f"freeze_above={self.freeze_above!r} is not allowed. Allowed: a fraction in (0, 1], such as 0.95."
+            )
         if isinstance(self.max_rows, bool) or self.max_rows < 1:
             raise ConfigError(f"max_rows={self.max_rows!r} is not allowed. Allowed: an int of at least 1.")
 

@@ -401,14 +401,18 @@ class ContinualSession:
                 if not parameter.requires_grad:
                     continue
                 if name in layers and key == "weight":
-                    if not self.memories[name].capacity().full:
+                    found = self.memories[name].capacity()
+                    if found.fraction < self.options.freeze_above:
                         continue
-                    full.append(name)
+                    full.append((name, found))
                 elif name not in layers and not isinstance(module, _NORMS):
                     unprotected.append(f"{name}.{key}" if name else key)
                 run.freeze(parameter)
-        for name in full:
-            self._say(f"full {name}", f"{name}: every direction is protected; its weight is frozen from now on.")
+        for name, found in full:
+            self._say(
+                f"full {name}",
+                f"{name}: {found.protected} of {found.width} directions are protected; its weight is frozen from now on.",
+            )
         named = [
             name for name in unprotected if not name.endswith("bias") or name.rpartition(".")[0] not in self.memories
         ]

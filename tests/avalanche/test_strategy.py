@@ -134,7 +134,7 @@ def test_a_growing_classifier_is_said_to_be_unprotected_once() -> None:
         strategy.train(next(experiences))
     strategy.eval(stream.test_stream)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", LanceWarning)
+        warnings.filterwarnings("error", message="classifier", category=LanceWarning)
         for experience in experiences:
             strategy.train(experience)
             strategy.eval(stream.test_stream)
@@ -300,7 +300,7 @@ def test_a_full_layer_is_frozen_and_said_once() -> None:
     experiences = list(stream.train_stream)
     strategy.train(experiences[0])
     before = strategy.model.body[0].weight.detach().clone()
-    with pytest.warns(LanceWarning, match=r"body.0: every direction is protected; its weight is frozen"):
+    with pytest.warns(LanceWarning, match=r"body.0: \d+ of \d+ directions are protected; its weight is frozen"):
         strategy.train(experiences[1])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="body.0")

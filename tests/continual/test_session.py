@@ -483,7 +483,7 @@ def test_a_full_layer_is_frozen_and_said_once() -> None:
         one()
     assert session.capacity()["0"].full
     before, head = model[0].weight.detach().clone(), model[2].weight.detach().clone()
-    with pytest.warns(LanceWarning, match="0: every direction is protected; its weight is frozen"):
+    with pytest.warns(LanceWarning, match="0: 4 of 4 directions are protected; its weight is frozen"):
         one()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -633,6 +633,26 @@ def test_a_layer_that_is_not_compressed_is_protected_all_the_same() -> None:
     change = (model[6].weight.detach() - before).double()
     assert float(change.norm()) > 1e-3 * float(before.norm())
     assert float((change @ protected).norm()) < 1e-5 * float(change.norm())
+
+
+@pytest.mark.filterwarnings("ignore:0. 15 of 20 directions are protected")
+@pytest.mark.parametrize(("freeze_above", "frozen"), [(0.75, True), (0.8, False), (1.0, False)])
+def test_a_nearly_full_layer_is_frozen(freeze_above: float, frozen: bool) -> None:
+    model = nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    options = ContinualConfig(heads=["2"], threshold=1.0, freeze_above=freeze_above, warn_above=1.0)
+    session = ContinualSession(options=options)
+    x = torch.randn(64, 15) @ torch.linalg.qr(torch.randn(20, 15)).Q.T  # needs 15 of 20 directions
+    y = torch.randn(64, 20)
+    for _ in range(2):
+        before = model[0].weight.detach().clone()
+        session.begin_experience(model, [lambda: model(y)], [optimizer])
+        optimizer.zero_grad()
+        model(y).square().mean().backward()
+        optimizer.step()
+        session.end_experience(model, [lambda: model(x)])
+        assert session.capacity()["0"].protected == 15
+    assert torch.equal(model[0].weight, before) == frozen
 
 
 def test_where_nothing_can_be_compressed_any_more_the_stream_goes_on() -> None:

@@ -110,7 +110,7 @@ WRITERS = {
 
 
 # Random pixels need every direction.
-@pytest.mark.filterwarnings("ignore:(nearly full|.*every direction is protected):lightning_lance.errors.LanceWarning")
+@pytest.mark.filterwarnings("ignore:(nearly full|.*directions are protected):lightning_lance.errors.LanceWarning")
 @pytest.mark.parametrize("strategy", ["lance", "naive"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_runs_on_files_in_the_benchmarks_format(

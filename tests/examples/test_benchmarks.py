@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-from examples.benchmarks import memory, speed
+from examples.benchmarks import batch_mode, memory, speed
 from examples.benchmarks.cases import CASES, HEADLINE, Case, select
 from examples.benchmarks.training_methods import METHODS, find
 from examples.data.photographs import CLASSES, photograph_batch
@@ -141,6 +141,18 @@ def test_speed_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(row.quartiles[0] <= row.ratio <= row.quartiles[1] for row in rows)
     assert "ours" in capsys.readouterr().out
     assert len(json.loads(path.read_text())["rows"]) == 2
+
+
+def test_groups_give_a_gradient_as_noisy_as_cosines_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    input = torch.rand(24, 6, 10, dtype=torch.float64, generator=generator)
+    grad = torch.randn(24, 3, 10, dtype=torch.float64, generator=generator)
+    orders = [torch.randperm(24, generator=generator) for _ in range(80)]
+    found = [batch_mode.noise(input, grad, basis(24, 5), orders) for basis in (batch_mode.cosines, batch_mode.groups)]
+    assert found[1] == pytest.approx(found[0], rel=0.15)
+    for basis in (batch_mode.cosines, batch_mode.groups):
+        assert batch_mode.noise(input, grad, basis(24, 24), orders[:3]) < 1e-12  # the whole batch is exact
+    assert batch_mode.speed(16, 1) > 0
 
 
 def test_unknown_method() -> None:
