@@ -3,8 +3,8 @@
     python -m examples.finetune_digits
     python -m examples.finetune_digits --epochs 6 --seeds 0,1,2 --variant plain,lance,published --json runs.json
 
-EfficientNet-Lite0 with its ImageNet weights learns 4,000 MNIST images at 112 pixels: its last pointwise convolutions
-and a new classifier are trained, the rest and all batch norms are frozen. Each run has a process of its own, so that
+EfficientNet-Lite0 with its ImageNet weights learns 4,000 MNIST images at 112 pixels: its pointwise convolutions, all or
+the last ones, and a new classifier are trained, the rest and all batch norms are frozen. Each run has a process of its own, so that
 its peak memory is its own.
 """
 
@@ -65,7 +65,7 @@ VARIANTS: dict[str, Callable[[], list[Callback]]] = {"plain": plain, "lance": la
 
 
 class DigitsClassifier(L.LightningModule):
-    """EfficientNet-Lite0 whose last pointwise convolutions and classifier are trained.
+    """EfficientNet-Lite0 whose pointwise convolutions, from the output, and classifier are trained.
 
     Args:
         last: number of pointwise convolutions to train, counted from the output.
@@ -406,8 +406,8 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--variant", type=variants, default="plain,lance", help=f"from {', '.join(VARIANTS)}")
     result.add_argument("--seeds", type=integers, default="0", help="one run of each variant for each")
-    result.add_argument("--epochs", type=int, default=3)
-    result.add_argument("--last", type=int, default=8, help="pointwise convolutions to train, from the output")
+    result.add_argument("--epochs", type=int, default=2)
+    result.add_argument("--last", type=int, default=32, help="pointwise convolutions to train, from the output; 32 is all")
     result.add_argument("--image-size", type=int, default=112)
     result.add_argument("--batch-size", type=int, default=64)
     result.add_argument("--learning-rate", type=float, default=0.05)

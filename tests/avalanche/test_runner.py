@@ -192,6 +192,7 @@ class TestLance:
 
 
 class TestContinual:
+    @pytest.mark.filterwarnings("ignore:nearly full")
     def test_nothing_is_forgotten(self, cwd: Path) -> None:
         """A harder stream than the others: the same classes, shuffled inputs."""
         plain = runner(cwd / "plain", "own", "shuffled").run()
