@@ -4,8 +4,8 @@
     python -m examples.finetune_digits --epochs 6 --seeds 0,1,2 --variant plain,lance,published --json runs.json
 
 EfficientNet-Lite0 with its ImageNet weights learns 4,000 MNIST images at 112 pixels: its pointwise convolutions, all or
-the last ones, and a new classifier are trained, the rest and all batch norms are frozen. Each run has a process of its own, so that
-its peak memory is its own.
+the last ones, and a new classifier are trained, the rest and all batch norms are frozen. Each run has a process of its
+own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -407,7 +407,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--variant", type=variants, default="plain,lance", help=f"from {', '.join(VARIANTS)}")
     result.add_argument("--seeds", type=integers, default="0", help="one run of each variant for each")
     result.add_argument("--epochs", type=int, default=2)
-    result.add_argument("--last", type=int, default=32, help="pointwise convolutions to train, from the output; 32 is all")
+    result.add_argument("--last", type=int, default=32, help="pointwise convolutions to train; 32 are all")
     result.add_argument("--image-size", type=int, default=112)
     result.add_argument("--batch-size", type=int, default=64)
     result.add_argument("--learning-rate", type=float, default=0.05)

@@ -411,7 +411,7 @@ class ContinualSession:
         for name, found in full:
             self._say(
                 f"full {name}",
-                f"{name}: {found.protected} of {found.width} directions are protected; its weight is frozen from now on.",
+                f"{name}: {found.protected} of {found.width} directions are protected; its weight is frozen.",
             )
         named = [
             name for name in unprotected if not name.endswith("bias") or name.rpartition(".")[0] not in self.memories

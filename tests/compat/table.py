@@ -118,7 +118,7 @@ def document(rows: Sequence[Row], overhead: dict[str, float]) -> str:
     parts = [
         "# Compatibility",
         f"Made by `{COMMAND}` from the results of `tests/compat`: torch {torch.__version__.partition('+')[0]}, "
-        f"lightning {lightning.__version__}, on the CPU, random weights, "
+        f"lightning {lightning.__version__}, on the CPU, random weights, crops of photographs as colour images, "
         "`LanceCallback()` as it comes, everything trainable. In every row two epochs are trained, the loss stays "
         "finite, fewer bytes are kept than by plain training, and the model comes back as it was.",
         f"*plain keeps* and *kept* are all that autograd holds for one batch of {TESTED}, measured with saved-tensor "
