@@ -1,8 +1,8 @@
 """Flags of one bit per element, and gradients that pass through them.
 
 Flags are kept in the memory order of the tensor that they belong to, whatever its memory format; no pass reorders
-them. Packing reads eight bools as one 64-bit word and gathers their bits with one multiplication; unpacking reads
-one entry of a table of 256 for every byte, so that no separate bool tensor is made.
+them. Packing reads eight bools as one 64-bit word and gathers their bits with one multiplication; unpacking copies
+one entry of a table of 256, eight values of a byte each, for every byte.
 """
 
 from __future__ import annotations

@@ -61,9 +61,8 @@ class FewBitActivation(torch.autograd.Function):
         else:
             derivative = smooth.backward(one, input, **arguments)
             output = smooth.forward(input, **arguments, **({"inplace": True} if inplace else {}))
-        levels = (
-            derivative.mul_(smooth.resolution).add_(smooth.below + 0.5).clamp_(0, 15.5).to(torch.int8).view(torch.uint8)
-        )
+        levels = derivative.mul_(smooth.resolution).add_(smooth.below + 0.5).clamp_(0, 15.5)
+        levels = levels.to(torch.int8).view(torch.uint8)  # the direct way to uint8 is slow on the CPU
         ctx.smooth, ctx.stride = smooth, levels.stride()
         ctx.save_for_backward(pack_codes(levels.as_strided((levels.numel(),), (1,)), 2))
         if inplace:

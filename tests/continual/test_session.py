@@ -705,6 +705,8 @@ def test_a_layer_that_grew_is_refused() -> None:
         {"damping": True},
         {"damping": float("inf")},
         {"damping": "much"},
+        {"freeze_above": 0.0},
+        {"freeze_above": 1.1},
         {"feature_side": "pixel"},
         {"max_rows": 0},
         {"heads": [3]},
