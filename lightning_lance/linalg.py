@@ -6,11 +6,12 @@ a *mode* is one axis of a tensor, ``X_(n)`` its mode-n unfolding, ``X ×_n A`` t
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
+
+from lightning_lance.constants import constant
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
@@ -47,10 +48,9 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     return product.reshape(*before, matrix.shape[0], *after)
 
 
+@constant
 def sample_groups(size: int, count: int, device: torch.device) -> Tensor:
     """Group of each sample: ``count`` runs of neighbours, as equal as can be.
-
-    Calls with equal arguments share one tensor, and so do those of :func:`group_rotation`. Do not write into it.
 
     Args:
         size: number ``B`` of samples.
@@ -58,11 +58,13 @@ def sample_groups(size: int, count: int, device: torch.device) -> Tensor:
         device: device of the result.
 
     Returns:
-        int32 of shape ``(B,)``, from 0 to ``count - 1``.
+        int32 of shape ``(B,)``, from 0 to ``count - 1``; shared with other callers.
     """
-    return (_make_sample_groups if _traced() else _shared_sample_groups)(size, count, device)
+    groups = torch.arange(size, device="cpu").mul_(count).div_(size, rounding_mode="floor")
+    return groups.to(device=device, dtype=torch.int32)
 
 
+@constant
 def group_rotation(size: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Matrix ``T`` that turns the sums over :func:`sample_groups` into coefficients in an orthonormal basis.
 
@@ -77,36 +79,16 @@ def group_rotation(size: int, count: int, dtype: torch.dtype, device: torch.devi
         device: device of the result.
 
     Returns:
-        Contiguous tensor of shape ``(r, r)``.
+        Contiguous tensor of shape ``(r, r)``; shared with other callers.
     """
-    return (_make_group_rotation if _traced() else _shared_group_rotation)(size, count, dtype, device)
-
-
-def _traced() -> bool:
-    # Under a tracer a result is a stand-in that must not be kept for real calls.
-    return torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
-
-
-def _make_sample_groups(size: int, count: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        groups = torch.arange(size, device="cpu").mul_(count).div_(size, rounding_mode="floor")
-        return groups.to(device=device, dtype=torch.int32)
-
-
-def _make_group_rotation(size: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        sizes = [-(-size * (k + 1) // count) - -(-size * k // count) for k in range(count)]
-        root = torch.tensor(sizes, dtype=torch.float64, device="cpu").sqrt_()
-        rotation = torch.eye(count, dtype=torch.float64, device="cpu")
-        if count > 1:
-            mirror = root / math.sqrt(size)
-            mirror[0] -= 1.0
-            rotation -= torch.outer(mirror, mirror).mul_(2.0 / mirror.dot(mirror))
-        return rotation.div_(root).to(device=device, dtype=dtype)
-
-
-_shared_sample_groups = functools.lru_cache(maxsize=64)(_make_sample_groups)
-_shared_group_rotation = functools.lru_cache(maxsize=64)(_make_group_rotation)
+    sizes = [-(-size * (k + 1) // count) - -(-size * k // count) for k in range(count)]
+    root = torch.tensor(sizes, dtype=torch.float64, device="cpu").sqrt_()
+    rotation = torch.eye(count, dtype=torch.float64, device="cpu")
+    if count > 1:
+        mirror = root / math.sqrt(size)
+        mirror[0] -= 1.0
+        rotation -= torch.outer(mirror, mirror).mul_(2.0 / mirror.dot(mirror))
+    return rotation.div_(root).to(device=device, dtype=dtype)
 
 
 def contrast_scale(size: int, columns: int) -> float:

@@ -1,6 +1,6 @@
 """Small integers packed into bytes, in memory order, and tables of what they stand for.
 
-As in :mod:`lightning_lance.ops.mask`, several bytes are seen as one integer; here they are shifted onto each other.
+As in :mod:`lightning_lance.ops.mask`, several bytes are seen as one integer, and one multiplication gathers them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Codes in a byte -> integer of as many bytes, and the shifts that bring their low bits together in its lowest byte.
+# Codes in a byte -> integer of as many bytes, the factor that brings the codes together in its highest byte, and how
+# far that is shifted down. The partial products below do not meet, those above fall off.
 # The byte order of the machine decides which code comes first; unpacking tables are made by packing.
-_WORDS = {4: (torch.int32, (6, 12, 18)), 2: (torch.int16, (4,))}
+_WORDS = {4: (torch.int32, 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6, 24), 2: (torch.int16, 1 << 8 | 1 << 4, 8)}
 
 
 def codes_per_byte(count: int) -> int:
@@ -38,35 +39,39 @@ def pack_codes(codes: Tensor, per_byte: int) -> Tensor:
     missing = -codes.numel() % per_byte
     if missing:
         codes = F.pad(codes, (0, missing))
-    dtype, shifts = _WORDS[per_byte]
-    words = codes.view(dtype)
-    folded = words
-    for shift in shifts:
-        folded = folded | (words >> shift)
-    return folded.to(torch.uint8)
+    dtype, gather, shift = _WORDS[per_byte]
+    return codes.view(dtype).mul(gather).bitwise_right_shift_(shift).to(torch.uint8)
 
 
-def unpack_codes(packed: Tensor, per_byte: int, values: Tensor) -> Tensor:
+def unpack_codes(packed: Tensor, table: Tensor) -> Tensor:
     """What packed codes stand for, one row of a table for every byte.
 
     Args:
         packed: what :func:`pack_codes` returned.
-        per_byte: as given to it.
-        values: ``(number of codes,)``, the value of each.
+        table: made by :func:`unpacking_table` for as many codes in a byte.
 
     Returns:
-        New tensor of one axis, of the dtype of ``values``; longer than the codes were where those left a byte unfilled.
+        New tensor of one axis, of the dtype of the table; longer than the codes were where those left a byte unfilled.
     """
-    if per_byte > 1:
-        values = values.index_select(0, _rows(per_byte, values.numel(), packed.device)).view(256, per_byte)
-    return values.index_select(0, packed.int()).view(-1)
+    return table.index_select(0, packed.int()).view(-1)
 
 
-def _rows(per_byte: int, count: int, device: torch.device) -> Tensor:
-    """The codes in each of the 256 bytes, as one vector; found by packing every combination."""
+def unpacking_table(values: Tensor, per_byte: int) -> Tensor:
+    """What the codes in each byte stand for.
+
+    Args:
+        values: ``(number of codes,)``, the value of each.
+        per_byte: codes in a byte: 4, 2 or 1.
+
+    Returns:
+        ``(256, per_byte)``, or the values themselves for one code in a byte.
+    """
+    if per_byte == 1:
+        return values
     width = 8 // per_byte
-    shifts = torch.arange(0, 8, width, device=device)
-    combinations = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & (2**width - 1)
+    shifts = torch.arange(0, 8, width, device=values.device)
+    combinations = (torch.arange(256, device=values.device).unsqueeze(-1) >> shifts) & (2**width - 1)
     rows = torch.empty_like(combinations)
     rows[pack_codes(combinations.flatten().to(torch.uint8), per_byte).long()] = combinations
-    return rows.flatten().clamp_(max=count - 1)  # codes beyond do not occur
+    codes = rows.flatten().clamp_(max=values.numel() - 1)  # those beyond do not occur
+    return values.index_select(0, codes).view(256, per_byte)

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lance.constants import constant
+
 # Bits 0, 9, 18 … 63. Times a word of eight bools, byte k of the word (0 or 1) lands on bit 63 - k, and no two of the
 # partial products meet. The word and the bits are read in the same order, so that the byte order of the machine
 # cancels out.
 _GATHER = 0x8040201008040201 - (1 << 64)
 _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
-_MAX_TABLES = 64
-
-_tables: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def pack_bits(flags: Tensor) -> Tensor:
@@ -72,20 +71,13 @@ def expand_bits(
     return flat.as_strided(shape, stride)
 
 
+@constant
 def _table(off: int, on: int, device: torch.device) -> Tensor:
     """``(256,)`` int64, each the eight int8 values of a byte of flags."""
-    key = (off, on, device)
-    found = _tables.get(key)
-    if found is None:
-        shifts = torch.tensor(_SHIFTS, device=device)
-        set_ = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & 1
-        values = torch.tensor((off, on), dtype=torch.int8, device=device)
-        found = values.index_select(0, set_.view(-1)).view(torch.int64)
-        if type(found) is Tensor:  # a fake tensor of some tracer must not outlive it
-            if len(_tables) >= _MAX_TABLES:
-                _tables.clear()
-            _tables[key] = found
-    return found
+    shifts = torch.tensor(_SHIFTS, device=device)
+    set_ = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & 1
+    values = torch.tensor((off, on), dtype=torch.int8, device=device)
+    return values.index_select(0, set_.view(-1)).view(torch.int64)
 
 
 def flagged_gradient(

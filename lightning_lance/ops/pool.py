@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lance.constants import constant
 from lightning_lance.ops.backward import first_order_only
-from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes
+from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
 
 _aten: Any = torch.ops.aten
 
@@ -93,17 +94,18 @@ class _Places(NamedTuple):
 
     Attributes:
         start: int64, index of the first element of every window, broadcastable to the output.
-        distance: int64 ``(number of places,)``, from the start of a window to each place in it.
-        longest: the largest of them, at the last place.
+        code: the place at each distance from the start of a window, in uint8 where that is enough.
+        distance: int64, the distance of each place; those of all places in a byte where one holds several.
         per_byte: how many places one byte holds: 4, 2 or 1; 0 where a place takes more than a byte.
     """
 
     start: Tensor
+    code: Tensor
     distance: Tensor
-    longest: int
     per_byte: int
 
 
+@constant
 def _places(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, device: torch.device) -> _Places:
     start = distance = torch.zeros((), dtype=torch.int64, device=device)
     longest = 0
@@ -113,29 +115,26 @@ def _places(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, 
         start = start.unsqueeze(-1) * size + first
         distance = distance.unsqueeze(-1) * size + place
         longest = longest * size + (window.kernel[axis] - 1) * window.dilation[axis]
+    distance = distance.flatten()
     count = math.prod(window.kernel)
-    return _Places(start, distance.flatten(), longest, codes_per_byte(count) if count <= 256 else 0)
+    dtype = torch.uint8 if count <= 256 else torch.int16 if count <= 2**15 else torch.int32
+    code = torch.zeros(longest + 1, dtype=dtype, device=device)
+    # Where the window is wider than the input two places can lie at one distance; either code leads back to it.
+    code[distance] = torch.arange(count, device=device).to(dtype)
+    per_byte = codes_per_byte(count) if count <= 256 else 0
+    return _Places(start, code, unpacking_table(distance, per_byte) if per_byte else distance, per_byte)
 
 
 def _encode(index: Tensor, places: _Places) -> Tensor:
     """Places of the maxima, packed in memory order. The indices are overwritten."""
     distance = index.sub_(places.start).as_strided((index.numel(),), (1,))
-    count = places.distance.numel()
-    dtype = torch.uint8 if places.per_byte else torch.int16 if count <= 2**15 else torch.int32
-    code = torch.zeros(places.longest + 1, dtype=dtype, device=index.device)
-    # Where the window is wider than the input two places can lie at one distance; either code leads back to it.
-    code[places.distance] = torch.arange(count, device=index.device).to(dtype)
-    codes = code.index_select(0, distance)
+    codes = places.code.index_select(0, distance)
     return pack_codes(codes, places.per_byte) if places.per_byte else codes
 
 
 def _decode(codes: Tensor, places: _Places, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Indices of the maxima, from :func:`_encode`."""
-    if places.per_byte:
-        distance = unpack_codes(codes, places.per_byte, places.distance)
-    else:
-        distance = places.distance.index_select(0, codes.int())
-    index = distance.as_strided(shape, stride)
+    index = unpack_codes(codes, places.distance).as_strided(shape, stride)
     return index + places.start if torch.compiler.is_compiling() else index.add_(places.start)
 
 

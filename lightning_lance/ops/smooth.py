@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lance.constants import constant
 from lightning_lance.ops import inplace as in_place
 from lightning_lance.ops.backward import first_order_only
-from lightning_lance.ops.codes import pack_codes, unpack_codes
+from lightning_lance.ops.codes import pack_codes, unpack_codes, unpacking_table
 from lightning_lance.ops.mask import product_into
 
 _aten: Any = torch.ops.aten
@@ -74,10 +75,16 @@ class FewBitActivation(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (packed,) = ctx.saved_tensors
-        levels = torch.arange(16, dtype=torch.float32, device=grad.device)
-        levels = levels.sub_(ctx.smooth.below).div_(ctx.smooth.resolution).to(grad.dtype)
-        derivative = unpack_codes(packed, 2, levels).as_strided(grad.shape, ctx.stride)
+        derivative = unpack_codes(packed, _derivatives(ctx.smooth, grad.dtype, grad.device))
+        derivative = derivative.as_strided(grad.shape, ctx.stride)
         return product_into(derivative, grad), None, None, None
+
+
+@constant
+def _derivatives(smooth: Smooth, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Two derivatives for every byte of levels."""
+    levels = torch.arange(16, dtype=torch.float32, device=device)
+    return unpacking_table(levels.sub_(smooth.below).div_(smooth.resolution).to(dtype), 2)
 
 
 def few_bit(smooth: Smooth, input: Tensor, inplace: bool = False, **arguments: Any) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes
+from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
 from lightning_lance.ops.quantize import GROUP, dequantize, quantize
 
 
@@ -18,7 +18,7 @@ def test_codes_come_back(count: int, size: int, seed: int) -> None:
     packed = pack_codes(codes.clone(), per_byte)
     assert packed.shape == (-(-size // per_byte),)
     values = torch.randn(count, dtype=torch.float64)
-    assert torch.equal(unpack_codes(packed, per_byte, values)[:size], values[codes.long()])
+    assert torch.equal(unpack_codes(packed, unpacking_table(values, per_byte))[:size], values[codes.long()])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
