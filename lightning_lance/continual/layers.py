@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,12 @@ from lightning_lance.ops.reserved import Form, Parts, effective_weight, reserved
 from lightning_lance.ranks import ModeRanks
 from lightning_lance.sampling import SampleOrder
 
+WATCH_STEPS = 32
+"""A steady reservation is looked at every so many steps."""
+
+STEADY_TOLERANCE = 1e-4
+"""Relative to the weight: what rounding adds up to in ten thousand steps is a hundredth of it."""
+
 
 class Reservation:
     """Fixed and trained tensors of one layer during one experience.
@@ -30,14 +38,21 @@ class Reservation:
         weight: the layer's weight, at the start of the experience.
         memory: of the layer, with its directions reserved.
         side: feature side of the layer.
+        steady: the optimiser's steps on the weight are sums of gradients (:func:`steps_are_sums`), so that projecting
+            these is enough. It is looked after: where something else moves the weight inside of the protected basis,
+            the reservation goes on with the form that holds for any steps.
 
     Attributes:
+        form: parametrisation in use.
         update: ``V``, the trained parameter of a truncated reservation; ``None``: the weight itself is trained.
     """
 
-    def __init__(self, weight: Tensor, memory: LayerMemory, side: FeatureSide) -> None:
+    def __init__(self, weight: Tensor, memory: LayerMemory, side: FeatureSide, steady: bool = False) -> None:
         whole = memory.reserved is None
-        self.form = Form(side, weight.shape, whole)
+        # In half precision what rounding leaves in M is no longer small.
+        steady = steady and whole and memory.steps is None and weight.dtype == memory.dtype
+        self.form = Form(side, weight.shape, whole, steady)
+        self._version, self._steps = weight._version, 0
         self._start = fingerprint(weight)
         self._scaled = memory.steps is not None
         basis = memory.closed() if whole else memory.opened()
@@ -62,6 +77,31 @@ class Reservation:
     def written_out(self) -> bool:
         """Whether the weight that the layer works with is another tensor than the one that it holds."""
         return self.update is not None or self._damped
+
+    @torch.no_grad()
+    def watch(self, weight: Tensor) -> None:
+        """Before a training step: see whether a steady reservation still is, after 1, 2, 4 … and every 32 steps."""
+        if not self.form.steady or weight._version == self._version:
+            return
+        self._version = weight._version
+        self._steps += 1
+        if self._steps % WATCH_STEPS and self._steps & (self._steps - 1):
+            return
+        if not self._is_steady(weight):
+            self.form = self.form._replace(steady=False)
+
+    def _is_steady(self, weight: Tensor) -> bool:
+        """Whether ``W M = C``, seen along one vector of ``span(M)`` in each group: no product with all of ``M``."""
+        assert self.anchor is not None
+        rows, count = self.form.side.rows(weight.detach()), self.basis.shape[2]
+        if count == 0:
+            return True
+        signs = 1.0 - 2.0 * (torch.arange(count, device=weight.device) % 2)
+        signs = signs.to(self.basis).div_(math.sqrt(count)).view(-1, 1)
+        expected = self.anchor @ signs
+        excess = torch.baddbmm(expected, rows.to(self.basis.dtype), self.basis @ signs, beta=-1)
+        size = torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(rows) / math.sqrt(self.form.side.width)
+        return bool(torch.linalg.vector_norm(excess) <= STEADY_TOLERANCE * size)
 
     def parts(self, weight: Tensor) -> Parts:
         """Tensors of the parametrisation, given the layer's weight as it is now."""
@@ -88,12 +128,15 @@ class Reservation:
             "anchor": stored(self.anchor),
             "update": stored(self.update),
             "weight": stored(weight) if self.written_out else None,
+            "steady": [self.form.steady, self._steps],
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], weight: Tensor) -> None:
         """Go on with stored tensors; the weight gets its stored values where there are any."""
         self._start, self._scaled = state["start"], state["basis"] is not None
+        steady, self._steps = state.get("steady", (False, 0))
+        self.form, self._version = self.form._replace(steady=steady), weight._version
         if self._scaled:
             self.basis = Parameter(state["basis"].to(self.basis), requires_grad=False)
         if self.anchor is not None:
@@ -123,6 +166,22 @@ class Reservation:
         if self.update is not None and bool(self.update.any()):
             weight.data.copy_(self.effective(weight))
             self.update.zero_()
+
+
+def steps_are_sums(optimizers: Iterable[torch.optim.Optimizer], weight: Tensor) -> bool:
+    """Whether every step on a weight, from now on, is a sum of its gradients times numbers, and nothing else.
+
+    So are those of gradient descent, with momentum too, but not with weight decay, nor with momentum from before.
+    """
+    found = False
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if any(weight is held for held in group["params"]):
+                momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
+                if type(optimizer) is not torch.optim.SGD or group["weight_decay"] != 0 or momentum is not None:
+                    return False
+                found = True
+    return found
 
 
 def fingerprint(*tensors: Tensor) -> float:
@@ -157,8 +216,15 @@ class Reserved(Compressed):
 
     def lance_trains(self) -> bool:
         """Whether a gradient of the weight is wanted, so that something of the input must be kept."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.reservation.watch(self.weight)
         trained = self.reservation.parts(self.weight).trained
         return torch.is_grad_enabled() and trained.requires_grad
+
+    def lance_form(self) -> Form:
+        """Parametrisation of a call. A compiled graph cannot look after a steady one."""
+        form = self.reservation.form
+        return form._replace(steady=False) if torch.compiler.is_compiling() else form
 
     def lance_leave(self) -> None:
         self.reservation.fold(self.weight)
@@ -189,7 +255,7 @@ class ReservedLinear(Reserved, CompressedLinear):
         self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
         reservation = self.reservation
-        return reserved_linear(input, reservation.parts(self.weight), self.bias, reservation.form, factors)
+        return reserved_linear(input, reservation.parts(self.weight), self.bias, self.lance_form(), factors)
 
 
 class ReservedConv(Reserved, CompressedConv):
@@ -212,7 +278,8 @@ class ReservedConv(Reserved, CompressedConv):
         self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
         reservation = self.reservation
-        return reserved_conv(input, reservation.parts(weight), bias, self.lance_geometry(), reservation.form, factors)
+        form = self.lance_form()
+        return reserved_conv(input, reservation.parts(weight), bias, self.lance_geometry(), form, factors)
 
 
 _RESERVED: dict[type[registry.Variant], type[ReservedLinear] | type[ReservedConv]] = {

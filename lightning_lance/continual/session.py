@@ -18,6 +18,7 @@ from lightning_lance.continual.layers import (
     fingerprint,
     install_reservation,
     reserved_variant,
+    steps_are_sums,
 )
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
@@ -130,7 +131,7 @@ class ContinualSession:
         run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
         try:
             optimizers = list(optimizers)
-            run.damping = self.options.damping_of(optimizers)
+            run.optimizers, run.damping = optimizers, self.options.damping_of(optimizers)
             self._begin(run, passes, [] if whole else optimizers, reduce, sum_over)
         except BaseException:
             self.abandon()
@@ -202,7 +203,7 @@ class ContinualSession:
             run.freeze(layer.weight)
             return
         side, _ = _side(layer, self.options)
-        reservation = Reservation(layer.weight, memory, side)
+        reservation = Reservation(layer.weight, memory, side, steps_are_sums(run.optimizers, layer.weight))
         if stored is not None:
             reservation.load_state_dict(stored, layer.weight)
         install_reservation(layer, name, reservation, order)
@@ -521,6 +522,7 @@ class _Run:
         self.model = model
         self.heads = heads
         self.compression: LanceSession | None = None
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.damping = 0.0
         self.layers: dict[str, nn.Module] = {}
         self._frozen: list[nn.Parameter] = []

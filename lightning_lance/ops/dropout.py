@@ -29,7 +29,7 @@ class Dropout(torch.autograd.Function):
             output, kept = torch.native_dropout(input, p, True)
         else:
             noise = torch.empty_like(input).bernoulli_(1 - p)
-            kept = noise != 0
+            kept = noise.bool()  # a cast, several times as fast as a comparison
             noise.div_(1 - p)
             output = input.mul_(noise) if inplace else input * noise
         ctx.stride = kept.stride()

@@ -7,6 +7,9 @@ With ``M`` orthonormal and ``W₀`` the weight at the start of an experience, tw
 
 In both ``W M = W₀ M`` whatever an optimiser does to ``T`` or ``V``, and the gradient is exact but for the compression
 of the input. No copy of ``W`` is kept for backward.
+
+An optimiser whose steps are sums of gradients, as those of gradient descent are, leaves ``T M = C`` where it was, for
+the gradients have no part in ``M``. The complement form is *steady* then: ``W = T``, and only gradients are projected.
 """
 
 from __future__ import annotations
@@ -35,11 +38,13 @@ class Form(NamedTuple):
         side: feature side of the layer.
         shape: shape of the weight.
         complement: which of the two parametrisations.
+        steady: of the complement form: ``T M = C`` holds by itself.
     """
 
     side: FeatureSide
     shape: torch.Size
     complement: bool
+    steady: bool = False
 
 
 class Parts(NamedTuple):
@@ -59,6 +64,8 @@ class Parts(NamedTuple):
 def effective_weight(parts: Parts, form: Form) -> Tensor:
     """``W``, computed in the precision of the basis, also under autocast."""
     trained, basis, anchor = parts
+    if form.steady:
+        return trained
     dtype = basis.dtype
     with _full_precision(trained.device.type):
         if form.complement:
@@ -73,7 +80,10 @@ def effective_weight(parts: Parts, form: Form) -> Tensor:
 
 def trained_grad(weight_grad: Tensor, basis: Tensor, form: Form) -> Tensor:
     """Gradient of ``T``, or of ``V``, from that of ``W``."""
-    rows, basis = form.side.rows(weight_grad), basis.to(weight_grad.dtype)
+    rows = form.side.rows(weight_grad)
+    if form.steady:  # what rounding leaves in M would stay in the weight
+        rows = rows.to(basis.dtype)
+    basis = basis.to(rows.dtype)
     if form.complement:
         return form.side.weight(project_out(rows, basis), form.shape)
     return (rows @ basis).flatten(0, 1)
@@ -86,6 +96,8 @@ def _full_precision(device: str) -> Any:
 def _on_activations(rows: int, dtype: torch.dtype, parts: Parts, form: Form) -> bool:
     """Whether projecting inputs and gradients costs less than writing the weight out, forward and backward."""
     out, width = form.shape
+    if form.steady:
+        return False
     plain = dtype == parts.trained.dtype == parts.basis.dtype and parts.basis.shape[2] > 0
     if not plain or torch.is_autocast_enabled(parts.trained.device.type):
         return False
@@ -175,6 +187,7 @@ class ReservedLinear(torch.autograd.Function):
             core, complement = rebuild(Core(values, low, step, ctx.core)), ctx.form.complement
             factors = Factors(rotation, groups, ctx.scale, channel if complement else None, tuple(spatial))
             few = channel is None and math.prod(core.shape[:-1]) < grad.shape[-1]
+            few = few and not (ctx.form.steady and grad.dtype != basis.dtype)
             if not ctx.projected and few:
                 core = project_out(core.to(grad.dtype), basis[0].to(grad.dtype))
             grad_trained = linear_weight_grad(grad, core, factors)

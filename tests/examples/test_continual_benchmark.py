@@ -18,7 +18,7 @@ pytest.importorskip("quadprog")
 
 from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 
-from examples.benchmarks import continual
+from examples.benchmarks import continual, continual_speed
 from examples.benchmarks.continual import cell, main, options, seed_everything, table, third_means
 from examples.benchmarks.methods import METHODS, OPTIMIZERS, Settings, make_optimizer, make_strategy
 from examples.benchmarks.probes import MemoryProbe, StepEnd, StepStart, tensor_bytes
@@ -162,3 +162,19 @@ def test_options_of_single_methods() -> None:
             options([wrong])
     with pytest.raises(ValueError, match="method 'icarl' is not known"):
         make_strategy("icarl", nn.Linear(1, 1), None, settings)  # type: ignore[arg-type]
+
+
+def test_paired_steps_are_timed_in_all_experiences_but_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Recipe(lambda seed: split_mnist(seed, 100, 50), "mlp", epochs=1, lr=0.05, batch_size=5)
+    monkeypatch.setitem(continual_speed.RECIPES, "tiny", recipe)
+    arguments = ["--cases", "tiny", "--experiences", "3", "--pairs", "3", "--threads", "1", "--json", "speed.json"]
+    (row,) = continual_speed.main(arguments)
+    assert len(row.by_experience) == 2
+    assert row.naive_seconds > 0.0
+    assert row.quartiles[0] <= row.ratio <= row.quartiles[1]
+    assert 0.0 < row.kept_ratio < 1.0
+    written = json.loads(Path("speed.json").read_text())
+    assert written["rows"][0]["by_experience"] == row.by_experience
+    assert "tiny" in capsys.readouterr().out

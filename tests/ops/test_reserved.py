@@ -95,6 +95,51 @@ def test_convolution_is_that_of_the_written_out_weight(case: Case, columns: int,
         assert relative_error(reserved_conv(input, parts, module.bias, geometry, form, None), expected) < 1e-10
 
 
+def make_steady(weight: Tensor, side: FeatureSide, columns: int) -> tuple[Parts, Form, Tensor]:
+    """As :func:`make`, where the trained weight has not moved inside of the basis."""
+    parts, form, written = make(weight, side, columns, True)
+    trained = written.detach().clone().requires_grad_()
+    moved, basis = side.rows(trained), parts.basis
+    fixed = (moved @ basis @ basis.mT).detach()
+    written = side.weight(moved - moved @ basis @ basis.mT + fixed, weight.shape)
+    return parts._replace(trained=trained), form._replace(steady=True), written
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(0, 5))
+def test_a_steady_linear_map_is_the_stock_one_with_a_projected_gradient(
+    batch: int, width: int, out: int, columns: int
+) -> None:
+    weight = torch.randn(out, width, dtype=torch.float64)
+    parts, form, written = make_steady(weight, FeatureSide(1, width), columns)
+    input = torch.randn(batch, width, dtype=torch.float64, requires_grad=True)
+    output = reserved_linear(input, parts, None, form, None)
+    assert torch.equal(output, F.linear(input, parts.trained))
+    agree(output, F.linear(input, written), [input, parts.trained])
+
+
+@given(cases(st.integers(1, 4)), st.integers(0, 3), st.booleans())
+def test_a_steady_convolution_is_the_stock_one_with_a_projected_gradient(case: Case, columns: int, patch: bool) -> None:
+    module = case.module()
+    side = FeatureSide(case.groups, case.shape[1] // case.groups, case.kernel, patch)
+    parts, form, written = make_steady(module.weight.detach(), side, columns)
+    input = torch.randn(case.shape, dtype=torch.float64, requires_grad=True)
+    output = reserved_conv(input, parts, module.bias, case.geometry(), form, None)
+    assert torch.equal(output, module._conv_forward(input, parts.trained, module.bias))
+    agree(output, module._conv_forward(input, written, module.bias), [input, parts.trained])
+
+
+@pytest.mark.parametrize("rows", [4, 400])
+def test_a_steady_gradient_has_no_part_in_the_basis_under_autocast(rows: int) -> None:
+    parts, form, _ = make_steady(torch.randn(8, 12), FeatureSide(1, 12), 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = reserved_linear(torch.randn(rows, 12), parts, None, form, None)
+    output.float().square().sum().backward()
+    grad = parts.trained.grad
+    assert grad is not None
+    assert output.dtype == torch.bfloat16
+    assert float((grad @ parts.basis[0]).norm()) < 1e-6 * float(grad.norm())
+
+
 @pytest.mark.parametrize("complement", [True, False])
 @pytest.mark.parametrize("rows", [8, 400])
 @pytest.mark.parametrize("channel", [None, 5])

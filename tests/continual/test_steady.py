@@ -1,0 +1,225 @@
+"""Where steps are sums of gradients, projecting these is enough; where they are not after all, nothing is forgotten."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lance import LanceConfig
+from lightning_lance.continual import ContinualConfig, ContinualSession
+from lightning_lance.continual.layers import WATCH_STEPS, reserved_layers
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*Converting a tensor with requires_grad"),
+]
+
+EXACT = LanceConfig(rank="full", companions=False, core_bits=None)
+
+
+class OtherSGD(torch.optim.SGD):
+    """Known to nobody, so that no assumption is made about its steps."""
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(96, 20), nn.ReLU(), nn.Linear(20, 3)
+    ).to(dtype)
+
+
+def batch(experience: int, size: int = 24, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Few latent directions, other ones in each experience: ``M`` stays below half of the layers."""
+    generator = torch.Generator().manual_seed(experience)
+    latent = torch.randn(size, 2, generator=generator, dtype=torch.float64)
+    planes = torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64)
+    return torch.einsum("bk,kcxy->bcxy", latent, planes).to(dtype), (latent[:, 0] > 0).long()
+
+
+def begun(
+    make: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype = torch.float64
+) -> tuple[nn.Sequential, ContinualSession, torch.optim.Optimizer, dict[str, Tensor]]:
+    """In the second experience, with the weights at its start."""
+    torch.manual_seed(0)
+    model = network(dtype)
+    session = ContinualSession(EXACT, ContinualConfig(threshold=0.6, heads=["5"], damping=0.0, warn_above=1.0))
+    for experience in (0, 1):
+        optimizer = make(model.parameters())
+        session.begin_experience(model, [lambda e=experience: model(batch(e, dtype=dtype)[0])], [optimizer])
+        if experience == 0:
+            train(model, optimizer, 0, 3, dtype=dtype)
+            session.end_experience(model, [lambda: model(batch(0, dtype=dtype)[0])])
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in session.memories}
+    assert all(0 < memory.counts[0] <= memory.width // 2 for memory in session.memories.values())
+    return model, session, optimizer, before
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    experience: int,
+    steps: int,
+    change: Callable[[nn.Module], None] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    inputs, targets = batch(experience, dtype=dtype)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        if change is not None:
+            change(model)
+        optimizer.step()
+
+
+def steady(model: nn.Module) -> list[bool]:
+    return [layer.reservation.form.steady for layer in reserved_layers(model).values()]
+
+
+def leak(model: nn.Module, session: ContinualSession, before: dict[str, Tensor], protected: dict[str, Tensor]) -> float:
+    """Largest part of a weight change that lies in what was protected."""
+    found = []
+    for name, old in before.items():
+        rows = session.memories[name].groups, -1, session.memories[name].width
+        change = (model.get_submodule(name).weight.detach() - old).double().reshape(rows)
+        assert float(change.norm()) > 1e-3 * float(old.norm())
+        found.append(float((change @ protected[name].double()).norm() / change.norm()))
+    return max(found)
+
+
+def bases(session: ContinualSession) -> dict[str, Tensor]:
+    return {name: memory.protected.clone() for name, memory in session.memories.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_it_trains_what_the_form_for_any_steps_trains(options: dict[str, Any]) -> None:
+    model, session, optimizer, before = begun(lambda p: torch.optim.SGD(p, 0.05, **options))
+    other, general, second, _ = begun(lambda p: OtherSGD(p, 0.05, **options))
+    assert steady(model) == [True, True]
+    assert steady(other) == [False, False]
+    protected = bases(session)
+    for net, steps in ((model, optimizer), (other, second)):
+        train(net, steps, 1, 40)
+    assert steady(model) == [True, True]
+    inputs = batch(1)[0]
+    torch.testing.assert_close(model(inputs), other(inputs), rtol=1e-9, atol=1e-11)
+    for net, ended in ((model, session), (other, general)):
+        ended.end_experience(net, [lambda net=net: net(inputs)])
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert leak(model, session, before, protected) < 1e-12
+
+
+def test_the_stock_operator_runs_and_single_precision_keeps_the_promise() -> None:
+    model, session, optimizer, before = begun(lambda p: torch.optim.SGD(p, 0.05, momentum=0.9), torch.float32)
+    protected = bases(session)
+    train(model, optimizer, 1, 3 * WATCH_STEPS, dtype=torch.float32)
+    assert steady(model) == [True, True]
+    x = torch.randn(5, 96)
+    assert torch.equal(model[3](x), F.linear(x, model[3].weight, model[3].bias))
+    session.end_experience(model, [lambda: model(batch(1, dtype=torch.float32)[0])])
+    assert leak(model, session, before, protected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.05, weight_decay=1e-4),
+        lambda p: torch.optim.Adam(p, 1e-3),
+        lambda p: OtherSGD(p, 0.05),
+    ],
+)
+def test_other_steps_are_not_trusted(make: Any) -> None:
+    assert not any(steady(begun(make)[0]))
+
+
+def test_momentum_from_before_is_not_trusted() -> None:
+    torch.manual_seed(0)
+    model = network()
+    session = ContinualSession(EXACT, ContinualConfig(threshold=0.6, heads=["5"], warn_above=1.0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for experience in (0, 1):
+        session.begin_experience(model, [lambda e=experience: model(batch(e)[0])], [optimizer])
+        if experience == 1:
+            assert not any(steady(model))
+            before, protected = {n: model.get_submodule(n).weight.detach().clone() for n in ("0", "3")}, bases(session)
+        train(model, optimizer, experience, 5)
+        session.end_experience(model, [lambda e=experience: model(batch(e)[0])])
+    assert leak(model, session, before, protected) < 1e-12
+
+
+def decay(model: nn.Module) -> None:
+    """A penalty on the weights themselves, such as those of regularisation methods."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach(), alpha=0.05)
+
+
+def clip(model: nn.Module) -> None:
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+
+
+def average(model: nn.Module) -> None:
+    """Something else writes into the weights, as averaging callbacks do."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.999)
+
+
+@pytest.mark.parametrize("change", [decay, clip, average])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_moves_the_weight_otherwise_is_noticed_and_the_promise_kept(change: Any, dtype: torch.dtype) -> None:
+    model, session, optimizer, before = begun(lambda p: torch.optim.SGD(p, 0.05), dtype)
+    assert steady(model) == [True, True]
+    protected = bases(session)
+    train(model, optimizer, 1, 40, change, dtype)
+    assert steady(model) == [False, False]
+    session.end_experience(model, [lambda: model(batch(1, dtype=dtype)[0])])
+    assert leak(model, session, before, protected) < 1e-5
+
+
+def test_a_resumed_experience_goes_on_as_it_was() -> None:
+    def make(p: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(p, 0.05, momentum=0.9)
+
+    model, session, optimizer, _ = begun(make)
+    train(model, optimizer, 1, 5)
+    weights, stored = copy.deepcopy(model.state_dict()), copy.deepcopy(session.state_dict())
+    running, momentum = copy.deepcopy(session.running_state()), copy.deepcopy(optimizer.state_dict())
+    resumed, again = network(), ContinualSession(EXACT, session.options)
+    resumed.load_state_dict(weights)
+    again.load_state_dict(stored)
+    second = make(resumed.parameters())
+    second.load_state_dict(momentum)
+    assert running is not None
+    again.resume_experience(resumed, running, [second])
+    assert steady(resumed) == [True, True]
+    for net, steps in ((model, optimizer), (resumed, second)):
+        train(net, steps, 1, 7)
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    # A state that was stored before there were steady reservations goes on with the form that holds for any steps.
+    again.abandon()
+    for layer in running["layers"].values():
+        if layer["reservation"] is not None:
+            del layer["reservation"]["steady"]
+    old = ContinualSession(EXACT, session.options)
+    old.load_state_dict(stored)
+    plain = network()
+    plain.load_state_dict(weights)
+    old.resume_experience(plain, running, [make(plain.parameters())])
+    assert steady(plain) == [False, False]
+
+
+def test_a_compiled_graph_has_the_form_for_any_steps() -> None:
+    model, _, _, _ = begun(lambda p: torch.optim.SGD(p, 0.05), torch.float32)
+    x, y = batch(1, dtype=torch.float32)
+    expected = torch.autograd.grad(F.cross_entropy(model(x), y), model[3].weight)[0]
+    compiled = torch.compile(model, backend="aot_eager")
+    found = torch.autograd.grad(F.cross_entropy(compiled(x), y), model[3].weight)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert steady(model) == [True, True]
