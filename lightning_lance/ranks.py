@@ -21,9 +21,13 @@ AUTO_SPATIAL_ENERGY = 0.9
 """Energy of the spatial and token modes under ``"auto"``, where truncating them is :func:`worthwhile`."""
 
 
+AUTO_BATCH_PART = 6
+"""The batch rank under ``"auto"`` is one of so many parts of the batch."""
+
+
 def auto_batch_rank(batch_size: int) -> int:
     """Batch rank under ``"auto"`` of inputs with spatial or token modes: a sixth of the batch, at least 4."""
-    return max(4, -(-batch_size // 6))
+    return max(4, -(-batch_size // AUTO_BATCH_PART))
 
 
 def worthwhile(size: int, rank: int, work: float) -> bool:
@@ -38,7 +42,7 @@ def worthwhile(size: int, rank: int, work: float) -> bool:
         rank: of the factor that holds the energy.
         work: multiply-adds of the layer's forward pass on each element of its input.
     """
-    return 2 * rank <= size or 2 * rank / 6 <= work / 4
+    return 2 * rank <= size or 2 * rank / AUTO_BATCH_PART <= work / 4
 
 
 @dataclass(frozen=True)

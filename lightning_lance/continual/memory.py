@@ -49,11 +49,6 @@ class Capacity:
         """Fraction that is protected."""
         return self.protected / self.width
 
-    @property
-    def full(self) -> bool:
-        """Whether nothing can be learned any more."""
-        return self.free == 0
-
 
 class LayerMemory:
     """Protected basis ``M`` and reserved basis ``U`` of one layer.

@@ -481,7 +481,7 @@ def test_a_full_layer_is_frozen_and_said_once() -> None:
 
     with pytest.warns(LanceWarning, match=r"nearly full after 1 experiences: 0 \(0 of 4 directions free\)"):
         one()
-    assert session.capacity()["0"].full
+    assert session.capacity()["0"].free == 0
     before, head = model[0].weight.detach().clone(), model[2].weight.detach().clone()
     with pytest.warns(LanceWarning, match="0: 4 of 4 directions are protected; its weight is frozen"):
         one()
