@@ -18,6 +18,7 @@ from lightning_lance.linalg import (
     energy_rank,
     group_rotation,
     mode_product,
+    mode_products,
     orthonormalize,
     sample_groups,
     symmetric_eigh,
@@ -58,12 +59,53 @@ def test_mode_product_is_tensorlys(shape: list[int], rows: int, data: st.DataObj
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2, 3, -1])
+def test_mode_product_keeps_a_channels_last_format(mode: int) -> None:
+    tensor = torch.randn(3, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    matrix = torch.randn(2, tensor.shape[mode], dtype=torch.float64)
+    product = mode_product(tensor, matrix, mode)
+    torch.testing.assert_close(product, mode_product(tensor.contiguous(), matrix, mode), check_stride=False)
+    assert product.is_contiguous(memory_format=torch.channels_last)
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 4),
+    rows=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    left=st.tuples(st.booleans(), st.booleans()),
+    first=st.integers(1, 2),
+    channels_last=st.booleans(),
+)
+def test_products_with_neighbouring_modes_are_tensorlys(
+    shape: tuple[int, ...], rows: tuple[int, int], left: tuple[bool, bool], first: int, channels_last: bool
+) -> None:
+    tensor = torch.randn(shape, dtype=torch.float64)
+    if channels_last:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    matrices = [
+        None if whole else torch.randn(count, shape[first + axis], dtype=torch.float64)
+        for axis, (count, whole) in enumerate(zip(rows, left, strict=True))
+    ]
+    expected = tensor.numpy()
+    for mode, matrix in enumerate(matrices, start=first):
+        if matrix is not None:
+            expected = mode_dot(expected, matrix.numpy(), mode)
+    found = mode_products(tensor, matrices, first)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_mode_product_of_an_empty_tensor(shape: tuple[int, ...], mode: int) -> None:
     product = mode_product(torch.zeros(shape), torch.ones(5, shape[mode]), mode)
     assert product.shape == torch.Size([5 if axis == mode else n for axis, n in enumerate(shape)])
     assert not product.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5)])
+def test_products_with_the_modes_of_empty_maps(shape: tuple[int, ...]) -> None:
+    found = mode_products(torch.zeros(shape), [torch.ones(2, shape[2]), torch.ones(3, shape[3])], 2)
+    assert found.shape == (*shape[:2], 2, 3)
+    assert not found.any()
 
 
 CPU = torch.device("cpu")

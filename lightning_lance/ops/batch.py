@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lance.linalg import mode_product
-
 
 def batch_matrix(rotation: Tensor, groups: Tensor | None, scale: float = 1.0) -> Tensor:
     """``Φᵀ``, shape ``(r, B)``: a column of the rotation for every sample; the contrasts times ``scale``."""
@@ -19,15 +17,6 @@ def batch_matrix(rotation: Tensor, groups: Tensor | None, scale: float = 1.0) ->
         rows = rows.clone() if groups is None else rows
         rows[1:] *= scale
     return rows
-
-
-def batch_product(matrix: Tensor, tensor: Tensor) -> Tensor:
-    """``X ×_0 A`` as one matrix product that reads the tensor once, in either memory format."""
-    if tensor.dim() > 2 and not tensor.is_contiguous():
-        last = tensor.movedim(1, -1)
-        if last.is_contiguous():
-            return mode_product(last, matrix, 0).movedim(-1, 1)
-    return mode_product(tensor, matrix, 0)
 
 
 def summed(tensor: Tensor) -> bool:

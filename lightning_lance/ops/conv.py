@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.linalg import mode_product
+from lightning_lance.linalg import mode_product, mode_products
 from lightning_lance.ops.backward import first_order_only, outside_autocast
 from lightning_lance.ops.core import NOTHING, Core, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, project_gradient
@@ -143,6 +143,25 @@ def _backward(
     return result[0], result[1]
 
 
+_MANY_POSITIONS = 64
+"""From so many positions on, a matrix product for each sample is faster on the CPU than what convolutions run."""
+
+
+def _many_positions(grad: Tensor) -> bool:
+    """Whether a pointwise convolution's gradients are better computed as one matrix product for each sample.
+
+    It reads and writes the tensors as they are. Measured in float32: up to 4 times as fast as the transposed
+    convolution at 784 positions and more, half as fast at 49.
+    """
+    wide = grad.dtype in (torch.float32, torch.float64) and grad.device.type == "cpu"
+    return (
+        wide
+        and not torch.compiler.is_compiling()
+        and grad.is_contiguous()
+        and math.prod(grad.shape[2:]) >= _MANY_POSITIONS
+    )
+
+
 def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
     """Exact input gradient; of the input only the shape is needed.
 
@@ -155,6 +174,9 @@ def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tup
     Returns:
         ``(B, C, *sizes)``.
     """
+    if geometry.pointwise and set(geometry.stride) == {1} and _many_positions(grad):
+        matrix = weight.to(grad.dtype).reshape(weight.shape[:2]).mT
+        return torch.bmm(matrix.expand(grad.shape[0], -1, -1), grad.flatten(2)).view(shape)
     # As a transposed convolution, since convolution_backward makes a full copy of any input on the CPU, even of one
     # that it reads for its shape only. The operator is not one that autocast casts.
     sizes = geometry.padded(shape[2:])
@@ -198,9 +220,8 @@ def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geome
     if geometry.pointwise:
         weight_grad = _pointwise_weight_grad(grad, core, geometry, factors)
     else:
-        for axis, factor in enumerate(factors.spatial, start=2):
-            if factor is not None:
-                core = mode_product(core, factor.to(grad.dtype), axis)
+        spatial = [None if factor is None else factor.to(grad.dtype) for factor in factors.spatial]
+        core = mode_products(core, spatial, 2)
         if channel is not None and geometry.groups > 1:
             core, channel = mode_product(core, channel, 1), None
         core = pad_input(core, geometry)
@@ -211,11 +232,16 @@ def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geome
 
 def _pointwise_weight_grad(grad: Tensor, core: Tensor, geometry: Geometry, factors: Factors) -> Tensor:
     """A 1x1 kernel needs no rebuilt spatial mode: the gradient is projected on it instead."""
-    for axis, (factor, step) in enumerate(zip(factors.spatial, geometry.stride, strict=True), start=2):
+    spatial: list[Tensor | None] = [None] * len(factors.spatial)
+    for axis, (factor, step) in enumerate(zip(factors.spatial, geometry.stride, strict=True)):
         if factor is not None:
-            grad = mode_product(grad, factor[::step].to(grad.dtype).T, axis)
+            spatial[axis] = factor[::step].to(grad.dtype).T
         elif step > 1:
-            core = core[(slice(None),) * axis + (slice(None, None, step),)]
+            core = core[(slice(None),) * (axis + 2) + (slice(None, None, step),)]
+    grad = mode_products(grad, spatial, 2)
+    if _many_positions(grad) and core.is_contiguous():
+        products = torch.bmm(grad.flatten(2), core.flatten(2).mT)
+        return products.sum(0).view(grad.shape[1], core.shape[1], *geometry.kernel)
     rows = grad.transpose(0, 1).reshape(grad.shape[1], -1)
     columns = core.transpose(0, 1).reshape(core.shape[1], -1)
     return (rows @ columns.T).reshape(grad.shape[1], core.shape[1], *geometry.kernel)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_lance.linalg import mode_product
-from lightning_lance.ops.batch import batch_matrix, batch_product, group_sums, summed
+from lightning_lance.linalg import mode_product, mode_products
+from lightning_lance.ops.batch import batch_matrix, group_sums, summed
 
 
 class Factors(NamedTuple):
@@ -52,13 +52,12 @@ def compress(input: Tensor, factors: Factors, channel_axis: int, first_spatial: 
             late = factors.rotation.to(input.dtype)  # the other modes first: they make what is rotated smaller
             core = group_sums(input, factors.groups, late.shape[0])
         else:
-            core = batch_product(batch_matrix(factors.rotation, factors.groups).to(input.dtype), core)
-    for offset, factor in enumerate(factors.spatial):
-        if factor is not None:
-            core = mode_product(core, factor.to(input.dtype).T, first_spatial + offset)
+            core = mode_product(core, batch_matrix(factors.rotation, factors.groups).to(input.dtype), 0)
+    spatial = [None if factor is None else factor.to(input.dtype).T for factor in factors.spatial]
+    core = mode_products(core, spatial, first_spatial)
     if factors.channel is not None:
         core = mode_product(core, factors.channel.to(input.dtype).T, channel_axis)
-    return core if late is None else batch_product(late, core)
+    return core if late is None else mode_product(core, late, 0)
 
 
 def project_gradient(grad: Tensor, core: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -76,10 +75,10 @@ def project_gradient(grad: Tensor, core: Tensor, factors: Factors) -> tuple[Tens
     if rotation is None:
         return grad, core
     if groups is None or not summed(grad):
-        return batch_product(batch_matrix(rotation, groups, scale).to(grad.dtype), grad), core
+        return mode_product(grad, batch_matrix(rotation, groups, scale).to(grad.dtype), 0), core
     sums = group_sums(grad, groups, rotation.shape[0])
     weighted = rotation.to(grad.dtype, copy=True)
     weighted[1:] *= scale
     if core.numel() <= sums.numel():
-        return sums, batch_product(weighted.T, core)
-    return batch_product(weighted, sums), core
+        return sums, mode_product(core, weighted.T, 0)
+    return mode_product(sums, weighted, 0), core

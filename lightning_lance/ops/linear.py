@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.linalg import mode_product
+from lightning_lance.linalg import mode_products
 from lightning_lance.ops.backward import first_order_only, outside_autocast
 from lightning_lance.ops.core import Core, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, project_gradient
@@ -29,9 +29,7 @@ def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
         ``(O, K)``.
     """
     grad, core = project_gradient(grad, core.to(grad.dtype), factors)
-    for axis, factor in enumerate(factors.spatial, start=1):
-        if factor is not None:
-            grad = mode_product(grad, factor.to(grad.dtype).T, axis)
+    grad = mode_products(grad, [None if factor is None else factor.to(grad.dtype).T for factor in factors.spatial], 1)
     weight_grad = grad.reshape(-1, grad.shape[-1]).T @ core.reshape(-1, core.shape[-1])
     if factors.channel is not None:
         weight_grad = weight_grad @ factors.channel.to(grad.dtype).T
