@@ -169,9 +169,10 @@ class Case:
         found = [module for name, module in model.named_modules() if name.startswith(body) and wanted(module)]
         return found if self.last is None else found[-self.last :]
 
-    def batches(self, count: int, first: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Images and labels, equal at every call."""
-        return [photograph_batch(self.batch, self.size, first + index) for index in range(count)]
+    def batches(self, count: int, first: int = 0, contiguous: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """Images and labels, equal at every call; images in the channels-last memory format unless told otherwise."""
+        found = [photograph_batch(self.batch, self.size, first + index) for index in range(count)]
+        return [(images.contiguous(), labels) for images, labels in found] if contiguous else found
 
     @staticmethod
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

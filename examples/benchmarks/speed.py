@@ -2,6 +2,7 @@
 
     python -m examples.benchmarks.speed                                     # the cases with a number to reach
     python -m examples.benchmarks.speed --cases resnet18/conv-4/b32/eval --methods exact,published
+    python -m examples.benchmarks.speed --format contiguous                 # channels last is the default
     python -m examples.benchmarks.speed --quick                             # a small case, to try it out
 
 Two copies of the network take steps (forward, backward, SGD) in turn on the same batches: one trains plainly, one with
@@ -132,7 +133,7 @@ def refresh_seconds(method: Lance, ours: Trainer, batches: Sequence[tuple[Tensor
     return statistics.median(added) * len(added) + seconds(session.refresh)
 
 
-def measure(case: Case, name: str, pairs: int) -> Row:
+def measure(case: Case, name: str, pairs: int, contiguous: bool = False) -> Row:
     """One case with one method."""
     method = METHODS[name]()
     model = case.build()
@@ -140,7 +141,7 @@ def measure(case: Case, name: str, pairs: int) -> Row:
     method.install(model, case)
     beyond = None
     if method.calibrates:
-        batches = case.batches(CALIBRATION_BATCHES, first=100)
+        batches = case.batches(CALIBRATION_BATCHES, 100, contiguous)
         passes = [lambda batch=batch: method.loss(case, model, batch) for batch in batches]
         with torch.no_grad():
             passes[0]()  # the first pass sets up the kernels
@@ -148,7 +149,7 @@ def measure(case: Case, name: str, pairs: int) -> Row:
         beyond = seconds(lambda: method.calibrate(passes)) - forward
         del batches, passes
     ours = Trainer(method, model, case)
-    batches = case.batches(min(DIFFERENT_BATCHES, pairs))
+    batches = case.batches(min(DIFFERENT_BATCHES, pairs), contiguous=contiguous)
     for trainer in (plain, ours):
         trainer.step(batches[0])
     refreshes = isinstance(method, Lance) and method.calibrates
@@ -212,6 +213,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--methods", default=",".join(names), help=f"comma-separated, from {', '.join(names)}")
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--pairs", type=int, default=12, help="steps of each copy")
+    result.add_argument(
+        "--format", choices=["channels-last", "contiguous"], default="channels-last", help="memory format of the images"
+    )
     result.add_argument("--quick", action="store_true", help="one small case, few steps")
     result.add_argument("--json", type=Path, default=RESULTS / "speed.json")
     return result
@@ -232,11 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         found = []
         for name in methods:
             print(f"{case.name}  {name}", file=sys.stderr, flush=True)
-            found.append(measure(case, name, options.pairs))
-        show(case.name, table(found), NOTE)
+            found.append(measure(case, name, options.pairs, options.format == "contiguous"))
+        show(f"{case.name}, {options.format}", table(found), NOTE)
         rows += found
         if not options.quick:
-            write(options.json, rows, {"threads": options.threads})
+            write(options.json, rows, {"threads": options.threads, "format": options.format})
     return rows
 
 
