@@ -53,12 +53,17 @@ def _clamped_bits(output: Tensor, low: float, high: float) -> Tensor:
     """Packed :func:`_outside`, from the clamped output.
 
     A comparison on the CPU takes several times as long as a truth test, and the difference of two numbers is zero where
-    they are equal only. In pieces, so that neither the differences nor the flags are ever there as a whole.
+    they are equal only. So is the product of the differences to both ends, if these are 1 or more apart: none is too
+    small for a number then. In pieces, so that neither the differences nor the flags are ever there as a whole.
     """
     bits = []
     flat: Any = output.as_strided((output.numel(),), (1,))
     for part in flat.split(_CHUNK):
-        inside = (part - low if low else part).bool().logical_and_((part - high if high else part).bool())
+        above = part - low if low else part
+        if high - low >= 1.0:
+            inside = (part - high).mul_(above).bool()
+        else:
+            inside = above.bool().logical_and_((part - high if high else part).bool())
         bits.append(pack_bits(inside))
     return (torch.cat(bits) if len(bits) > 1 else bits[0]).bitwise_not_()
 
