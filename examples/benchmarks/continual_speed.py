@@ -2,6 +2,7 @@
 
     python -m examples.benchmarks.continual_speed --threads 1                 # every stream with its own network
     python -m examples.benchmarks.continual_speed --threads 1 --cases glyphs/alexnet
+    python -m examples.benchmarks.continual_speed --cases rotated-digits --option companions=False
 
 A case is a stream of `recipes.py`, or one with another network of that file. LANCE trains one epoch of each experience,
 and in each but the first, where nothing is protected yet, a copy of the network takes naive steps in turn with it, on
@@ -11,13 +12,14 @@ the same batches with plain SGD. The ratio is the median over these pairs. Only 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import json
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -62,20 +64,21 @@ class Row:
     kept_ratio: float
 
 
-def measure(case: str, experiences: int, pairs: int) -> Row:
+def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any]) -> Row:
     """Train on the first experiences of a stream, and time pairs of steps in each but the first.
 
     Args:
         case: `stream` or `stream/network`.
         experiences: how many of the stream's.
         pairs: of steps in each.
+        options: of `LanceConfig`.
     """
     stream, _, network = case.partition("/")
     recipe = RECIPES[stream]
     torch.manual_seed(0)
     model = MODELS[network or recipe.model]()
     session = ContinualSession(
-        LanceConfig(rank="full", core_bits=4),  # the defaults of LanceStrategy
+        LanceConfig(**{"rank": "full", "core_bits": 4, **options}),  # the defaults of LanceStrategy
         ContinualConfig(threshold=recipe.threshold, heads=["classifier"]),
     )
     naive_times, ratios, by_experience, kept = [], [], [], []
@@ -149,12 +152,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--cases", nargs="+", default=CASES, help="streams, or STREAM/NETWORK")
     parser.add_argument("--experiences", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=20, help="timed pairs of steps in each experience")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of LanceConfig")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=RESULTS / "continual_speed.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message=".*directions (are protected|free)")
-    rows = [measure(case, options.experiences, options.pairs) for case in options.cases]
+    given = {name: ast.literal_eval(value) for name, _, value in (text.partition("=") for text in options.option)}
+    rows = [measure(case, options.experiences, options.pairs, given) for case in options.cases]
     header = ("case", "batch", "naive step", "step", "quartiles", "experiences", "kept")
     show(
         f"Steps of LANCE next to naive ones, {options.threads} threads",
