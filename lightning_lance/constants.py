@@ -29,10 +29,11 @@ def constant(make: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(make)
     def find(*args: Hashable, **kwargs: Hashable) -> R:
-        return fresh(*args, **kwargs) if _traced() else kept(*args, **kwargs)  # type: ignore[arg-type]
+        return fresh(*args, **kwargs) if traced() else kept(*args, **kwargs)  # type: ignore[arg-type]
 
     return find  # type: ignore[return-value]
 
 
-def _traced() -> bool:
+def traced() -> bool:
+    """Whether operators make stand-ins for their results, for a compiler or an exporter."""
     return torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor

@@ -50,7 +50,8 @@ class ContinualCallback(LanceCallback):
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
         rank: how far each mode of an input is truncated, see :class:`~lightning_lance.LanceCallback`. Experience by
             experience, noise in the gradient costs more than in fine-tuning, so that the default is full rank.
-        core_bits: bits in which each element of a kept input is kept: 4, 8, or ``None`` for its own dtype.
+        core_bits: bits in which each element of a kept input is kept: 8 by default, for the same reason; 4, or ``None``
+            for its own dtype.
         options: see :class:`~lightning_lance.LanceCallback`; ``refresh`` is not among them.
 
     Attributes:
@@ -73,7 +74,7 @@ class ContinualCallback(LanceCallback):
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | list[str] | None = None,
         rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] = "full",
-        core_bits: int | Literal["auto"] | None = 4,
+        core_bits: int | Literal["auto"] | None = 8,
         **options: Any,
     ) -> None:
         super().__init__(rank=rank, core_bits=core_bits, **options)

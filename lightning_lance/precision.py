@@ -6,16 +6,14 @@ GROUP = 64
 """Neighbours in memory that share a range."""
 
 
-def rounded_bytes(elements: int, itemsize: int, bits: int) -> int:
-    """Bytes of the codes of all elements and of the two ends of the range of every group.
+def rounded_bytes(elements: int, bits: int) -> int:
+    """Bytes of the codes of all elements and of the range of every group.
 
     Args:
         elements: number of elements; the last group is filled up.
-        itemsize: bytes of an element before; ranges have 8 bytes where it is 8, else 4.
-        bits: 4 or 8.
+        bits: 4 or 8; the two numbers of a range have 2 bytes each with the former, 4 with the latter.
     """
-    groups = -(-elements // GROUP)
-    return groups * (GROUP * bits // 8 + 2 * (8 if itemsize == 8 else 4))
+    return -(-elements // GROUP) * (GROUP * bits // 8 + bits)
 
 
 def core_bytes(elements: int, itemsize: int, bits: int | None) -> int:
@@ -27,4 +25,4 @@ def core_bytes(elements: int, itemsize: int, bits: int | None) -> int:
         bits: bits asked for; ``None``: as it is.
     """
     whole = elements * itemsize
-    return whole if bits is None else min(whole, rounded_bytes(elements, itemsize, bits))
+    return whole if bits is None else min(whole, rounded_bytes(elements, bits))

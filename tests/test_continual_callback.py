@@ -77,9 +77,9 @@ def callback(**options: Any) -> Any:
 def test_continual_makes_a_continual_callback() -> None:
     found = LanceCallback(0.7, continual=True, calibration_batches=3)
     assert type(found) is ContinualCallback
-    assert (found.config.rank, found.config.core_bits, found.config.calibration_batches) == (0.7, 4, 3)
+    assert (found.config.rank, found.config.core_bits, found.config.calibration_batches) == (0.7, 8, 3)
     assert found.stream.options.threshold == ContinualCallback().stream.options.threshold
-    assert (LanceCallback(continual=True).config.rank, LanceCallback(continual=True).config.core_bits) == ("full", 4)
+    assert (LanceCallback(continual=True).config.rank, LanceCallback(continual=True).config.core_bits) == ("full", 8)
     assert type(LanceCallback()) is LanceCallback
     for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         assert type(other) is ContinualCallback

@@ -78,7 +78,7 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any])
     torch.manual_seed(0)
     model = MODELS[network or recipe.model]()
     session = ContinualSession(
-        LanceConfig(**{"rank": "full", "core_bits": 4, **options}),  # the defaults of LanceStrategy
+        LanceConfig(**{"rank": "full", "core_bits": 8, **options}),  # the defaults of LanceStrategy
         ContinualConfig(threshold=recipe.threshold, heads=["classifier"]),
     )
     naive_times, ratios, by_experience, kept = [], [], [], []

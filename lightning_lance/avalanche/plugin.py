@@ -35,7 +35,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         batch: ``"unbiased"`` or ``"projected"``.
         core_bits: bits in which each element of a core is kept: 4, 8, ``None`` for its own dtype, or ``"auto"``.
             Experience by experience, noise in the gradient costs more than in fine-tuning, so that inputs are kept in
-            few bits and at full rank by default.
+            8 bits and at full rank by default.
         layers: which layers keep a compressed input. Which are protected does not depend on it.
         companions: also swap the layers beside them for exact variants that keep less.
         memory_budget: bytes for the cores and factors of all compressed layers.
@@ -62,7 +62,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         *,
         rank: Rank = "full",
         batch: Literal["unbiased", "projected"] = "unbiased",
-        core_bits: int | Literal["auto"] | None = 4,
+        core_bits: int | Literal["auto"] | None = 8,
         layers: Layers = "trainable",
         companions: bool | Literal["approximate"] = True,
         memory_budget: int | str | None = None,

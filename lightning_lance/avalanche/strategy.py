@@ -27,7 +27,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         plugins: further plugins, which come after ours; the list is not changed.
         rank: see :class:`~lightning_lance.avalanche.LancePlugin`, as all that follow.
         batch: ``"unbiased"`` or ``"projected"``.
-        core_bits: bits in which each element of a core is kept; inputs are kept in 4 bits at full rank by default.
+        core_bits: bits in which each element of a core is kept; by default inputs are kept in 8 bits at full rank.
         layers: which layers keep a compressed input.
         companions: also swap the layers beside them for exact variants that keep less.
         memory_budget: bytes for the cores and factors of all compressed layers.
@@ -54,7 +54,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         plugins: Sequence[BasePlugin] | None = None,
         rank: Rank = "full",
         batch: Literal["unbiased", "projected"] = "unbiased",
-        core_bits: int | Literal["auto"] | None = 4,
+        core_bits: int | Literal["auto"] | None = 8,
         layers: Layers = "trainable",
         companions: bool | Literal["approximate"] = True,
         memory_budget: int | str | None = None,

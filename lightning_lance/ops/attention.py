@@ -44,7 +44,7 @@ class RoundedAttention(torch.autograd.Function):
             copy = torch.empty(
                 tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device
             )
-            saved += quantize(copy.copy_(tensor), BITS, torch.float32)
+            saved += quantize(copy.copy_(tensor), BITS)
         ctx.save_for_backward(*saved)
         return output
 

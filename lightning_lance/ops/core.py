@@ -33,7 +33,7 @@ class Core(NamedTuple):
 
     Attributes:
         values: the core, or the codes of its elements.
-        low: range of each group of codes, see :class:`~lightning_lance.ops.quantize.Quantized`; else ``None``.
+        low: range of each group of codes, or ``None``; see :class:`~lightning_lance.ops.quantize.Quantized`.
         step: likewise.
         form: ``None`` where ``values`` is the core.
     """
@@ -64,11 +64,10 @@ def keep(core: Tensor, bits: int | None, owned: bool = True) -> Core:
     if core.dtype not in (torch.float32, torch.float64):
         work = core.float()
         owned = True
-    if not owned or not _dense(work):
-        work = work.clone(memory_format=torch.preserve_format)  # contiguous, unless it is dense in another order
+    if not _dense(work):
+        work, owned = work.clone(memory_format=torch.preserve_format), True  # contiguous then
     form = Form(bits, tuple(work.shape), work.stride(), core.dtype)
-    # Ranges in full precision: the constant column of the batch is far from 0, and its spread may be small.
-    return Core(*quantize(work, bits, work.dtype), form)
+    return Core(*quantize(work, bits, owned), form)
 
 
 def rebuild(core: Core) -> Tensor:
@@ -77,8 +76,6 @@ def rebuild(core: Core) -> Tensor:
     assert values is not None
     if form is None:
         return values
-    assert low is not None
-    assert step is not None
     return dequantize(Quantized(values, low, step), form.bits, form.shape, form.stride, form.dtype)
 
 

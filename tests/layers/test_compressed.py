@@ -85,7 +85,7 @@ def test_kept_bytes_equal_the_formula(name: str, rank: Any, batch: Any, bits: in
     factors = list(subspace.factors())
     core = 4 * torch.Size(subspace.core_shape(shape[0], channels, sizes)).numel()
     if bits is not None:  # every 64 elements: their codes, and the two ends of their range
-        core = min(core, math.ceil(core / 4 / 64) * (64 * bits // 8 + 8))
+        core = min(core, math.ceil(core / 4 / 64) * (64 * bits // 8 + bits))
     groups = 4 * shape[0] if random else 0
     assert formula == core + 4 * sum(factor.numel() for factor in factors) + groups
 

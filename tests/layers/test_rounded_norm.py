@@ -114,7 +114,7 @@ def test_the_formula_on_the_rounded_input() -> None:
     normalised = (x64 - x64.mean(reduce, keepdim=True)) / deviation
     groups = normalised.flatten().view(-1, GROUP)
     low = groups.amin(-1, keepdim=True).half().double()
-    step = ((groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15).half().double()
+    step = ((groups.amax(-1, keepdim=True) - low) / 15).half().double()
     rounded = (((groups - low) / step + 0.5).floor().clamp(0, 15) * step + low).view(IMAGE)
     weight: Any = stock.weight
     expected = g64 - g64.mean(reduce, keepdim=True) - rounded * (g64 * rounded).mean(reduce, keepdim=True)

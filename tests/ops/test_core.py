@@ -64,11 +64,13 @@ def test_a_core_becomes_the_nearest_levels_again(shape: list[int], bits: int, dt
     if kept.form is None:
         assert torch.equal(found, before)
         return
-    # A value in the middle between two levels may go to either.
     step = (core.double().max() - core.double().min()).item() / (2**bits - 1)
-    wrong = (found.double() - expected).abs() > 1e-5 * expected.abs().max()
-    assert wrong.sum() <= 1
-    assert (found.double() - before.double()).abs().max() <= 0.5001 * step + 1e-5 * before.abs().max()
+    # A range of 4-bit codes has two bytes a number, of 8-bit codes four.
+    precision = {4: 2**-8, 8: 1e-5}[bits]
+    error = (found.double() - before.double()).abs().max()
+    assert error <= 0.51 * step + precision * before.abs().max()
+    if bits == 8:  # a value in the middle between two levels may go to either
+        assert ((found.double() - expected).abs() > precision * expected.abs().max()).sum() <= 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -76,7 +78,7 @@ def test_a_core_becomes_the_nearest_levels_again(shape: list[int], bits: int, dt
 def test_half_precision(bits: int, dtype: torch.dtype) -> None:
     core = torch.randn(16, 40).to(dtype)
     kept = keep(core, bits)
-    assert bytes_of(kept) == core_bytes(640, 2, bits) == 10 * (GROUP * bits // 8 + 8)
+    assert bytes_of(kept) == core_bytes(640, 2, bits) == 10 * (GROUP * bits // 8 + bits)
     found = rebuild(kept)
     assert found.dtype == dtype
     assert relative_error(found.double(), core.double()) < {4: 0.12, 8: 0.01}[bits]
@@ -106,14 +108,15 @@ def test_small_empty_and_constant_cores() -> None:
         assert keep(core, 4).values is core
     for value in (0.0, 3.0, -1e-30, 1e30):
         core = torch.full((256,), value)
-        assert torch.equal(rebuild(keep(core, 4, owned=False)), core)
+        assert torch.allclose(rebuild(keep(core, 4, owned=False)), core, rtol=1e-3, atol=0.0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_so(value: float) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_what_is_infinite_does_not_become_a_number(value: float, bits: int) -> None:
     core = torch.randn(128)
     core[100] = value
-    found = rebuild(keep(core, 4))
+    found = rebuild(keep(core, bits))
     assert found[:64].isfinite().all()
     assert not found[100].isfinite()
 
