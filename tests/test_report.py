@@ -45,7 +45,7 @@ def test_layers_say_what_was_kept(report: Report) -> None:
     assert first.plain_bytes == BATCH * 3 * 8 * 8 * 4
     assert first.core_shape[1] == 3
     # 72 elements of 4 bits in two groups of 64 with a range each, two factors of 8 x 2, the sample order.
-    assert first.formula_bytes == 2 * (32 + 8) + 4 * (16 + 16 + BATCH)
+    assert first.formula_bytes == 2 * (32 + 4) + 4 * (16 + 16 + BATCH)
     assert {item.name for item in report.left} == {"rnn", "spare"}
 
 
