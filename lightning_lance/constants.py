@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+
+from lightning_lance.tracing import traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,8 +33,3 @@ def constant(make: Callable[P, R]) -> Callable[P, R]:
         return fresh(*args, **kwargs) if traced() else kept(*args, **kwargs)  # type: ignore[arg-type]
 
     return find  # type: ignore[return-value]
-
-
-def traced() -> bool:
-    """Whether operators make stand-ins for their results, for a compiler or an exporter."""
-    return torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor

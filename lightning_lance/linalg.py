@@ -57,7 +57,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 SMALL_MAP = 64
-"""Positions of a map, up to which projecting both of its axes at once is faster: 8 times at 4 x 4 and 7 x 7."""
+"""Positions of a map, up to which projecting both of its axes at once is faster."""
 
 
 def mode_products(tensor: Tensor, matrices: Sequence[Tensor | None], first: int) -> Tensor:

@@ -17,6 +17,7 @@ ROOT = Path(lightning_lance.__file__).parent
 
 # From the bottom up; a module imports from its own row and those below. A new module needs a place here.
 LAYERS = [
+    "tracing",
     "errors units constants",
     "config ranks linalg gram sampling precision subspace budget",
     "ops",

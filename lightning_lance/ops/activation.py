@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_lance.ops import inplace as in_place
 from lightning_lance.ops.backward import first_order_only
 from lightning_lance.ops.mask import flagged_gradient, pack_bits
+from lightning_lance.tracing import eager_cpu
 
 _aten: Any = torch.ops.aten
 _CHUNK = 1 << 18  # elements; a multiple of 8
@@ -43,10 +44,8 @@ def _outside(input: Tensor, low: float, high: float) -> Tensor:
 
 def _truth_tests(input: Tensor, low: float, high: float) -> bool:
     """Whether :func:`_clamped_bits` is exact on what the input becomes, and faster."""
-    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
-        return False
     dense = input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
-    return dense and math.isfinite(low) and math.isfinite(high)
+    return eager_cpu(input) and dense and math.isfinite(low) and math.isfinite(high)
 
 
 def _clamped_bits(output: Tensor, low: float, high: float) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_lance.tracing import eager_cpu
+
 
 def batch_matrix(rotation: Tensor, groups: Tensor | None, scale: float = 1.0) -> Tensor:
     """``Φᵀ``, shape ``(r, B)``: a column of the rotation for every sample; the contrasts times ``scale``."""
@@ -25,8 +27,7 @@ def summed(tensor: Tensor) -> bool:
     Accelerators multiply faster than they add to places in memory, in an order of their own; half precision would be
     rounded at every addition; a compiler fuses the product.
     """
-    wide = tensor.dtype in (torch.float32, torch.float64)
-    return tensor.device.type == "cpu" and wide and not torch.compiler.is_compiling()
+    return eager_cpu(tensor)
 
 
 def group_sums(tensor: Tensor, groups: Tensor, count: int) -> Tensor:

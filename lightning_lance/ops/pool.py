@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.constants import constant, traced
+from lightning_lance.constants import constant
 from lightning_lance.ops.backward import first_order_only
 from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
+from lightning_lance.tracing import eager_cpu
 
 _aten: Any = torch.ops.aten
 # Of the maxima of a contiguous input, found block by block: what a block measures, and from where on that is faster.
@@ -154,15 +155,13 @@ def _pool(input: Tensor, window: Window) -> tuple[Tensor, Tensor, tuple[int, ...
 def _in_blocks(input: Tensor, axes: int) -> bool:
     """Whether :func:`_pool_blocks` takes this input, and is faster: with few elements starting its operators is not."""
     return (
-        input.device.type == "cpu"
-        and input.dtype in (torch.float32, torch.float64)  # a NaN in bfloat16 comes out with other bits
+        eager_cpu(input)  # a NaN in bfloat16 would come out with other bits
         and axes == 2
         and input.dim() == 4
         and input.is_contiguous()
         and not input.is_contiguous(memory_format=torch.channels_last)
         and input.shape[1] >= _FEWEST_CHANNELS
         and input.numel() >= _FEWEST_ELEMENTS * torch.get_num_threads()
-        and not traced()
     )
 
 

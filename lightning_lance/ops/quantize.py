@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.constants import traced
 from lightning_lance.precision import GROUP
+from lightning_lance.tracing import eager_cpu
 
 _LOW_HALVES = 0x0F0F0F0F0F0F0F0F
 # Bits of a float16 but its sign, which compare like the numbers.
@@ -56,7 +56,7 @@ def quantize(values: Tensor, bits: int, owned: bool = True) -> Quantized:
     if missing:
         flat = F.pad(flat, (0, missing))
     groups = flat.view(-1, GROUP)
-    if values.dtype == torch.float32 and values.device.type == "cpu" and values.numel() and not traced():
+    if values.dtype == torch.float32 and values.numel() and eager_cpu(values):
         rows = _rows(groups, bits)
         if rows is not None:
             return Quantized(rows, None, None)

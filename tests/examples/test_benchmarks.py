@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-from examples.benchmarks import batch_mode, memory, speed
+from examples.benchmarks import batch_mode, kernels, memory, speed
 from examples.benchmarks.cases import CASES, HEADLINE, Case, select
 from examples.benchmarks.training_methods import METHODS, find
 from examples.data.photographs import CLASSES, photograph_batch
+from tests.oracles import relative_error
 
 TINY = Case.parse("resnet18/conv-4/b4/32px/eval")
 
@@ -158,3 +159,21 @@ def test_groups_give_a_gradient_as_noisy_as_cosines_do() -> None:
 def test_unknown_method() -> None:
     with pytest.raises(ValueError, match="unknown methods exakt; there are plain"):
         find(["plain", "exakt"])
+
+
+def test_kernels_that_are_timed_together_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels, "MAPS", ((3, 100), (2, 8, 5, 5)))
+    monkeypatch.setattr(kernels, "POOLED", (((3, 16, 9, 9), 2), ((2, 8, 12, 12), 3)))
+    monkeypatch.setattr(kernels, "POINTWISE", ((8, 5), (6, 9)))
+    monkeypatch.setattr(kernels, "SQUARES", ((3, 4), (3, 9)))
+    for group in (kernels.rounding, kernels.pooling, kernels.pointwise, kernels.small_maps):
+        for name, _, other, ours in group():
+            expected, found = other(), ours()
+            if isinstance(found, Tensor):
+                assert relative_error(found, expected) < (0.15 if "rounding" in name else 1e-5)
+            else:
+                assert torch.equal(found[0], expected[0])
+                assert torch.equal(found[1], expected[1])
+    ratios = kernels.main(["--repeats", "1", "--json", str(tmp_path / "kernels.json")])
+    assert len(ratios) == 7
+    assert all(ratio > 0 for shapes in ratios.values() for ratio in shapes.values())
