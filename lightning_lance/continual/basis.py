@@ -38,48 +38,75 @@ class Residual(NamedTuple):
 
     Attributes:
         values: energies of the directions, descending, shape ``(k,)``; those that are only rounding are left out.
-        vectors: the directions, shape ``(K, k)``.
+        rotation: the directions, shape ``(K, k)``; or in the columns of ``root``, shape ``(n, k)``.
+        root: ``F`` outside of the basis, shape ``(K, n)``, where the moments are a root; else ``None``.
         held: energy inside of the basis.
         total: all energy.
     """
 
     values: Tensor
-    vectors: Tensor
+    rotation: Tensor
+    root: Tensor | None
     held: float
     total: float
 
+    def without(self, count: int) -> Residual:
+        """The same but for the leading directions, which the basis is enlarged by."""
+        held = self.held + float(self.values[:count].sum())
+        return self._replace(values=self.values[count:], rotation=self.rotation[:, count:], held=held)
 
-def held_energy(moments: Moments, basis: Tensor) -> float:
-    """Energy of the moments inside of an orthonormal basis ``(K, m)``: ``tr(Mᵀ S M)``."""
-    matrix, basis = as_double(moments.matrix), as_double(basis)
-    if moments.is_root:
-        return float((basis.T @ matrix).square().sum())
-    return float((basis * (matrix @ basis)).sum())
+    def vectors(self, count: int | None = None) -> Tensor:
+        """The leading directions, or all of them: shape ``(K, count)``."""
+        if self.root is None:
+            return self.rotation[:, :count]
+        scale = self.values[:count].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+        return self.root @ (self.rotation[:, :count] / scale)
 
 
-def residual(gram: Tensor | Moments, basis: Tensor) -> Residual:
-    """Spectrum of the moments in the complement of an orthonormal basis.
+class Split(NamedTuple):
+    """Moments next to an orthonormal basis, both in float64.
 
-    Args:
-        gram: Gram matrix ``(K, K)`` or moments.
-        basis: ``(K, m)``, ``m`` may be 0.
+    Attributes:
+        moments: whole or as a root.
+        matrix: of the moments.
+        basis: ``(K, m)``.
+        crossed: ``S M``, shape ``(K, m)``; of a root ``Mᵀ F``, shape ``(m, k)``.
+        held: energy inside of the basis, ``tr(Mᵀ S M)``.
     """
+
+    moments: Moments
+    matrix: Tensor
+    basis: Tensor
+    crossed: Tensor
+    held: float
+
+
+def split(gram: Tensor | Moments, basis: Tensor) -> Split:
+    """What of the moments lies inside of an orthonormal basis ``(K, m)``; ``m`` may be 0."""
     moments = Moments.of(gram)
     matrix, basis = as_double(moments.matrix), as_double(basis)
-    held = held_energy(moments, basis)
     if moments.is_root:
-        outside = matrix - basis @ (basis.T @ matrix)
-        values, rotation = symmetric_eigh(outside.T @ outside)
-        vectors = outside @ (rotation / values.clamp(min=torch.finfo(torch.float64).tiny).sqrt())
+        crossed = basis.T @ matrix
+        return Split(moments, matrix, basis, crossed, float(crossed.square().sum()))
+    crossed = matrix @ basis
+    return Split(moments, matrix, basis, crossed, float((basis * crossed).sum()))
+
+
+def residual(found: Split) -> Residual:
+    """Spectrum of moments in the complement of a basis."""
+    moments, matrix, basis, crossed, held = found
+    root = None
+    if moments.is_root:
+        root = matrix - basis @ crossed
+        values, rotation = symmetric_eigh(root.T @ root)
     else:
-        crossed = matrix @ basis
         outside = matrix - crossed @ basis.T
         outside = outside - basis @ (basis.T @ outside)
-        values, vectors = symmetric_eigh((outside + outside.T) / 2)
+        values, rotation = symmetric_eigh((outside + outside.T) / 2)
     # float32 sums carry noise of this size; a direction below it is no direction of the data.
     floor = moments.total * torch.finfo(torch.float32).eps
     count = min(int((values > floor).sum()), matrix.shape[0] - basis.shape[1])
-    return Residual(values[:count], vectors[:, :count], held, moments.total)
+    return Residual(values[:count], rotation[:, :count], root, held, moments.total)
 
 
 def grow(basis: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
@@ -100,17 +127,17 @@ def grow_and_rest(basis: Tensor, gram: Tensor | Moments, threshold: float) -> tu
     """:func:`grow`, and what of the moments is outside of the result; ``None`` where it was not computed."""
     moments = Moments.of(gram)
     needed = threshold * moments.total
-    if moments.total <= 0.0 or basis.shape[1] >= basis.shape[0] or held_energy(moments, basis) > needed:
+    if moments.total <= 0.0 or basis.shape[1] >= basis.shape[0]:
         return basis, None
-    rest = residual(moments, basis)
+    found = split(moments, basis)
+    if found.held > needed:
+        return basis, None
+    rest = residual(found)
     count = _needed(rest.values, rest.held, needed, threshold)
-    left = Residual(
-        rest.values[count:], rest.vectors[:, count:], rest.held + float(rest.values[:count].sum()), rest.total
-    )
     if count == 0:
-        return basis, left
-    added = orthonormalize(rest.vectors[:, :count], as_double(basis))
-    return torch.cat([basis, added.to(basis)], 1).contiguous(), left
+        return basis, rest
+    added = orthonormalize(rest.vectors(count), found.basis)
+    return torch.cat([basis, added.to(basis)], 1).contiguous(), rest.without(count)
 
 
 def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
@@ -124,11 +151,12 @@ def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
     Returns:
         Orthonormal ``U``, shape ``(K, r)``, orthogonal to ``M``, dtype of ``basis``; ``r`` may be 0.
     """
-    rest = residual(gram, basis)
+    found = split(gram, basis)
+    rest = residual(found)
     count = _leading(rest.values, rank)
     if count == 0:
         return basis.new_empty(basis.shape[0], 0)
-    return orthonormalize(rest.vectors[:, :count], as_double(basis)).to(basis).contiguous()
+    return orthonormalize(rest.vectors(count), found.basis).to(basis).contiguous()
 
 
 def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:

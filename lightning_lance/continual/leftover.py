@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lance.continual.basis import Moments, Residual, as_double, held_energy, inner_moments, residual
+from lightning_lance.continual.basis import Moments, Residual, as_double, inner_moments, residual, split
 from lightning_lance.linalg import orthonormalize, symmetric_eigh
 
 LEFT_OUT = 1e-3
@@ -90,15 +90,15 @@ def outside(before: Leftover, moments: Moments, rest: Residual | None, basis: Te
     if open_count == 0 or moments.total <= 0.0:
         return before if moments.total <= 0.0 else nothing(width)
     if not apart and before.directions.shape[1] == 0:
-        held = held_energy(moments, basis) / moments.total
-        return before._replace(rest=before.rest + max(0.0, 1.0 - held) / open_count)
-    rest = residual(moments, basis) if rest is None else rest
+        held = split(moments, basis).held if rest is None else rest.held
+        return before._replace(rest=before.rest + max(0.0, 1.0 - held / moments.total) / open_count)
+    rest = residual(split(moments, basis)) if rest is None else rest
     protected, known = as_double(basis), as_double(before.directions)
     known = known - protected @ (protected.T @ known)
     root = torch.cat(
         [
             known * (before.energies - before.rest).clamp(min=0.0).sqrt(),
-            rest.vectors * (rest.values / moments.total).sqrt(),
+            rest.vectors() * (rest.values / moments.total).sqrt(),
         ],
         1,
     )
