@@ -2,24 +2,36 @@
 
 Flags are kept in the memory order of the tensor that they belong to, whatever its memory format; no pass reorders
 them. Packing reads eight bools as one 64-bit word and gathers their bits with one multiplication; unpacking copies
-one entry of a table of 256, eight values of a byte each, for every byte.
+one entry of a table of 256, eight values of a byte each, for every byte. On one or two cores NumPy's kernels, one pass
+each, do the same.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lance.constants import constant
+from lightning_lance.tracing import traced
 
 # Bits 0, 9, 18 … 63. Times a word of eight bools, byte k of the word (0 or 1) lands on bit 63 - k, and no two of the
 # partial products meet. The word and the bits are read in the same order, so that the byte order of the machine
 # cancels out.
 _GATHER = 0x8040201008040201 - (1 << 64)
 _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
+_FEW_THREADS = 2  # so many of torch's are no faster than the one of NumPy
+_FEW_FLAGS = 1 << 16  # nor are more, on so few
+
+
+def _one_pass(count: int, device: torch.device) -> bool:
+    """Whether NumPy is the faster way for so many flags."""
+    few = count < _FEW_FLAGS or torch.get_num_threads() <= _FEW_THREADS
+    return few and device.type == "cpu" and not traced()
 
 
 def pack_bits(flags: Tensor) -> Tensor:
@@ -33,6 +45,8 @@ def pack_bits(flags: Tensor) -> Tensor:
         uint8 of shape ``(ceil(n / 8),)`` for ``n`` flags; the unused bits of the last byte are 0.
     """
     flat = flags.as_strided((flags.numel(),), (1,))
+    if _one_pass(flat.numel(), flags.device):
+        return torch.from_numpy(np.packbits(flat.numpy()))
     missing = -flat.numel() % 8
     if missing:
         flat = F.pad(flat, (0, missing))
@@ -65,8 +79,11 @@ def expand_bits(
             values = torch.tensor((off, on), dtype=dtype, device=bits.device)
             flat = torch.where(flat != 0, values[1], values[0])
     else:
-        # Eight small values are copied as one word, and converted afterwards with vector instructions.
-        small = _table(off, on, bits.device).index_select(0, bits.int()).view(torch.int8)
+        count = math.prod(shape)
+        if (off, on) == (0, 1) and _one_pass(count, bits.device):
+            small = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(torch.int8)
+        else:  # eight small values are copied as one word, and converted afterwards with vector instructions
+            small = _table(off, on, bits.device).index_select(0, bits.int()).view(torch.int8)
         flat = small.view(torch.bool) if dtype == torch.bool else small.to(dtype)
     return flat.as_strided(shape, stride)
 

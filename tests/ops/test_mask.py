@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_lance.ops import mask
 from lightning_lance.ops.mask import expand_bits, flagged_gradient, pack_bits
 from tests.companions import same_bits, special
 
@@ -18,6 +19,19 @@ def test_bits_come_back(size: int, seed: int) -> None:
     assert bits.shape == (-(-size // 8),)
     back = expand_bits(bits, (size,), (1,), 0, 1, torch.bool)
     assert torch.equal(back, flags)
+
+
+@given(size=st.integers(0, 200), one=st.booleans(), seed=st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None)
+def test_both_ways_write_the_same_bytes(size: int, one: bool, seed: int) -> None:
+    """Packed in one way and unpacked in the other: the number of threads may change in between."""
+    flags = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask, "_one_pass", lambda *_: one)
+        bits = pack_bits(flags.clone())
+        patch.setattr(mask, "_one_pass", lambda *_: not one)
+        assert torch.equal(bits, pack_bits(flags.clone()))
+        assert torch.equal(expand_bits(bits, (size,), (1,), 0, 1, torch.float32), flags.float())
 
 
 def test_each_bit_has_its_place() -> None:
