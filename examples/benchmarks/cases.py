@@ -40,7 +40,10 @@ def mobilenet_v2() -> nn.Module:
 def vit_b_16() -> nn.Module:
     from torchvision.models import vit_b_16
 
-    return vit_b_16()
+    model = vit_b_16()
+    head = model.heads.head
+    nn.init.trunc_normal_(head.weight, std=head.in_features**-0.5)  # zero at first: nothing before it has a gradient
+    return model
 
 
 def deit_tiny() -> nn.Module:
