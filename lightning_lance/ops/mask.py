@@ -30,8 +30,9 @@ _FEW_FLAGS = 1 << 16  # nor are more, on so few
 
 def _one_pass(count: int, device: torch.device) -> bool:
     """Whether NumPy is the faster way for so many flags."""
-    few = count < _FEW_FLAGS or torch.get_num_threads() <= _FEW_THREADS
-    return few and device.type == "cpu" and not traced()
+    if device.type != "cpu" or traced():  # first: a compiler cannot follow the rest
+        return False
+    return count < _FEW_FLAGS or torch.get_num_threads() <= _FEW_THREADS
 
 
 def pack_bits(flags: Tensor) -> Tensor:
