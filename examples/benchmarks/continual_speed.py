@@ -2,7 +2,7 @@
 
     python -m examples.benchmarks.continual_speed --threads 1                 # every stream with its own network
     python -m examples.benchmarks.continual_speed --threads 1 --cases glyphs/alexnet
-    python -m examples.benchmarks.continual_speed --cases rotated-digits --option companions=False
+    python -m examples.benchmarks.continual_speed --cases rotated-digits --option reserved=0.95
 
 A case is a stream of `recipes.py`, or one with another network of that file. LANCE trains one epoch of each experience,
 and in each but the first, where nothing is protected yet, a copy of the network takes naive steps in turn with it, on
@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,18 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any])
         case: `stream` or `stream/network`.
         experiences: how many of the stream's.
         pairs: of steps in each.
-        options: of `LanceConfig`.
+        options: of `LanceConfig` and `ContinualConfig`.
     """
+    own = {field.name for field in fields(ContinualConfig)}
+    compression = {name: value for name, value in options.items() if name not in own}
+    protection = {name: value for name, value in options.items() if name in own}
     stream, _, network = case.partition("/")
     recipe = RECIPES[stream]
     torch.manual_seed(0)
     model = MODELS[network or recipe.model]()
     session = ContinualSession(
-        LanceConfig(**{"rank": "full", "core_bits": 8, **options}),  # the defaults of LanceStrategy
-        ContinualConfig(threshold=recipe.threshold, heads=["classifier"]),
+        LanceConfig(**{"rank": "full", "core_bits": 8, **compression}),  # the defaults of LanceStrategy
+        ContinualConfig(**{"threshold": recipe.threshold, "heads": ["classifier"], **protection}),
     )
     naive_times, ratios, by_experience, kept = [], [], [], []
     for index, experience in enumerate(islice(recipe.stream(0).train_stream, experiences)):
@@ -152,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--cases", nargs="+", default=CASES, help="streams, or STREAM/NETWORK")
     parser.add_argument("--experiences", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=20, help="timed pairs of steps in each experience")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of LanceConfig")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of either config")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=RESULTS / "continual_speed.json")
     options = parser.parse_args(arguments)
