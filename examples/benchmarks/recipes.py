@@ -58,7 +58,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "split-mnist": Recipe(lambda seed: split_mnist(seed), "mlp", epochs=3, lr=0.05),
-    "permuted-mnist": Recipe(lambda seed: permuted_mnist(seed=seed), "mlp", epochs=5, lr=0.05, damping=1.5),
+    "permuted-mnist": Recipe(lambda seed: permuted_mnist(seed=seed), "mlp", epochs=5, lr=0.05, damping=2.0),
     "rotated-digits": Recipe(lambda seed: rotated_digits(seed=seed), "conv", epochs=3, lr=0.05),
     # Nearly all directions are taken at the end, and what is left of earlier experiences in the others is felt.
     "glyphs": Recipe(

@@ -1,7 +1,7 @@
 """Protected and reserved bases of one layer's feature side, on plain tensors.
 
 Growing a basis by an energy threshold follows Saha, Garg & Roy, *Gradient Projection Memory for Continual Learning*,
-ICLR 2021, eq. 8 and 9, with second moments in place of the sample matrix. All of it is computed in float64.
+ICLR 2021, eq. 8 and 9, with second moments in place of the sample matrix. Bases and spectra are computed in float64.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ class Residual(NamedTuple):
         held = self.held + float(self.values[:count].sum())
         return self._replace(values=self.values[count:], rotation=self.rotation[:, count:], held=held)
 
-    def vectors(self, count: int | None = None) -> Tensor:
+    def vectors(self, count: int | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
         """The leading directions, or all of them: shape ``(K, count)``."""
         if self.root is None:
-            return self.rotation[:, :count]
+            return self.rotation[:, :count].to(dtype)
         scale = self.values[:count].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-        return self.root @ (self.rotation[:, :count] / scale)
+        return self.root.to(dtype) @ (self.rotation[:, :count] / scale).to(dtype)
 
 
 class Split(NamedTuple):
-    """Moments next to an orthonormal basis, both in float64.
+    """Moments next to an orthonormal basis, on the CPU: a Gram matrix in float64, a root in its own precision.
 
     Attributes:
         moments: whole or as a root.
@@ -82,12 +82,17 @@ class Split(NamedTuple):
 
 
 def split(gram: Tensor | Moments, basis: Tensor) -> Split:
-    """What of the moments lies inside of an orthonormal basis ``(K, m)``; ``m`` may be 0."""
+    """What of the moments lies inside of an orthonormal basis ``(K, m)``; ``m`` may be 0.
+
+    The squares of a root's rounding are far below what counts as energy, so that it stays in its precision.
+    """
     moments = Moments.of(gram)
-    matrix, basis = as_double(moments.matrix), as_double(basis)
     if moments.is_root:
+        matrix = moments.matrix.detach().cpu()
+        basis = basis.detach().to(matrix)
         crossed = basis.T @ matrix
-        return Split(moments, matrix, basis, crossed, float(crossed.square().sum()))
+        return Split(moments, matrix, basis, crossed, float(crossed.square().sum(dtype=torch.float64)))
+    matrix, basis = as_double(moments.matrix), as_double(basis)
     crossed = matrix @ basis
     return Split(moments, matrix, basis, crossed, float((basis * crossed).sum()))
 
@@ -98,7 +103,8 @@ def residual(found: Split) -> Residual:
     root = None
     if moments.is_root:
         root = matrix - basis @ crossed
-        values, rotation = symmetric_eigh(root.T @ root)
+        double = root.double()
+        values, rotation = symmetric_eigh(double.T @ double)
     else:
         outside = matrix - crossed @ basis.T
         outside = outside - basis @ (basis.T @ outside)
@@ -136,7 +142,7 @@ def grow_and_rest(basis: Tensor, gram: Tensor | Moments, threshold: float) -> tu
     count = _needed(rest.values, rest.held, needed, threshold)
     if count == 0:
         return basis, rest
-    added = orthonormalize(rest.vectors(count), found.basis)
+    added = orthonormalize(rest.vectors(count), as_double(found.basis))
     return torch.cat([basis, added.to(basis)], 1).contiguous(), rest.without(count)
 
 
@@ -156,7 +162,7 @@ def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
     count = _leading(rest.values, rank)
     if count == 0:
         return basis.new_empty(basis.shape[0], 0)
-    return orthonormalize(rest.vectors(count), found.basis).to(basis).contiguous()
+    return orthonormalize(rest.vectors(count), as_double(found.basis)).to(basis).contiguous()
 
 
 def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:

@@ -162,7 +162,6 @@ class Reservation:
         if self._damped and fingerprint(weight) != self._start:
             weight.data.copy_(self.effective(weight))
             self._start = fingerprint(weight)
-            self.anchor = Parameter(self._anchored(weight), requires_grad=False)
         if self.update is not None and bool(self.update.any()):
             weight.data.copy_(self.effective(weight))
             self.update.zero_()

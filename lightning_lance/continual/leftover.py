@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_lance.continual.basis import Moments, Residual, as_double, inner_moments, residual, split
 from lightning_lance.linalg import orthonormalize, symmetric_eigh
 
-LEFT_OUT = 1e-3
+LEFT_OUT = 2e-3
 """Energy of earlier experiences, each of 1 in all, that is not kept apart by direction."""
 
 _NOTHING = torch.finfo(torch.float32).eps ** 2
@@ -57,8 +57,12 @@ def nothing(width: int) -> Leftover:
 
 def energy_along(moments: Moments, basis: Tensor) -> Tensor:
     """Share of an experience's energy along orthonormal columns ``(K, r)``; shape ``(r,)``, float64."""
-    matrix, basis = as_double(moments.matrix), as_double(basis)
-    energy = (matrix.T @ basis).square().sum(0) if moments.is_root else ((matrix @ basis) * basis).sum(0)
+    if moments.is_root:
+        matrix = moments.matrix.detach().cpu()
+        energy = (matrix.T @ basis.detach().to(matrix)).square().sum(0, dtype=torch.float64)
+    else:
+        matrix, basis = as_double(moments.matrix), as_double(basis)
+        energy = ((matrix @ basis) * basis).sum(0)
     return energy.clamp_(min=0.0) / moments.total if moments.total > 0.0 else energy.zero_()
 
 
@@ -75,7 +79,9 @@ def step_sizes(past: Tensor, present: Tensor, damping: float) -> Tensor:
     return torch.where(known, present / (present + damping * past).clamp(min=_NOTHING), torch.ones_like(past))
 
 
-def outside(before: Leftover, moments: Moments, rest: Residual | None, basis: Tensor, apart: bool) -> Leftover:
+def outside(
+    before: Leftover, moments: Moments, rest: Residual | None, basis: Tensor, already: int, apart: bool
+) -> Leftover:
     """What is left outside of a protected basis after one more experience.
 
     Args:
@@ -83,6 +89,7 @@ def outside(before: Leftover, moments: Moments, rest: Residual | None, basis: Te
         moments: of the experience.
         rest: of the moments, what is outside of ``basis``, where it is known already.
         basis: ``M`` after the experience, shape ``(K, m)``.
+        already: how many of its columns it had before.
         apart: keep directions, until the others hold less than :data:`LEFT_OUT`; else their mean energy alone.
     """
     width, count = basis.shape
@@ -93,24 +100,36 @@ def outside(before: Leftover, moments: Moments, rest: Residual | None, basis: Te
         held = split(moments, basis).held if rest is None else rest.held
         return before._replace(rest=before.rest + max(0.0, 1.0 - held / moments.total) / open_count)
     rest = residual(split(moments, basis)) if rest is None else rest
-    protected, known = as_double(basis), as_double(before.directions)
-    known = known - protected @ (protected.T @ known)
-    root = torch.cat(
-        [
-            known * (before.energies - before.rest).clamp(min=0.0).sqrt(),
-            rest.vectors() * (rest.values / moments.total).sqrt(),
-        ],
-        1,
-    )
-    values, rotation = symmetric_eigh(root.T @ root)
-    beyond = values.sum() - values.cumsum(0)
-    kept = min(int((beyond > LEFT_OUT).sum()) + 1, values.numel(), open_count) if apart else 0
+    fresh = rest.values / moments.total
+    found = _until(fresh, LEFT_OUT / 4) if apart else fresh.numel()  # what is left out early is not multiplied
+    # In the precision that they are stored in: sizes of steps need no more, and it is twice as fast.
+    protected = basis.detach().cpu()
+    known = before.directions.detach().to(protected)
+    # Orthogonal to the older columns already, as far as that precision goes; what is left of them is removed below.
+    added = protected[:, already:]
+    known = known - added @ (added.T @ known)
+    known = known * (before.energies - before.rest).clamp(min=0.0).sqrt().to(known)
+    root = torch.cat([known, rest.vectors(found, known.dtype) * fresh[:found].sqrt().to(known)], 1)
+    gram = root.new_zeros(root.shape[1], root.shape[1])
+    gram[: known.shape[1]] = known.T @ root
+    gram[known.shape[1] :, : known.shape[1]] = gram[: known.shape[1], known.shape[1] :].T
+    gram.diagonal()[known.shape[1] :] = fresh[:found]  # the vectors of the rest are orthonormal
+    values, rotation = symmetric_eigh(gram, gram.dtype)
+    kept = min(_until(values, LEFT_OUT * 3 / 4), open_count) if apart else 0
     kept = min(kept, int((values > torch.finfo(torch.float32).eps).sum()))
-    tail = float(values[kept:].sum()) / (open_count - kept) if kept < open_count else 0.0
+    dropped = float(values[kept:].sum()) + float(fresh[found:].sum())
+    tail = dropped / (open_count - kept) if kept < open_count else 0.0
     directions = root @ (rotation[:, :kept] / values[:kept].sqrt())
-    if kept:
-        directions = orthonormalize(directions, protected)
-    return Leftover(directions, values[:kept] + before.rest, before.rest + tail)
+    directions -= protected @ (protected.T @ directions)
+    # One step of Newton's iteration to the nearest orthonormal columns, which squares what is missing.
+    directions = 1.5 * directions - 0.5 * (directions @ (directions.T @ directions))
+    return Leftover(directions, values[:kept].double() + before.rest, before.rest + tail)
+
+
+def _until(values: Tensor, left_out: float) -> int:
+    """How many of the leading ones there are until the others sum to no more than that."""
+    beyond = values.sum() - values.cumsum(0)
+    return min(int((beyond > left_out).sum()) + 1, values.numel())
 
 
 def inside(before: Leftover, free: Tensor, moments: Moments | None = None) -> Leftover:

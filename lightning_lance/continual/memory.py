@@ -173,11 +173,14 @@ class LayerMemory:
             find = lead if self._is_free else reserve
             self.reserved = self._stack([find(*pair, rank) for pair in zip(self._bases(), moments, strict=True)])
         if damped:
-            columns = self._open() if self.reserved is None else self.reserved
-            sizes = [
-                step_sizes(left.along(basis), energy_along(seen, basis), damping if seen.total > 0.0 else 0.0)
-                for left, seen, basis in zip(self._leftovers(), moments, columns, strict=True)
-            ]
+            sizes = []
+            for group, (left, seen) in enumerate(zip(self._leftovers(), moments, strict=True)):
+                if self.reserved is None:  # along its own directions, whose energies are stored
+                    basis, past = left.directions, left.energies
+                else:
+                    basis = self.reserved[group]
+                    past = left.along(basis)
+                sizes.append(step_sizes(past, energy_along(seen, basis), damping if seen.total > 0.0 else 0.0))
             self.steps = torch.stack(sizes).to(self._basis)
         self.stage = Stage.CALIBRATED
         return self.reserved
@@ -231,7 +234,7 @@ class LayerMemory:
             for basis, seen, left in groups:
                 larger, rest = grow_and_rest(basis, seen, threshold)
                 grown.append(larger)
-                lefts.append(outside(left, seen, rest, larger, soft))
+                lefts.append(outside(left, seen, rest, larger, basis.shape[1], soft))
             stored = max(basis.shape[1] for basis in grown) + max(left.directions.shape[1] for left in lefts)
             if self.compact and self.width - min(basis.shape[1] for basis in grown) < stored:
                 self._is_free = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -112,7 +114,8 @@ class FeatureMoments:
             CalibrationError: there are some.
         """
         tensors = [*self._rows, *([] if self._gram is None else [self._gram]), *(s.sample for s in self._sketches)]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        # One pass: adding makes NaN and Inf no finite number again, and where a sum overflows, so do the squares.
+        if not all(math.isfinite(float(tensor.sum())) for tensor in tensors):
             raise CalibrationError(
                 f"{self.label} received NaN or Inf. Finite inputs are needed: check the data, its normalisation, and "
                 "whether training diverged."
