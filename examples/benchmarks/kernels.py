@@ -24,7 +24,7 @@ from examples.benchmarks.memory import RESULTS
 from examples.benchmarks.table import show
 from lightning_lance import linalg
 from lightning_lance.linalg import mode_products
-from lightning_lance.ops import conv, pool, quantize
+from lightning_lance.ops import conv, mask, pool, quantize
 from lightning_lance.ops.conv import conv_input_grad, conv_weight_grad, geometry
 from lightning_lance.ops.factors import Factors
 
@@ -86,6 +86,22 @@ def pooling() -> Iterator[Pair]:
         yield f"max pooling {kernel} x {kernel}", _sizes(shape), stock, blocks
 
 
+def flags() -> Iterator[Pair]:
+    """Eight flags in a byte and back: with torch's operators, and with NumPy's."""
+    for shape in MAPS:
+        positive = torch.randn(shape) > 0
+        bits = mask.pack_bits(positive.clone())
+
+        def pack(positive: Tensor = positive) -> Tensor:
+            return mask.pack_bits(positive.clone())  # one of the ways overwrites it
+
+        def expand(bits: Tensor = bits, positive: Tensor = positive) -> Tensor:
+            return mask.expand_bits(bits, tuple(positive.shape), positive.stride(), 0, 1, torch.float32)
+
+        for name, function in (("packing", pack), ("expanding", expand)):
+            yield f"{name} flags", _sizes(shape), without(function, mask, "_one_pass", lambda *_: False), function
+
+
 def pointwise() -> Iterator[Pair]:
     """Gradients of a 1x1 convolution: what convolutions run, and one matrix product for each sample."""
     frame = geometry((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
@@ -143,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     found: dict[str, dict[str, float]] = {}
-    for group in (rounding, pooling, pointwise, small_maps):
+    for group in (rounding, pooling, flags, pointwise, small_maps):
         for name, shape, other, ours in group():
             slow, fast = seconds([other, ours], options.repeats)
             found.setdefault(name, {})[shape] = slow / fast
