@@ -4,6 +4,7 @@
     python -m examples.benchmarks.memory --cases 'resnet18/*/b32/*' --methods plain,exact
     python -m examples.benchmarks.memory --cases all                        # hours
     python -m examples.benchmarks.memory --quick                            # a small case, to try it out
+    python -m examples.benchmarks.memory --write docs/memory.md             # all rows measured so far, as a document
 
 Every method runs in a process of its own. "Above idle" is the peak of resident memory during calibration and a few
 training steps (forward, backward, SGD) minus what was resident once the model and the inputs were there. It includes
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
 import statistics
@@ -33,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.benchmarks.cases import HEADLINE, Case, select
+from examples.benchmarks.cases import HEADLINE, NETWORKS, Case, select
 from examples.benchmarks.table import show, size, times
 from examples.benchmarks.training_methods import MEMORY, METHODS, TITLES, Method, find
 from lightning_lance import measure_saved_bytes
@@ -219,6 +221,41 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["case"], row["method"], row.get("allocator")
 
 
+INTRODUCTION = """\
+# Memory, case by case
+
+Made by `python -m examples.benchmarks.memory --write docs/memory.md` from what runs of the same command with `--threads
+1 --steps 2 --passes 1` have measured. A case names the network, kind and number of the layers that train, counted from
+the end, the batch size, the size of the images where it is not 224 px, and the mode of the batch norms. *Kept* is what
+autograd keeps for a training step, *by formula* what of it are the inputs of the trained layers, *peak* that of the
+process above the idle model over calibration and training steps, *cosine* that of one batch's gradient to plain
+training's. [benchmarks.md](benchmarks.md) says what to make of it.
+"""
+
+
+def document(rows: Sequence[Row]) -> str:
+    """All rows as Markdown, in the order of the cases and methods."""
+    lines = [INTRODUCTION]
+    lines.append("| case | method | kept | ratio | by formula | peak | of plain's | cosine |")
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    order = {name: index for index, name in enumerate(METHODS)}
+    for case in sorted({row.case for row in rows}, key=_rank):
+        found = sorted((row for row in rows if row.case == case), key=lambda row: order[row.method])
+        lines += [f"| {case} | {' | '.join(line[:-1])} |" for line in table(found)[1:]]
+    return "\n".join(lines) + "\n"
+
+
+def _rank(name: str) -> tuple[Any, ...]:
+    case = Case.parse(name)
+    kinds = (case.kind, case.last or math.inf)
+    return list(NETWORKS).index(case.network), case.size, *kinds, case.norms, case.batch
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of earlier runs."""
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description="Memory of training, method by method.")
@@ -230,6 +267,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--allocator", choices=list(ALLOCATORS), default="returning")
     result.add_argument("--quick", action="store_true", help="one small case, two steps")
     result.add_argument("--json", type=Path, default=RESULTS / "memory.json")
+    result.add_argument("--write", type=Path, help="measure nothing, write the rows of --json as Markdown")
     result.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return result
 
@@ -242,6 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     options = parser().parse_args(arguments)
     if options.quick:
         options.cases, options.methods, options.steps, options.passes = QUICK, "plain,checkpointing,exact", 2, 2
+    if options.write:
+        rows = read(options.json)
+        options.write.write_text(document(rows), encoding="utf-8")
+        return rows
     cases, methods = select(options.cases), find(options.methods.split(","))
     if options.worker:
         torch.set_num_threads(options.threads)

@@ -14,6 +14,7 @@ pytest.importorskip("torchvision")
 
 from examples.benchmarks import batch_mode, kernels, memory, speed
 from examples.benchmarks.cases import CASES, HEADLINE, Case, select
+from examples.benchmarks.table import size
 from examples.benchmarks.training_methods import METHODS, find
 from examples.data.photographs import CLASSES, photograph_batch
 from tests.oracles import relative_error
@@ -118,6 +119,24 @@ def test_memory_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "plain" in capsys.readouterr().out
     written = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert [(line["case"], line["method"], line["kept"]) for line in written] == [(TINY.name, "plain", row.kept)]
+    document = tmp_path / "memory.md"
+    assert memory.main(["--json", str(tmp_path / "memory.json"), "--write", str(document)]) == [row]
+    lines = document.read_text().splitlines()
+    assert lines[-1].startswith(f"| {TINY.name} | plain | {size(row.kept)} |")
+    assert {line.count("|") for line in lines[-3:]} == {9}
+
+
+def test_the_document_is_in_the_order_of_networks_layers_batches_and_methods() -> None:
+    names = [
+        "deit_tiny/linear-4/b16",
+        "resnet18/conv-all/b16/eval",
+        "resnet18/conv-4/b64/eval",
+        "resnet18/conv-4/b16/eval",
+    ]
+    rows = [memory.Row(name, method, "stock", kept=1) for name in names for method in ("exact", "plain")]
+    found = [line.split(" | ")[:2] for line in memory.document(rows).splitlines() if "/b" in line and line[0] == "|"]
+    assert [case.strip("| ") for case, _ in found[::2]] == names[::-1]
+    assert [method for _, method in found[:2]] == ["plain", "ours"]
 
 
 def test_a_method_that_fails_is_a_row_with_its_reason(tmp_path: Path) -> None:
@@ -166,14 +185,16 @@ def test_kernels_that_are_timed_together_compute_the_same(monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "POOLED", (((3, 16, 9, 9), 2), ((2, 8, 12, 12), 3)))
     monkeypatch.setattr(kernels, "POINTWISE", ((8, 5), (6, 9)))
     monkeypatch.setattr(kernels, "SQUARES", ((3, 4), (3, 9)))
-    for group in (kernels.rounding, kernels.pooling, kernels.pointwise, kernels.small_maps):
+    for group in (kernels.rounding, kernels.pooling, kernels.flags, kernels.pointwise, kernels.small_maps):
         for name, _, other, ours in group():
             expected, found = other(), ours()
-            if isinstance(found, Tensor):
+            if isinstance(found, Tensor) and not found.is_floating_point():
+                assert torch.equal(found, expected)
+            elif isinstance(found, Tensor):
                 assert relative_error(found, expected) < (0.15 if "rounding" in name else 1e-5)
             else:
                 assert torch.equal(found[0], expected[0])
                 assert torch.equal(found[1], expected[1])
     ratios = kernels.main(["--repeats", "1", "--json", str(tmp_path / "kernels.json")])
-    assert len(ratios) == 7
+    assert len(ratios) == 9
     assert all(ratio > 0 for shapes in ratios.values() for ratio in shapes.values())
