@@ -64,7 +64,7 @@ class Row:
     kept_ratio: float
 
 
-def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any]) -> Row:
+def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any], batch_size: int | None = None) -> Row:
     """Train on the first experiences of a stream, and time pairs of steps in each but the first.
 
     Args:
@@ -72,12 +72,14 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any])
         experiences: how many of the stream's.
         pairs: of steps in each.
         options: of `LanceConfig` and `ContinualConfig`.
+        batch_size: samples of a step, instead of the stream's own.
     """
     own = {field.name for field in fields(ContinualConfig)}
     compression = {name: value for name, value in options.items() if name not in own}
     protection = {name: value for name, value in options.items() if name in own}
     stream, _, network = case.partition("/")
     recipe = RECIPES[stream]
+    size = batch_size or recipe.batch_size
     torch.manual_seed(0)
     model = MODELS[network or recipe.model]()
     session = ContinualSession(
@@ -88,7 +90,7 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any])
     for index, experience in enumerate(islice(recipe.stream(0).train_stream, experiences)):
         classifier: Any = model.classifier
         classifier.adaptation(experience)
-        batches = _batches(experience.dataset, recipe.batch_size)
+        batches = _batches(experience.dataset, size)
         optimizer = torch.optim.SGD(model.parameters(), recipe.lr)
         naive = copy.deepcopy(model)
         naive_optimizer = torch.optim.SGD(naive.parameters(), recipe.lr)
@@ -112,7 +114,7 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any])
     lower, _, upper = statistics.quantiles(ratios, n=4)
     return Row(
         case,
-        recipe.batch_size,
+        size,
         statistics.median(naive_times),
         statistics.median(ratios),
         (lower, upper),
@@ -155,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--cases", nargs="+", default=CASES, help="streams, or STREAM/NETWORK")
     parser.add_argument("--experiences", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=20, help="timed pairs of steps in each experience")
+    parser.add_argument("--batch-size", type=int, help="samples of a step, instead of the stream's own")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of either config")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=RESULTS / "continual_speed.json")
@@ -162,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message=".*directions (are protected|free)")
     given = {name: ast.literal_eval(value) for name, _, value in (text.partition("=") for text in options.option)}
-    rows = [measure(case, options.experiences, options.pairs, given) for case in options.cases]
+    rows = [measure(case, options.experiences, options.pairs, given, options.batch_size) for case in options.cases]
     header = ("case", "batch", "naive step", "step", "quartiles", "experiences", "kept")
     show(
         f"Steps of LANCE next to naive ones, {options.threads} threads",
