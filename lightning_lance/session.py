@@ -202,7 +202,9 @@ class LanceSession:
             self._observing.stop()
 
     def refresh(self, reduce: Reduce | None = None, share: Share | None = None) -> None:
-        """Assign new subspaces from what was observed since :meth:`observe`; on NaN or Inf, keep the present ones.
+        """Assign new subspaces from what was observed since :meth:`observe`.
+
+        On NaN or Inf, or where nothing was observed, the present ones stay, with a warning.
 
         Raises:
             StateError: nothing is being observed.
@@ -213,6 +215,14 @@ class LanceSession:
             raise StateError("refresh() without observe(): call observe(), run a few training steps, then refresh().")
         calibration.stop()
         self._observing = None
+        if self.observed == 0:
+            warnings.warn(
+                "the subspaces were not refreshed: no step was observed. Call begin_step() before and end_step() after "
+                "some training steps between observe() and refresh().",
+                LanceWarning,
+                stacklevel=2,
+            )
+            return
         try:
             calibration.finish(reduce)
         except CalibrationError as error:

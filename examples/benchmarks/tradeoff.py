@@ -236,7 +236,9 @@ def run(task: Task, setting: str, seed: int, epochs: int) -> Run:
                 session.observe()
             for step, index in enumerate(torch.randperm(len(labels), generator=order).split(BATCH)):
                 optimizer.zero_grad()
+                session.begin_step()
                 loss(index).backward()
+                session.end_step()
                 nn.utils.clip_grad_norm_(trained, CLIP)
                 optimizer.step()
                 schedule.step()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-from examples.benchmarks import batch_mode, kernels, memory, speed
+from examples.benchmarks import batch_mode, kernels, memory, speed, tradeoff
 from examples.benchmarks.cases import CASES, HEADLINE, Case, select
 from examples.benchmarks.table import size
 from examples.benchmarks.training_methods import METHODS, find
@@ -198,3 +198,24 @@ def test_kernels_that_are_timed_together_compute_the_same(monkeypatch: pytest.Mo
     ratios = kernels.main(["--repeats", "1", "--json", str(tmp_path / "kernels.json")])
     assert len(ratios) == 9
     assert all(ratio > 0 for shapes in ratios.values() for ratio in shapes.values())
+
+
+def test_a_run_of_the_tradeoff_that_refreshes_ends_with_other_subspaces() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(9 * tradeoff.BATCH) % 3
+    inputs = torch.randn(len(labels), 2, 6, 6, generator=generator) + labels.view(-1, 1, 1, 1)
+
+    def build(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
+        )
+
+    def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    data = inputs, labels
+    task = tradeoff.Task(build, ["2"], data, data, 2, optimizer, 0.1, train_mode=True)
+    once, again = (tradeoff.run(task, f"published, energy .7{end}", 0, 2) for end in ("", ", refresh"))
+    assert once.cosine_start == again.cosine_start
+    assert once.cosine_end != again.cosine_end
