@@ -33,6 +33,8 @@ def size(count: int | None) -> str:
     """Bytes as text; nothing where there are none to tell."""
     if count is None:
         return ""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
     value, unit = (count / 1e6, "MB") if count >= 1e6 else (count / 1e3, "kB")
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 

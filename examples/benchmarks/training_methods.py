@@ -90,11 +90,12 @@ class PerStep(Method):
         self._install = install
 
     def install(self, model: nn.Module, case: Case) -> None:
-        self._install(case.layers(model))
+        self.layers = case.layers(model)  # before their class changes, by which linear layers are found
+        self._install(self.layers)
 
     def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
         run()
-        return sum(layer.formula_bytes for layer in case.layers(model))  # type: ignore[misc]
+        return sum(layer.formula_bytes for layer in self.layers)  # type: ignore[misc]
 
 
 class WarmStart(PerStep):

@@ -111,6 +111,17 @@ def test_rows_of_memory_hold_together() -> None:
     assert [len(line) for line in lines] == [len(memory.HEADER)] * 4
 
 
+@pytest.mark.parametrize("method", ["hosvd", "asi"])
+def test_baselines_count_the_linear_layers_that_they_have_changed(method: str) -> None:
+    pytest.importorskip("timm")
+    case = Case.parse("deit_tiny/linear-2/b2")
+    row = memory.measure(case, method, steps=1, passes=1)
+    plain = memory.measure(case, "plain", steps=1, passes=1)
+    assert 0 < row.formula < plain.formula
+    assert row.kept < plain.kept
+    assert 0.1 < row.cosine < 1
+
+
 def test_memory_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--cases", TINY.name, "--methods", "plain", "--steps", "1", "--passes", "1", "--threads", "1"]
     [row] = memory.main([*arguments, "--json", str(tmp_path / "memory.json")])
