@@ -53,6 +53,27 @@ def test_energies_are_those_of_all_experiences_so_far(threshold: float, compact:
     assert free_seen == compact
 
 
+def test_directions_stored_in_float32_are_orthonormal_and_outside_of_what_is_protected() -> None:
+    width, generator = 400, torch.Generator().manual_seed(0)
+    memory = LayerMemory(width)
+    past = torch.zeros(width, width, dtype=torch.float64)
+    for experience in range(4):
+        vectors = torch.randn(width, width, generator=generator, dtype=torch.float64)
+        directions = torch.linalg.qr(vectors).Q[:, :60]
+        matrix = directions * 0.85 ** torch.arange(60, dtype=torch.float64) @ directions.T
+        through(memory, matrix, 0.5)
+        past += matrix / matrix.trace()
+        assert memory.free is None
+        (left,) = memory._leftovers()
+        protected, found = memory.protected[0].double(), left.directions.double()
+        assert found.shape[1] > 10
+        assert float((found.T @ found - torch.eye(found.shape[1], dtype=torch.float64)).abs().max()) < 1.5e-6
+        assert float((protected.T @ found).abs().max()) < 1e-6
+        outside = complement(protected)
+        expected = (outside.T @ past @ outside).diagonal()
+        assert float((left.along(outside) - expected).abs().max()) <= LEFT_OUT * (experience + 1) + 1e-6
+
+
 def test_without_damping_only_the_mean_energy_is_stored_beside_a_basis() -> None:
     memory = LayerMemory(WIDTH, dtype=torch.float64)
     matrix = spectrum_gram(0, 0.5)
