@@ -77,13 +77,15 @@ def run(
     if not joint:  # which has no heads yet, and no forward transfer
         strategy.eval(scenario.test_stream, num_workers=settings.workers)
     steps: list[float] = []
+    epochs: list[float] = []
     boundaries: list[float] = []
     began_all = time.perf_counter()
     for index, experience in enumerate([experiences] if joint else experiences):
         began = time.perf_counter()
         strategy.train(experience, num_workers=settings.workers)
-        found, boundary = end.seconds(began, time.perf_counter())
+        found, training, boundary = end.seconds(began, time.perf_counter())
         steps += found
+        epochs.append(training / settings.epochs)
         boundaries.append(boundary)
         accuracies.trained = len(experiences) - 1 if joint else index
         strategy.eval(scenario.test_stream, num_workers=settings.workers)
@@ -101,12 +103,20 @@ def run(
         "state_bytes": state,
         "kept_bytes": memory.kept,
         "step_seconds": statistics.median(steps),
-        "epoch_seconds": sum(steps) / settings.epochs / (1 if joint else len(experiences)),
+        "epoch_seconds": statistics.mean(epochs),
         "boundary_seconds": statistics.mean(boundaries),
         "seconds": time.perf_counter() - began_all,
         "matrix": [[_known(value) for value in row] for row in matrix.tolist()],
     }
     return numbers, accuracies.metrics
+
+
+def boundary_epochs(found: Run, runs: Iterable[Run]) -> float | None:
+    """Time of a boundary in epochs of naive training with the same seed; `None` where that has not been run."""
+    for one in runs:
+        if one["method"] == "naive" and all(one[key] == found[key] for key in ("stream", "optimizer", "seed")):
+            return float(found["boundary_seconds"] / one["epoch_seconds"])
+    return None
 
 
 def _known(value: float) -> float | None:
@@ -125,6 +135,7 @@ COLUMNS = (
     ("kept", "kept_bytes", None, 0),
     ("step ms", "step_seconds", 1000.0, 1),
     ("boundary s", "boundary_seconds", 1.0, 2),
+    ("naive epochs", "boundary_epochs", 1.0, 1),
 )
 
 
@@ -260,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
                         **numbers,
                     }
                     runs.append(found)
+                    found["boundary_epochs"] = boundary_epochs(found, runs)
                     # After each run, so that an interrupted benchmark loses nothing.
                     args.output.write_text(json.dumps(runs, indent=1))
                     if args.plots is not None:

@@ -65,8 +65,10 @@ class StepEnd(SupervisedPlugin):
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         self.times.append(_now(strategy))
 
-    def seconds(self, began: float, ended: float) -> tuple[list[float], float]:
-        """Durations of the steps since the last call, and the time before the first and after the last of them.
+    def seconds(self, began: float, ended: float) -> tuple[list[float], float, float]:
+        """Durations of the steps since the last call, from the first to the last of them, and before and after these.
+
+        The second holds what a step waits for, such as its data, as the third does for the batches of a calibration.
 
         Args:
             began: when `strategy.train` was called.
@@ -74,9 +76,10 @@ class StepEnd(SupervisedPlugin):
         """
         starts, ends = self.start.times, self.times
         boundary = (starts[0] - began) + (ended - ends[-1])
+        training = ends[-1] - starts[0]
         steps = [end - start for start, end in zip(starts, ends, strict=True)]
         self.start.times, self.times = [], []
-        return steps, boundary
+        return steps, training, boundary
 
 
 class MemoryProbe(SupervisedPlugin):

@@ -19,7 +19,7 @@ pytest.importorskip("quadprog")
 from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 
 from examples.benchmarks import continual, continual_speed
-from examples.benchmarks.continual import cell, main, options, seed_everything, table, third_means
+from examples.benchmarks.continual import boundary_epochs, cell, main, options, seed_everything, table, third_means
 from examples.benchmarks.methods import METHODS, OPTIMIZERS, Settings, make_optimizer, make_strategy
 from examples.benchmarks.probes import MemoryProbe, StepEnd, StepStart, tensor_bytes
 from examples.benchmarks.recipes import MODELS, Recipe
@@ -128,8 +128,15 @@ def test_boundary_is_what_is_outside_of_the_steps() -> None:
     start = StepStart()
     end = StepEnd(start)
     start.times, end.times = [1.0, 3.0], [2.0, 5.0]
-    assert end.seconds(0.5, 7.0) == ([1.0, 2.0], 2.5)
+    assert end.seconds(0.5, 7.0) == ([1.0, 2.0], 4.0, 2.5)
     assert (start.times, end.times) == ([], [])
+
+
+def test_boundary_in_epochs_of_naive_training_with_the_same_seed() -> None:
+    run = {"stream": "s", "optimizer": "o", "seed": 1, "method": "gpm", "boundary_seconds": 3.0, "epoch_seconds": 9.0}
+    naive = {**run, "method": "naive", "epoch_seconds": 2.0}
+    assert boundary_epochs(run, [run, {**naive, "seed": 0, "epoch_seconds": 5.0}, naive]) == 1.5
+    assert boundary_epochs(run, [run]) is None
 
 
 def test_cells_and_table() -> None:
