@@ -12,7 +12,7 @@ export OMP_NUM_THREADS
 CONTINUAL_ARGS ?= --streams glyphs --methods naive ewc replay gpm lance --seeds 0 --threads 1 --output runs/continual.json
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test demo continual dist clean
+.PHONY: help venv lint format test oldest demo continual dist clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -39,6 +39,15 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## all tests and docstring examples
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
+# What pyproject.toml allows at the lowest; on a Python of which all of these have builds.
+OLDEST := torch==2.6.0 torchvision==0.21.0 lightning==2.5.0 torchmetrics==1.4.0 tensorly==0.8.0
+
+oldest: export OMP_NUM_THREADS = 1
+oldest:  ## all tests with the oldest supported torch and Lightning, in .venv-oldest
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) -e '.[$(EXTRAS)]'
+	@.venv-oldest/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
 demo: $(STAMP)  ## fine-tune a pretrained network with and without LANCE, a few minutes on two cores
 	@$(BIN)/python -m examples.finetune_digits $(DEMO_ARGS)
 
@@ -51,4 +60,4 @@ dist: $(STAMP)  ## source distribution and wheel in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove the virtual environment and what builds and tools left
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs

@@ -31,7 +31,8 @@ def unfold(tensor: Tensor, mode: int) -> Tensor:
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Mode-n product ``X ×_n A`` (Kolda & Bader, eq. 2.5), as one (batched) matrix product.
 
-    In a channels-last format, where mode 1 is innermost, it is computed and returned in that format, without a copy.
+    In a channels-last format, where mode 1 is innermost, it is computed and returned in that format, without a copy. A
+    compiler, which finds formats by itself, is not asked: up to 2.6 it refuses to tell in a backward pass.
 
     Args:
         tensor: shape ``(..., n_mode, ...)``.
@@ -42,7 +43,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
         Tensor whose axis ``mode`` has ``m`` entries.
     """
     mode %= tensor.dim()
-    if tensor.dim() > 2 and not tensor.is_contiguous():
+    if tensor.dim() > 2 and not torch.compiler.is_compiling() and not tensor.is_contiguous():
         last = tensor.movedim(1, -1)
         if last.is_contiguous():
             inner = -1 if mode == 1 else max(mode - 1, 0)
@@ -71,7 +72,8 @@ def mode_products(tensor: Tensor, matrices: Sequence[Tensor | None], first: int)
         matrices: shapes ``(m, n)``; ``None`` leaves a mode as it is.
         first: mode of the first one, not negative.
     """
-    if len(matrices) == 2 and first + 2 == tensor.dim() and tensor.is_contiguous():
+    small = len(matrices) == 2 and first + 2 == tensor.dim() and not torch.compiler.is_compiling()
+    if small and tensor.is_contiguous():
         one, other = matrices
         rows, columns = tensor.shape[first:]
         if one is not None and other is not None and rows * columns <= SMALL_MAP:

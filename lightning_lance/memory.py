@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -227,6 +228,23 @@ def _items(node: Any, asked: list[_Packed]) -> Iterator[_Packed]:
 
 def _unpacked(node: Any, name: str, asked: list[_Packed]) -> list[_Packed]:
     asked.clear()
-    with suppress(Exception):  # the hooks of others fail on stand-ins; what they hold needs no name
+    # The hooks of others fail on stand-ins; what they hold needs no name.
+    with suppress(Exception), _no_recomputation():
         getattr(node, "saved_tensors" if name == "_raw_saved_tensors" else name.removeprefix("_raw"))
     return list(asked)
+
+
+@contextmanager
+def _no_recomputation() -> Iterator[None]:
+    """Asked for what they saved, the nodes of a checkpointed segment fail, and do not run the segment again."""
+    module: Any = torch.utils.checkpoint
+    stock = module._recomputation_hook
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError
+
+    module._recomputation_hook = refuse
+    try:
+        yield
+    finally:
+        module._recomputation_hook = stock

@@ -293,7 +293,10 @@ def test_no_hook_stays_behind_even_after_an_error() -> None:
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
+    # A hook that had stayed would hand the backward pass a stand-in.
+    input = torch.randn(2, 6, requires_grad=True)
+    (grad,) = torch.autograd.grad(input.square().sum(), input)
+    assert grad.equal(2 * input)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")

@@ -160,7 +160,7 @@ def table(runs: Iterable[Run]) -> str:
         by_method.setdefault(found["method"], []).append(found)
     rows = [["method", *(title for title, *_ in COLUMNS)]]
     for method, found in by_method.items():
-        cells = [cell([one[key] for one in found], factor, digits) for _, key, factor, digits in COLUMNS]
+        cells = [cell([one.get(key) for one in found], factor, digits) for _, key, factor, digits in COLUMNS]
         rows.append([LABELS[method], *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

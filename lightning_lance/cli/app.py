@@ -6,6 +6,8 @@ import inspect
 import sys
 from typing import Any, NoReturn
 
+import lightning
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -65,13 +67,23 @@ class LanceParser(LightningArgumentParser):
         return sorted(found)
 
 
-class LanceCLI(LightningCLI):
+class BaseCLI(LightningCLI):
+    """A LightningCLI with that parser; its argument ``parser_class`` is one of later versions than the oldest here."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # The argument parser_class is one of later versions only.
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
+        parser = LanceParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a YAML or JSON file of options.")
+        return parser
+
+
+class LanceCLI(BaseCLI):
     """A LightningCLI with the section ``lance`` and the subcommand ``profile``."""
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         super().__init__(
             trainer_class=LanceTrainer,
-            parser_class=LanceParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},

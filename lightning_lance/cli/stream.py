@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_lance.avalanche.datamodule import AvalancheDataModule
 from lightning_lance.avalanche.result import StreamResult
 from lightning_lance.avalanche.runner import OWN, StreamRunner
 from lightning_lance.cli import PROGRAM
-from lightning_lance.cli.app import LanceParser, check_options
+from lightning_lance.cli.app import BaseCLI, LanceParser, check_options
 from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, with_group
 from lightning_lance.continual_callback import ContinualCallback
 from lightning_lance.errors import ConfigError, LanceError, StateError
@@ -54,7 +54,7 @@ class _Trainer(Trainer):
             raise about_trainer(error) from error
 
 
-class StreamCLI(LightningCLI):
+class StreamCLI(BaseCLI):
     """A LightningCLI without subcommands that runs a stream.
 
     Attributes:
@@ -69,7 +69,6 @@ class StreamCLI(LightningCLI):
         super().__init__(
             datamodule_class=AvalancheDataModule,
             subclass_mode_model=True,
-            parser_class=LanceParser,
             parser_kwargs={"prog": f"{PROGRAM} stream", "description": DESCRIPTION},
             seed_everything_default=0,
             auto_configure_optimizers=False,

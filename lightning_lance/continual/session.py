@@ -600,8 +600,18 @@ def _substitute(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
         for index, parameter in enumerate(group["params"]):
             if parameter is old:
                 group["params"][index] = new
+                _give_state(optimizer, group, new)
                 return True
     return False
+
+
+def _give_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> None:
+    """Give a parameter the state that it would have got with the constructor, and not at its first step."""
+    if isinstance(optimizer, torch.optim.Adagrad):  # up to torch 2.6 and some later
+        start = group["initial_accumulator_value"]
+        fresh = torch.optim.Adagrad([parameter], initial_accumulator_value=start, fused=group.get("fused"))
+        if parameter in fresh.state:
+            optimizer.state[parameter] = fresh.state[parameter]
 
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:

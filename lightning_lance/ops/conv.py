@@ -46,8 +46,7 @@ class Geometry(NamedTuple):
         pairs = list(zip(self.pad[::2], self.pad[1::2], strict=True))[::-1]
         return tuple(size + sum(pair) for size, pair in zip(sizes, pairs, strict=True))
 
-    @property
-    def pointwise(self) -> bool:
+    def is_pointwise(self) -> bool:
         """Whether every output position reads one input position."""
         return math.prod(self.kernel) == 1 and not any(self.padding) and not self.pad and self.groups == 1
 
@@ -168,7 +167,7 @@ def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tup
         ``(B, C, *sizes)``.
     """
     many = math.prod(grad.shape[2:]) >= _MANY_POSITIONS
-    if many and geometry.pointwise and set(geometry.stride) == {1} and _by_sample(grad):
+    if many and geometry.is_pointwise() and set(geometry.stride) == {1} and _by_sample(grad):
         matrix = weight.to(grad.dtype).reshape(weight.shape[:2]).mT
         return torch.bmm(matrix.expand(grad.shape[0], -1, -1), grad.flatten(2)).view(shape)
     # As a transposed convolution, since convolution_backward makes a full copy of any input on the CPU, even of one
@@ -211,7 +210,7 @@ def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geome
     """
     grad, core = project_gradient(grad, core.to(grad.dtype), factors)
     channel = None if factors.channel is None else factors.channel.to(grad.dtype)
-    if geometry.pointwise:
+    if geometry.is_pointwise():
         weight_grad = _pointwise_weight_grad(grad, core, geometry, factors)
     else:
         spatial = [None if factor is None else factor.to(grad.dtype) for factor in factors.spatial]

@@ -71,7 +71,7 @@ def project_gradient(grad: Tensor, core: Tensor, factors: Factors) -> tuple[Tens
     Returns:
         ``(r, …)`` each; both as they are where the batch mode is whole.
     """
-    rotation, groups, scale = factors[:3]
+    rotation, groups, scale = factors.rotation, factors.groups, factors.scale
     if rotation is None:
         return grad, core
     if groups is None or not summed(grad):

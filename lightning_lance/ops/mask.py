@@ -116,13 +116,13 @@ def flagged_gradient(
         What the kernel returns for an input with those strides.
     """
     stand_in = expand_bits(bits, grad.shape, stride, off, on, grad.dtype)
-    if grad.stride() == stride and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and grad.stride() == stride:  # which compilers up to 2.6 refuse to read
         return kernel.grad_input(grad, stand_in, *arguments, grad_input=stand_in)  # type: ignore[no-any-return]
     return kernel(grad, stand_in, *arguments)  # type: ignore[no-any-return]
 
 
 def product_into(factors: Tensor, grad: Tensor) -> Tensor:
     """``grad * factors``, in the memory of the factors where the layouts agree. A compiler finds its own memory."""
-    if grad.stride() == factors.stride() and grad.dtype == factors.dtype and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and grad.stride() == factors.stride() and grad.dtype == factors.dtype:
         return factors.mul_(grad)
     return grad * factors

@@ -41,7 +41,8 @@ class FixedBatchNorm(torch.autograd.Function):
         weight, mean, var = ctx.saved_tensors
         # The stock kernel, whose formula differs by memory format and dtype. It reads the input for the gradient of
         # the weight alone, so that the gradient, or one element, stands in for it.
-        same = ctx.format is not None and grad.is_contiguous(memory_format=ctx.format)
+        asked = ctx.format is not None and not torch.compiler.is_compiling()
+        same = asked and grad.is_contiguous(memory_format=ctx.format)
         stand_in = grad if same else grad.new_zeros(1).expand(grad.shape)
         wanted = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
         grad_input, _, grad_bias = torch.ops.aten.native_batch_norm_backward(

@@ -50,6 +50,15 @@ class Window(NamedTuple):
     divisor: int | None = None
 
 
+def _shape(window: Window) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Kernel, stride, padding and dilation, as kernels take them; compilers up to 2.6 cannot slice a named tuple."""
+    return list(window.kernel), list(window.stride), list(window.padding), list(window.dilation)
+
+
+def _averaging(window: Window) -> tuple[bool, bool, int | None]:
+    return window.ceil_mode, window.count_include_pad, window.divisor
+
+
 Sizes = int | tuple[int, ...] | list[int]
 
 
@@ -147,7 +156,7 @@ def _pool(input: Tensor, window: Window) -> tuple[Tensor, Tensor, tuple[int, ...
     """Output, packed places of the maxima, and the strides by which these are in memory order."""
     axes = len(window.kernel)
     kernel = _aten.max_pool2d_with_indices if axes == 2 else _aten.max_pool3d_with_indices
-    output, index = kernel(input, *map(list, window[:4]), window.ceil_mode)
+    output, index = kernel(input, *_shape(window), window.ceil_mode)
     places = _places(tuple(input.shape[-axes:]), tuple(index.shape[-axes:]), window, input.device)
     return output, _pack(_codes(index, places), places), index.stride()
 
@@ -183,7 +192,7 @@ def _pool_blocks(input: Tensor, window: Window) -> tuple[Tensor, Tensor, tuple[i
     for first, start in itertools.product(range(0, batch, deep), range(0, channels, wide)):
         some = slice(first, first + deep), slice(start, start + wide)
         block = input[some].contiguous(memory_format=torch.channels_last)
-        output[some], index = _aten.max_pool2d_with_indices(block, *map(list, window[:4]), window.ceil_mode)
+        output[some], index = _aten.max_pool2d_with_indices(block, *_shape(window), window.ceil_mode)
         codes[some] = _codes(index, places).as_strided(index.shape, index.stride())
     return output, _pack(codes.view(-1), places), output.stride()
 
@@ -191,7 +200,7 @@ def _pool_blocks(input: Tensor, window: Window) -> tuple[Tensor, Tensor, tuple[i
 def _out_sizes(sizes: Sequence[int], window: Window) -> tuple[int, ...]:
     """Sizes of the output; a last window that ``ceil_mode`` adds begins within the input or its left padding."""
     found = []
-    for size, kernel, stride, padding, dilation in zip(sizes, *window[:4], strict=True):
+    for size, kernel, stride, padding, dilation in zip(sizes, *_shape(window), strict=True):
         room = size + 2 * padding - dilation * (kernel - 1) - 1
         count = (-(-room // stride) if window.ceil_mode else room // stride) + 1
         found.append(count - (window.ceil_mode and (count - 1) * stride >= size + padding))
@@ -229,7 +238,7 @@ class MaxPool(torch.autograd.Function):
         places = _places(ctx.shape[-axes:], ctx.index_shape[-axes:], window, grad.device)
         index = _decode(codes, places, ctx.index_shape, ctx.index_stride)
         kernel = _aten.max_pool2d_with_indices_backward if axes == 2 else _aten.max_pool3d_with_indices_backward
-        arguments = (*map(list, window[:4]), window.ceil_mode, index)
+        arguments = (*_shape(window), window.ceil_mode, index)
         return _run(kernel, grad, ctx.shape, ctx.channels_last, *arguments), None
 
 
@@ -241,14 +250,14 @@ class AvgPool(torch.autograd.Function):
         axes = len(window.kernel)
         ctx.window, ctx.shape, ctx.channels_last = window, tuple(input.shape), _channels_last(input, axes)
         kernel: Any = F.avg_pool2d if axes == 2 else F.avg_pool3d
-        return kernel(input, *window[:3], *window[4:])  # type: ignore[no-any-return]
+        return kernel(input, *_shape(window)[:3], *_averaging(window))  # type: ignore[no-any-return]
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         window: Window = ctx.window
         kernel = _aten.avg_pool2d_backward if len(window.kernel) == 2 else _aten.avg_pool3d_backward
-        return _run(kernel, grad, ctx.shape, ctx.channels_last, *map(list, window[:3]), *window[4:]), None
+        return _run(kernel, grad, ctx.shape, ctx.channels_last, *_shape(window)[:3], *_averaging(window)), None
 
 
 class AdaptiveAvgPool(torch.autograd.Function):
@@ -288,9 +297,8 @@ def avg_pool(input: Tensor, window: Window) -> Tensor:
 
 def _apply(function: Any, input: Tensor, window: Window) -> Tensor:
     if len(window.kernel) == 1:  # the stock operator does the same
-        flat = Window(
-            (1, *window.kernel), (1, *window.stride), (0, *window.padding), (1, *window.dilation), *window[4:]
-        )
+        sizes = (1, *window.kernel), (1, *window.stride), (0, *window.padding), (1, *window.dilation)
+        flat = Window(*sizes, *_averaging(window))
         return function.apply(input.unsqueeze(-2), flat).squeeze(-2)  # type: ignore[no-any-return]
     result: Tensor = function.apply(input, window)
     return result

@@ -117,7 +117,7 @@ class RoundedGroupNorm(torch.autograd.Function):
         output, mean, deviation = torch.native_group_norm(
             input.contiguous(memory_format=ctx.format), weight, bias, size, channels, positions, groups, eps
         )
-        grouped = input.reshape(size, groups, -1)
+        grouped = input.reshape(size, groups, -1).contiguous()  # as the gradient will be: kernels up to 2.6 do not look
         normalised = (grouped - mean.unsqueeze(-1)).mul_(deviation.unsqueeze(-1)).view(input.shape)
         _save(ctx, normalised.to(_wide(normalised)), weight, deviation)
         return output

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
 )
@@ -163,7 +163,7 @@ def channels_last() -> Task:
 
 
 def ema(**options: Any) -> Callback:
-    return EMAWeightAveraging(decay=0.9, update_every_n_steps=1, **options)
+    return callbacks.EMAWeightAveraging(decay=0.9, update_every_n_steps=1, **options)
 
 
 @dataclass(frozen=True)
@@ -286,3 +286,6 @@ SETUPS: dict[str, Setup] = {
     "deterministic": Setup(options={"deterministic": True}),
     "inference_mode=False": Setup(val=validated, options={"inference_mode": False}, timed=False),
 }
+
+if not hasattr(callbacks, "EMAWeightAveraging"):  # Lightning up to 2.5
+    SETUPS = {name: setup for name, setup in SETUPS.items() if not name.startswith("EMA")}

@@ -67,6 +67,7 @@ def test_tracing_after_fit() -> None:
     write("other", "TorchScript tracing after fit", None)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 does not export a batch norm with a recent onnxscript")
 def test_onnx_export_after_fit() -> None:
     from onnx.reference import ReferenceEvaluator
 

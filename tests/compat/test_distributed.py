@@ -84,6 +84,7 @@ def test_ddp_spawn(tmp_path: Path) -> None:
     write("setup", "DDP, two spawned processes", None, plain=plain, compressed=kept)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot shard on a CPU: its streams lack record_event")
 def test_fully_shard(tmp_path: Path) -> None:
     """At full rank two shards train what one process trains on the whole batch; FSDP2's classes come back."""
     with socket.socket() as free:
