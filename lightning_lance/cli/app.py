@@ -71,7 +71,6 @@ class BaseCLI(LightningCLI):
     """A LightningCLI with that parser; its argument ``parser_class`` is one of later versions than the oldest here."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        # The argument parser_class is one of later versions only.
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
         parser = LanceParser(**kwargs)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a YAML or JSON file of options.")

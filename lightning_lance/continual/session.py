@@ -607,7 +607,7 @@ def _substitute(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
 
 def _give_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> None:
     """Give a parameter the state that it would have got with the constructor, and not at its first step."""
-    if isinstance(optimizer, torch.optim.Adagrad):  # up to torch 2.6 and some later
+    if isinstance(optimizer, torch.optim.Adagrad):  # of torch 2.6; later ones make theirs at the first step
         start = group["initial_accumulator_value"]
         fresh = torch.optim.Adagrad([parameter], initial_accumulator_value=start, fused=group.get("fused"))
         if parameter in fresh.state:
