@@ -10,8 +10,8 @@ import torch
 from tensorly.tenalg import multi_mode_dot
 from torch import Tensor
 
-from lightning_lance.linalg import group_rotation, sample_groups
 from lightning_lance.ops.factors import Factors
+from lightning_lance.tensors.linalg import group_rotation, sample_groups
 
 tensorly.set_backend("numpy")
 

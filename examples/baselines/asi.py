@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from examples.baselines.hosvd import ENERGY, hosvd_bases
 from examples.baselines.per_step import as_factors, install
-from lightning_lance.linalg import mode_product, unfold
 from lightning_lance.ops.factors import Factors
+from lightning_lance.tensors.linalg import mode_product, unfold
 
 
 def iterate(input: Tensor, basis: Tensor, axis: int) -> Tensor:

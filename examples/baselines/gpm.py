@@ -16,9 +16,9 @@ from avalanche.models.utils import avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from lightning_lance.compression.isolation import isolated
 from lightning_lance.continual import FeatureMoments, LayerMemory, project_out
 from lightning_lance.continual.layers import reserved_variant
-from lightning_lance.isolation import isolated
 from lightning_lance.ops.features import FeatureSide
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from examples.baselines.per_step import as_factors, install
-from lightning_lance.gram import GramMatrix
 from lightning_lance.ops.factors import Factors
-from lightning_lance.subspace import Spectrum
+from lightning_lance.subspaces.subspace import Spectrum
+from lightning_lance.tensors.gram import GramMatrix
 
 ENERGY = 0.8
 """Explained variance that each mode holds, unless another is asked for."""

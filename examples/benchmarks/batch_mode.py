@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from examples.benchmarks.fidelity import network
 from examples.benchmarks.table import show
-from lightning_lance.linalg import contrast_scale, group_rotation, sample_groups
-from lightning_lance.ops.batch import group_sums
-from lightning_lance.ranks import auto_batch_rank
+from lightning_lance.subspaces.ranks import auto_batch_rank
+from lightning_lance.tensors.groups import group_sums
+from lightning_lance.tensors.linalg import contrast_scale, group_rotation, sample_groups
 
 CPU = torch.device("cpu")
 MAP = (96, 56, 56)

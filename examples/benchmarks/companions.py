@@ -32,7 +32,7 @@ from examples.benchmarks.table import show, size, times
 from examples.data.photographs import photograph_batch
 from examples.models.efficientnet_lite0 import efficientnet_lite0
 from lightning_lance import measure_saved_bytes
-from lightning_lance.functional import compact_functional
+from lightning_lance.compression.functional import compact_functional
 
 RESULTS = Path(__file__).resolve().parent / "results" / "companions.json"
 IMAGE = (16, 64, 56, 56)

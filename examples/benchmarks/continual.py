@@ -24,8 +24,8 @@ import torch
 from examples.benchmarks.methods import LABELS, METHODS, OPTIMIZERS, Settings, make_optimizer, make_strategy
 from examples.benchmarks.probes import AccuracyMatrix, MemoryProbe, StepEnd, StepStart, tensor_bytes
 from examples.benchmarks.recipes import MODELS, RECIPES
-from lightning_lance.metrics import ContinualMetrics
-from lightning_lance.units import format_bytes
+from lightning_lance.tensors.units import format_bytes
+from lightning_lance.trainer.metrics import ContinualMetrics
 
 Run = dict[str, Any]
 """One method on one stream with one seed."""

@@ -22,11 +22,13 @@ from torch import Tensor
 from examples.benchmarks.batch_mode import seconds
 from examples.benchmarks.memory import RESULTS
 from examples.benchmarks.table import show
-from lightning_lance import linalg
-from lightning_lance.linalg import mode_products
-from lightning_lance.ops import conv, mask, pool, quantize
+from lightning_lance.ops import conv, pool
 from lightning_lance.ops.conv import conv_input_grad, conv_weight_grad, geometry
 from lightning_lance.ops.factors import Factors
+from lightning_lance.tensors import bits as mask
+from lightning_lance.tensors import linalg
+from lightning_lance.tensors import rounding as quantize
+from lightning_lance.tensors.linalg import mode_products
 
 Pair = tuple[str, str, Callable[[], object], Callable[[], object]]
 MAPS = ((32, 100), (32, 32, 14, 14), (32, 64, 28, 28), (32, 64, 56, 56))

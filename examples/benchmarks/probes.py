@@ -13,7 +13,7 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
 from lightning_lance import ContinualMetrics, measure_saved_bytes
-from lightning_lance.isolation import isolated
+from lightning_lance.compression.isolation import isolated
 
 
 class AccuracyMatrix(SupervisedPlugin):

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from examples.benchmarks.table import show
 
 FINE_TUNING = "examples.finetune_digits:DigitsClassifier,examples.data.mnist:DigitsDataModule"
-STREAM = "lightning_lance.avalanche:ContinualClassifier,lightning_lance.avalanche:AvalancheDataModule"
+STREAM = "lightning_lance.streams:ContinualClassifier,lightning_lance.streams:AvalancheDataModule"
 
 CASES = [
     ("--help", FINE_TUNING, ["--help"], ["--help"]),

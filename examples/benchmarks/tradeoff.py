@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from examples.data.mnist import CLASSES, load_digits, stratified_split, to_network_input
 from examples.models.efficientnet_lite0 import efficientnet_lite0
 from lightning_lance import LanceConfig, LanceSession
-from lightning_lance.surgery import bypassed
+from lightning_lance.compression.surgery import bypassed
 
 BATCH = 64
 
@@ -198,7 +198,7 @@ def _gradients(model: nn.Module, names: Sequence[str], loss: Callable[[], Tensor
 
 def cosines(session: LanceSession, loss: Callable[[], Tensor]) -> tuple[float, float]:
     """Gradient cosine to back-propagation over all compressed layers, and of the worst one."""
-    from lightning_lance.isolation import isolated
+    from lightning_lance.compression.isolation import isolated
 
     names = list(session.layers)
     with isolated(session.model):

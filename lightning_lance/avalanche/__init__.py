@@ -1,5 +1,4 @@
-"""Avalanche streams without forgetting: ``LanceStrategy``, or ``LancePlugin`` in any other strategy; and through a
-Lightning Trainer: ``StreamRunner``.
+"""Avalanche streams without forgetting: ``LanceStrategy``, or ``LancePlugin`` in any other strategy.
 
 Needs the extra: ``pip install 'lightning-lance[avalanche]'``.
 """
@@ -15,20 +14,7 @@ if importlib.util.find_spec("avalanche") is None:  # pragma: no cover
     )
 
 from lightning_lance.avalanche.checkpoint import maybe_load_checkpoint, save_checkpoint
-from lightning_lance.avalanche.datamodule import AvalancheDataModule
-from lightning_lance.avalanche.module import ContinualClassifier
 from lightning_lance.avalanche.plugin import LancePlugin
-from lightning_lance.avalanche.result import StreamResult
-from lightning_lance.avalanche.runner import StreamRunner
 from lightning_lance.avalanche.strategy import LanceStrategy
 
-__all__ = [
-    "AvalancheDataModule",
-    "ContinualClassifier",
-    "LancePlugin",
-    "LanceStrategy",
-    "StreamResult",
-    "StreamRunner",
-    "maybe_load_checkpoint",
-    "save_checkpoint",
-]
+__all__ = ["LancePlugin", "LanceStrategy", "maybe_load_checkpoint", "save_checkpoint"]

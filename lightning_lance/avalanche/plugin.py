@@ -10,10 +10,10 @@ from typing import Any, Literal
 from avalanche.core import SupervisedPlugin
 
 from lightning_lance.avalanche.heads import find_heads
-from lightning_lance.config import LanceConfig, Layers, Rank
+from lightning_lance.compression.config import LanceConfig, Layers, Rank
+from lightning_lance.compression.isolation import isolated
 from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
 from lightning_lance.errors import LanceWarning
-from lightning_lance.isolation import isolated
 
 
 class LancePlugin(SupervisedPlugin):  # type: ignore[misc]

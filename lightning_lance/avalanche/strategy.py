@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lance.avalanche.plugin import LancePlugin
-from lightning_lance.config import Layers, Rank
+from lightning_lance.compression.config import Layers, Rank
 
 
 class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]

@@ -11,14 +11,14 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from lightning_lance.callback import LanceCallback
 from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, shorten, with_group
 from lightning_lance.cli.profiling import profile
-from lightning_lance.config import LanceConfig
+from lightning_lance.compression.config import LanceConfig
+from lightning_lance.compression.report import Report
 from lightning_lance.continual import ContinualConfig
 from lightning_lance.errors import ConfigError, LanceError
-from lightning_lance.report import Report
+from lightning_lance.trainer.callback import LanceCallback
 
 DESCRIPTION = """Train with compressed activations. The section "lance" of a configuration holds the options of
 lightning_lance.LanceCallback, "trainer", "model" and "data" are those of every LightningCLI."""

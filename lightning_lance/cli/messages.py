@@ -17,10 +17,10 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_lance.callback import LanceCallback
-from lightning_lance.config import LanceConfig
+from lightning_lance.compression.config import LanceConfig
 from lightning_lance.continual import ContinualConfig
 from lightning_lance.errors import ConfigError, LanceError
+from lightning_lance.trainer.callback import LanceCallback
 
 MANY = 24
 """More options than this in a group are not all listed: the closest ones are."""

@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lightning_lance.callback import LanceCallback
+from lightning_lance.compression.report import Report, plain_table
 from lightning_lance.errors import ConfigError, StateError
-from lightning_lance.report import Report, plain_table
-from lightning_lance.units import format_bytes
+from lightning_lance.tensors.units import format_bytes
+from lightning_lance.trainer.callback import LanceCallback
 
 
 class _Measured(Exception):

@@ -1,4 +1,4 @@
-"""The subcommand ``stream``: an Avalanche benchmark through :class:`~lightning_lance.avalanche.StreamRunner`."""
+"""The subcommand ``stream``: an Avalanche benchmark through :class:`~lightning_lance.streams.StreamRunner`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_lance.avalanche.datamodule import AvalancheDataModule
-from lightning_lance.avalanche.result import StreamResult
-from lightning_lance.avalanche.runner import OWN, StreamRunner
 from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.app import BaseCLI, LanceParser, check_options
 from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, with_group
-from lightning_lance.continual_callback import ContinualCallback
 from lightning_lance.errors import ConfigError, LanceError, StateError
+from lightning_lance.streams.datamodule import AvalancheDataModule
+from lightning_lance.streams.result import StreamResult
+from lightning_lance.streams.runner import OWN, StreamRunner
+from lightning_lance.trainer.continual import ContinualCallback
 
 DESCRIPTION = """Train on one experience of an Avalanche benchmark after another, each with a Lightning Trainer. The
 same command goes on where an interrupted one has stopped."""

@@ -8,7 +8,7 @@ from lightning_lance.continual.config import ContinualConfig
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import FeatureMoments
 from lightning_lance.continual.session import ContinualSession
-from lightning_lance.linalg import project_out
+from lightning_lance.tensors.linalg import project_out
 
 __all__ = [
     "Capacity",

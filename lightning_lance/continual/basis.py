@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lance.linalg import energy_rank, orthonormalize, symmetric_eigh
+from lightning_lance.tensors.linalg import energy_rank, orthonormalize, symmetric_eigh
 
 
 class Moments(NamedTuple):

@@ -19,8 +19,8 @@ from lightning_lance.layers.linear import CompressedLinear
 from lightning_lance.ops.conv import Geometry, geometry
 from lightning_lance.ops.features import FeatureSide
 from lightning_lance.ops.reserved import Form, Parts, effective_weight, reserved_conv, reserved_linear
-from lightning_lance.ranks import ModeRanks
-from lightning_lance.sampling import SampleOrder
+from lightning_lance.subspaces.ranks import ModeRanks
+from lightning_lance.tensors.orders import SampleOrder
 
 WATCH_STEPS = 32
 """A steady reservation is looked at every so many steps."""

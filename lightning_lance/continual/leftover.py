@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_lance.continual.basis import Moments, Residual, as_double, inner_moments, residual, split
-from lightning_lance.linalg import orthonormalize, symmetric_eigh
+from lightning_lance.tensors.linalg import orthonormalize, symmetric_eigh
 
 LEFT_OUT = 2e-3
 """Energy of earlier experiences, each of 1 in all, that is not kept apart by direction."""

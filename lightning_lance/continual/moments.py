@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_lance.continual.basis import Moments
 from lightning_lance.errors import CalibrationError
-from lightning_lance.gram import NystromSketch
 from lightning_lance.ops.conv import Geometry
 from lightning_lance.ops.features import FeatureSide, feature_rows
+from lightning_lance.tensors.gram import NystromSketch
 
 EXACT_UP_TO = 2048
 """Widest feature side whose Gram matrix is accumulated exactly (16.8 MB in float32); a wider one is sketched."""

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lance.calibration import Reduce, eager
-from lightning_lance.config import LanceConfig
+from lightning_lance.compression.calibration import Reduce, eager
+from lightning_lance.compression.config import LanceConfig
+from lightning_lance.compression.isolation import isolated
+from lightning_lance.compression.session import LanceSession, Pass
+from lightning_lance.compression.surgery import restore
 from lightning_lance.continual.config import ContinualConfig
 from lightning_lance.continual.layers import (
     Reservation,
@@ -23,13 +26,10 @@ from lightning_lance.continual.layers import (
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
 from lightning_lance.errors import LanceWarning, PlanError, StateError
-from lightning_lance.isolation import isolated
 from lightning_lance.layers import registry
 from lightning_lance.layers.compressed import Compressed
-from lightning_lance.ranks import closest, matches
-from lightning_lance.sampling import SampleOrder
-from lightning_lance.session import LanceSession, Pass
-from lightning_lance.surgery import restore
+from lightning_lance.subspaces.ranks import closest, matches
+from lightning_lance.tensors.orders import SampleOrder
 
 CONTINUAL_STATE_VERSION = 2
 

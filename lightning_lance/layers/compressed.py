@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lightning_lance.errors import LanceWarning
 from lightning_lance.layers.registry import Variant
-from lightning_lance.linalg import group_rotation, sample_groups
+from lightning_lance.layers.sharing import SharedCores
 from lightning_lance.ops.core import Core, keep_input
 from lightning_lance.ops.factors import Factors
-from lightning_lance.ranks import ModeRanks
-from lightning_lance.sampling import SampleOrder
-from lightning_lance.sharing import SharedCores
-from lightning_lance.subspace import LayerSubspace, Sizes
+from lightning_lance.subspaces.ranks import ModeRanks
+from lightning_lance.subspaces.subspace import LayerSubspace, Sizes
+from lightning_lance.tensors.linalg import group_rotation, sample_groups
+from lightning_lance.tensors.orders import SampleOrder
 
 
 class Observer(Protocol):

@@ -12,7 +12,7 @@ from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import register
 from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
 from lightning_lance.ops.tracking import refuse_transforms, tracked
-from lightning_lance.subspace import Sizes
+from lightning_lance.subspaces.subspace import Sizes
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)

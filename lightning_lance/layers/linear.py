@@ -11,7 +11,7 @@ from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import register
 from lightning_lance.ops.linear import low_rank_linear
 from lightning_lance.ops.tracking import refuse_transforms
-from lightning_lance.subspace import Sizes
+from lightning_lance.subspaces.subspace import Sizes
 
 
 @register(nn.Linear)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_lance.ops import inplace as in_place
 from lightning_lance.ops.backward import first_order_only
-from lightning_lance.ops.mask import flagged_gradient, pack_bits
-from lightning_lance.tracing import eager_cpu
+from lightning_lance.tensors.bits import flagged_gradient, pack_bits
+from lightning_lance.tensors.tracing import eager_cpu
 
 _aten: Any = torch.ops.aten
 _CHUNK = 1 << 18  # elements; a multiple of 8

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lance.ops.backward import first_order_only
-from lightning_lance.ops.quantize import Quantized, dequantize, quantize
 from lightning_lance.ops.tracking import tracked
+from lightning_lance.tensors.rounding import Quantized, dequantize, quantize
 
 BITS = 8
 # As an operator of the dispatcher: no function mode sees the call in the backward pass.

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.linalg import mode_product, mode_products
 from lightning_lance.ops.backward import first_order_only, outside_autocast
 from lightning_lance.ops.core import NOTHING, Core, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, project_gradient
-from lightning_lance.tracing import eager_cpu
+from lightning_lance.tensors.linalg import mode_product, mode_products
+from lightning_lance.tensors.tracing import eager_cpu
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

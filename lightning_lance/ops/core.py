@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_lance.ops.factors import Factors, compress
-from lightning_lance.ops.quantize import Quantized, dequantize, quantize
-from lightning_lance.precision import core_bytes
+from lightning_lance.tensors.precision import core_bytes
+from lightning_lance.tensors.rounding import Quantized, dequantize, quantize
 
 
 class Form(NamedTuple):
@@ -33,7 +33,7 @@ class Core(NamedTuple):
 
     Attributes:
         values: the core, or the codes of its elements.
-        low: range of each group of codes, or ``None``; see :class:`~lightning_lance.ops.quantize.Quantized`.
+        low: range of each group of codes, or ``None``; see :class:`~lightning_lance.tensors.rounding.Quantized`.
         step: likewise.
         form: ``None`` where ``values`` is the core.
     """

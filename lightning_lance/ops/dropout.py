@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lance.ops import inplace as in_place
 from lightning_lance.ops.backward import first_order_only
-from lightning_lance.ops.mask import expand_bits, pack_bits, product_into
+from lightning_lance.tensors.bits import expand_bits, pack_bits, product_into
 
 _FUSED = ("cuda", "xpu")
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_lance.linalg import mode_product, mode_products
-from lightning_lance.ops.batch import batch_matrix, group_sums, summed
+from lightning_lance.tensors.groups import batch_matrix, group_sums, summed
+from lightning_lance.tensors.linalg import mode_product, mode_products
 
 
 class Factors(NamedTuple):

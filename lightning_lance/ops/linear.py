@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.linalg import mode_products
 from lightning_lance.ops.backward import first_order_only, outside_autocast
 from lightning_lance.ops.core import Core, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, project_gradient
+from lightning_lance.tensors.linalg import mode_products
 
 
 def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:

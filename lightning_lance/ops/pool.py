@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.constants import constant
 from lightning_lance.ops.backward import first_order_only
-from lightning_lance.ops.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
-from lightning_lance.tracing import eager_cpu
+from lightning_lance.tensors.cached import constant
+from lightning_lance.tensors.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
+from lightning_lance.tensors.tracing import eager_cpu
 
 _aten: Any = torch.ops.aten
 # Of the maxima of a contiguous input, found block by block: what a block measures, and from where on that is faster.

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.linalg import project_out
 from lightning_lance.ops.backward import first_order_only
 from lightning_lance.ops.conv import Geometry, conv_input_grad, conv_weight_grad, convolve
 from lightning_lance.ops.core import NOTHING, Core, keep, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.features import FeatureSide
 from lightning_lance.ops.linear import linear_weight_grad
+from lightning_lance.tensors.linalg import project_out
 
 
 class Form(NamedTuple):

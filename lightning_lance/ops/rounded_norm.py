@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lance.ops.backward import first_order_only
-from lightning_lance.ops.quantize import Quantized, dequantize, quantize
+from lightning_lance.tensors.rounding import Quantized, dequantize, quantize
 
 BITS = 4
 _aten: Any = torch.ops.aten

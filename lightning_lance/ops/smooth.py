@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.constants import constant
 from lightning_lance.ops import inplace as in_place
 from lightning_lance.ops.backward import first_order_only
-from lightning_lance.ops.codes import pack_codes, unpack_codes, unpacking_table
-from lightning_lance.ops.mask import product_into
+from lightning_lance.tensors.bits import product_into
+from lightning_lance.tensors.cached import constant
+from lightning_lance.tensors.codes import pack_codes, unpack_codes, unpacking_table
 
 _aten: Any = torch.ops.aten
 

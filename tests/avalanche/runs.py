@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_lance import ContinualCallback, LanceCallback
-from lightning_lance.avalanche.datamodule import AvalancheDataModule
-from lightning_lance.avalanche.module import ContinualClassifier
-from lightning_lance.avalanche.runner import StreamRunner
+from lightning_lance.streams.datamodule import AvalancheDataModule
+from lightning_lance.streams.module import ContinualClassifier
+from lightning_lance.streams.runner import StreamRunner
 
 WIDTH, CLASSES, EXPERIENCES = 12, 6, 3
 

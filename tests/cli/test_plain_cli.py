@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_lance import ContinualCallback, LanceCallback, LanceConfig, is_swapped
 from lightning_lance.continual import ContinualConfig
-from lightning_lance.ranks import RankRules
+from lightning_lance.subspaces.ranks import RankRules
 from tests.cli.small import QUIET, SmallData, SmallModule
 
 TRAINER = [f"--trainer.{name}={str(value).lower()}" for name, value in QUIET.items()]

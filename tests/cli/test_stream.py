@@ -19,9 +19,9 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from lightning_lance import ContinualCallback, LanceWarning
-from lightning_lance.avalanche import AvalancheDataModule, StreamRunner
 from lightning_lance.cli import main
 from lightning_lance.cli.stream import StreamCLI
+from lightning_lance.streams import AvalancheDataModule, StreamRunner
 
 ROOT = Path(__file__).parents[2]
 LANCE = [name for name in inspect.signature(ContinualCallback).parameters if name != "options"]
@@ -67,7 +67,7 @@ def config(cwd: Path) -> Path:
         "stream": {"root": str(cwd / "run"), "checkpoint_every": 2, "progress": False},
         "data": {"benchmark": "tests.avalanche.runs.tasks", "batch_size": 8},
         "model": {
-            "class_path": "lightning_lance.avalanche.ContinualClassifier",
+            "class_path": "lightning_lance.streams.ContinualClassifier",
             "init_args": {"network": "tests.avalanche.runs.network", "task_heads": "5"},
         },
         "trainer": {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_model_summary": False},

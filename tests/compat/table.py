@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lightning_lance.units import format_bytes
+from lightning_lance.tensors.units import format_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1.05

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateF
 from torch.utils.data import DataLoader
 
 from lightning_lance import LanceCallback, LanceWarning, Report, is_swapped
-from lightning_lance.surgery import compressed_layers
+from lightning_lance.compression.surgery import compressed_layers
 from tests.compat.rows import Task, check_fit, check_row, data, lance, write
 from tests.compat.setups import CASE, SETUPS, ManualTask, resnet
 from tests.trainers import Recorder, make_trainer, snapshot

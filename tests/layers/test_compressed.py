@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceConfig, LanceWarning, calibrate, measure_saved_bytes, restore, swap
-from lightning_lance.linalg import contrast_scale
+from lightning_lance.compression.surgery import compressed_layers
 from lightning_lance.ops.factors import Factors
-from lightning_lance.surgery import compressed_layers
+from lightning_lance.tensors.linalg import contrast_scale
 from tests.oracles import batch_mode, projected_input, relative_error
 
 CPU = torch.device("cpu")

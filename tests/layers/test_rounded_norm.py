@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lance.ops.quantize import GROUP
+from lightning_lance.tensors.rounding import GROUP
 from tests.companions import compact, kept, layouts, run, same_bits
 
 

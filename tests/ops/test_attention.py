@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lance import measure_saved_bytes
-from lightning_lance.functional import compact_functional
+from lightning_lance.compression.functional import compact_functional
 from lightning_lance.ops.attention import rounded_attention
-from lightning_lance.ops.quantize import dequantize, quantize
+from lightning_lance.tensors.rounding import dequantize, quantize
 from tests.companions import same_bits
 
 SHAPE = (2, 3, 20, 16)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceError, measure_saved_bytes
-from lightning_lance.linalg import contrast_scale
 from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
 from lightning_lance.ops.factors import Factors
+from lightning_lance.tensors.linalg import contrast_scale
 from tests.live_bytes import LiveBytes
 from tests.oracles import batch_mode, gradients, orthonormal, projected_input, relative_error
 

@@ -16,8 +16,8 @@ from lightning_lance.ops.conv import geometry, low_rank_conv
 from lightning_lance.ops.core import Core, keep, rebuild
 from lightning_lance.ops.factors import Factors
 from lightning_lance.ops.linear import low_rank_linear
-from lightning_lance.precision import core_bytes
-from lightning_lance.subspace import BatchRule
+from lightning_lance.subspaces.subspace import BatchRule
+from lightning_lance.tensors.precision import core_bytes
 from tests.oracles import batch_mode, relative_error
 
 GROUP = 64

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceError, measure_saved_bytes
-from lightning_lance.linalg import contrast_scale
 from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.linear import low_rank_linear
+from lightning_lance.tensors.linalg import contrast_scale
 from tests.live_bytes import LiveBytes
 from tests.oracles import batch_mode, gradients, orthonormal, projected_input, relative_error
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_lance import LanceError, measure_saved_bytes
-from lightning_lance.linalg import contrast_scale
 from lightning_lance.ops.conv import low_rank_conv
 from lightning_lance.ops.factors import Factors
 from lightning_lance.ops.features import FeatureSide
 from lightning_lance.ops.linear import low_rank_linear
 from lightning_lance.ops.reserved import Form, Parts, effective_weight, reserved_conv, reserved_linear
+from lightning_lance.tensors.linalg import contrast_scale
 from tests.ops.test_conv import Case, cases
 from tests.oracles import batch_mode, orthonormal, relative_error
 

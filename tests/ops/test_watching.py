@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from lightning_lance import LanceSession, measure_saved_bytes
-from lightning_lance.functional import compact_functional
+from lightning_lance.compression.functional import compact_functional
 from lightning_lance.ops.watching import WatchingMode, unwatched
 
 

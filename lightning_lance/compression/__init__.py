@@ -1,0 +1,1 @@
+"""One training run with compressed activations, without any framework: options, surgery, session, report."""

@@ -1,0 +1,330 @@
+"""Plan, swap, restore: which layers become variants, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_lance import layers as _layers  # noqa: F401  (fills the registry)
+from lightning_lance.compression.config import LanceConfig
+from lightning_lance.errors import PlanError, StateError
+from lightning_lance.layers import registry
+from lightning_lance.layers.compressed import Compressed, LayerState
+from lightning_lance.subspaces.ranks import ModeRanks, closest, matches
+from lightning_lance.tensors.orders import SampleOrder
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One module to be swapped.
+
+    Attributes:
+        name: qualified name.
+        module: the module.
+        variant: mixin that it gets.
+        compress: whether its input is compressed; otherwise it is a companion, exact and without a subspace.
+        ranks: rank rules, for a compressed one.
+    """
+
+    name: str
+    module: nn.Module
+    variant: type[registry.Variant]
+    compress: bool
+    ranks: ModeRanks | None = None
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """One module with trainable parameters that stays as it is, and why."""
+
+    name: str
+    type: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.type}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`swap` would do.
+
+    Attributes:
+        entries: modules to be swapped.
+        left: modules with a trainable weight matrix or kernel that are left alone.
+        config: the options that it was made from.
+    """
+
+    entries: list[Planned]
+    left: list[LeftAlone] = field(default_factory=list)
+    config: LanceConfig = field(default_factory=LanceConfig)
+
+    @property
+    def compressed(self) -> list[Planned]:
+        """The entries whose input is compressed."""
+        return [entry for entry in self.entries if entry.compress]
+
+
+def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
+    """Check the whole model against the options; change nothing.
+
+    A module is swapped where the forward that would run is a stock one. Modules with a forward of their own,
+    with parametrizations, lazy or scripted ones are left alone.
+
+    Args:
+        model: any module.
+        config: the options.
+
+    Returns:
+        What would be swapped, and why the rest with trainable parameters is not.
+
+    Raises:
+        PlanError: nothing can be compressed, or a pattern matches nothing.
+    """
+    config = config or LanceConfig()
+    candidates: list[Planned] = []
+    companions: list[Planned] = []
+    left: list[LeftAlone] = []
+    rules = config.rules()
+    for name, module in _layers_of(model):
+        variants = registry.find(module)
+        compressing = next((variant for variant in variants if variant.compresses), None)
+        reason = registry.refusal(module) if variants else None
+        weight = getattr(module, "weight", None)
+        if reason is None and compressing is not None and weight is not None and weight.requires_grad:
+            reason = compressing.refusal(module)
+            if reason is None:
+                candidates.append(Planned(name, module, compressing, True, rules.for_layer(name)))
+                continue
+        if reason is None and config.companions:
+            chosen = next((v for v in variants if _wanted(v, config) and v.refusal(module) is None), None)
+            if chosen is not None:
+                companions.append(Planned(name, module, chosen, False))
+                continue
+        if _trains_a_matrix(module):
+            why = reason or _unsupported(module)
+            left.append(LeftAlone(name or "the model itself", registry.base_class(module).__name__, why))
+    if not candidates:
+        raise PlanError(_nothing(model, left))
+    chosen_names = _select(candidates, config.layers, left, _frozen_names(model))
+    left += [
+        LeftAlone(entry.name, registry.base_class(entry.module).__name__, f"not in layers={config.layers!r}")
+        for entry in candidates
+        if entry.name not in chosen_names
+    ]
+    _check_rank_patterns(rules.patterns, [*(entry.name for entry in candidates), *_frozen_names(model)])
+    wanted = {
+        entry.name: entry for entry in [*candidates, *companions] if not entry.compress or entry.name in chosen_names
+    }
+    ordered = [wanted[name] for name, _ in model.named_modules() if name in wanted]
+    return Plan(ordered, left, config)
+
+
+def _layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules, without those that compute the parameters of others (torch.nn.utils.parametrize)."""
+    for name, module in model.named_modules():
+        if ".parametrizations." not in f".{name}.":
+            yield name, module
+
+
+def _trains_a_matrix(module: nn.Module) -> bool:
+    parameters = list(module.parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        parameters += module.parametrizations.parameters()  # type: ignore[union-attr]
+    matrix = any(nn.parameter.is_lazy(parameter) or parameter.dim() > 1 for parameter in parameters)
+    return matrix and any(parameter.requires_grad for parameter in parameters)
+
+
+def _unsupported(module: nn.Module) -> str:
+    kind = registry.base_class(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return "it computes its projections by itself, without calling layers"
+    stock = registry.overrides(module)
+    if stock is not None:
+        return f"{kind.__module__}.{kind.__name__} has a forward of its own, not that of {stock}"
+    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    if own and any(True for _ in module.children()):
+        return f"its forward uses parameters of its own beside those of its layers: {', '.join(own)}"
+    return f"no variant for {kind.__name__}"
+
+
+def _wanted(variant: type[registry.Variant], config: LanceConfig) -> bool:
+    # A frozen convolution is a companion too: its variant keeps nothing of the input.
+    return config.companions == "approximate" or not variant.approximate
+
+
+def _nothing(model: nn.Module, left: list[LeftAlone]) -> str:
+    allowed = ", ".join(registry.supported())
+    frozen = _frozen_names(model)
+    text = (
+        f"no layer of {type(model).__name__} can be compressed. Supported, with a weight that requires grad: {allowed}."
+    )
+    if frozen:
+        text += (
+            f" {len(frozen)} supported layers are frozen, such as {frozen[-1]}: set requires_grad on those to train."
+        )
+    if left:
+        text += " Left alone: " + "; ".join(map(str, left[:5])) + "."
+    return text
+
+
+def _frozen_names(model: nn.Module) -> list[str]:
+    """Supported layers whose weight is frozen; they may join when a fine-tuning schedule unfreezes them."""
+    return [name for name, module in model.named_modules() if registry.find(module) and _is_frozen(module)]
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and not weight.requires_grad and any(v.compresses for v in registry.find(module))
+
+
+def _select(candidates: list[Planned], layers: object, left: list[LeftAlone], frozen: list[str]) -> set[str]:
+    names = [entry.name for entry in candidates]
+    if layers == "trainable":
+        return set(names)
+    if isinstance(layers, int):
+        return set(names[-layers:])
+    patterns = [layers] if isinstance(layers, str) else list(layers)  # type: ignore[call-overload]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if matches(name, pattern)}
+        if not found and not any(matches(name, pattern) for name in frozen):
+            barred = [str(item) for item in left if matches(item.name, pattern)]
+            because = f" It names only what is left alone: {'; '.join(barred[:3])}." if barred else ""
+            raise PlanError(
+                f"layers={pattern!r} matches no layer that can be compressed.{because} There are {len(names)}, "
+                f"such as {closest(pattern, names)}. Patterns are shell-style ('layer4.*') or the name of a container."
+            )
+        chosen |= found
+    if not chosen:
+        raise PlanError(
+            f"layers={layers!r} names only layers whose weight is frozen, such as {closest(patterns[0], frozen)}. Set "
+            f"requires_grad on those to train, or name others: there are {len(names)}, such as {', '.join(names[:3])}."
+        )
+    return chosen
+
+
+def _check_rank_patterns(patterns: dict[str, ModeRanks], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            raise PlanError(
+                f"rank[{pattern!r}] matches no layer that can be compressed. There are {len(names)}, such as "
+                f"{closest(pattern, names)}. Allowed keys: such a pattern, or the modes batch, channel, spatial."
+            )
+
+
+def swap(model: nn.Module, what: Plan | LanceConfig | None = None) -> Plan:
+    """Swap layers in place, as planned. Until :func:`~lightning_lance.calibrate` they run the stock path.
+
+    Args:
+        model: the model that the plan was made for.
+        what: a plan, or the options to make one from.
+
+    Returns:
+        The plan.
+
+    Raises:
+        StateError: the model is swapped already, or the plan is one of another model.
+        PlanError: see :func:`plan`.
+    """
+    if is_swapped(model):
+        raise StateError("the model is swapped already. Call restore(model) first.")
+    made = what if isinstance(what, Plan) else plan(model, what)
+    _check_same_model(model, made)
+    order = SampleOrder(made.config.seed)
+    try:
+        for entry in made.entries:
+            _install(entry, made.config, order)
+    except BaseException:
+        restore(model)
+        raise
+    return made
+
+
+def _check_same_model(model: nn.Module, made: Plan) -> None:
+    own = set(model.modules())
+    foreign = [entry.name for entry in made.entries if entry.module not in own]
+    if foreign:
+        raise StateError(
+            f"the plan is one of another model: {len(foreign)} of its {len(made.entries)} layers, such as "
+            f"{foreign[0]!r}, are not in this one. Make a new one with plan(model)."
+        )
+
+
+def join(model: nn.Module, made: Plan) -> list[str]:
+    """Swap, in a swapped model, the layers of a newer plan that are not compressed yet.
+
+    Args:
+        model: a swapped model.
+        made: a plan of the model as it is now, after the weights of some layers were unfrozen.
+
+    Returns:
+        Names of the layers that joined. They run the stock path until calibrated.
+
+    Raises:
+        StateError: the model is not swapped.
+    """
+    order = next((layer._lance.order for layer in _swapped(model)), None)
+    if order is None:
+        raise StateError("the model is not swapped. Call swap(model) first.")
+    joined = []
+    for entry in made.entries:
+        compressed = isinstance(entry.module, Compressed) and entry.module._lance.selected
+        if compressed or (not entry.compress and registry.is_variant(entry.module)):
+            continue
+        registry.uninstall(entry.module)
+        _install(entry, made.config, order)
+        if entry.compress:
+            joined.append(entry.name)
+    return joined
+
+
+def _install(entry: Planned, config: LanceConfig, order: SampleOrder) -> None:
+    registry.install(entry.module, entry.variant)
+    if issubclass(entry.variant, Compressed):
+        ranks = entry.ranks or ModeRanks()
+        unbiased = config.batch == "unbiased"
+        entry.module.__dict__["_lance"] = LayerState(
+            entry.name, entry.compress, ranks, unbiased, order, config.bits(ranks)
+        )
+
+
+def restore(model: nn.Module) -> None:
+    """Give every module its own class back. Does nothing to a model that is not swapped."""
+    for module in model.modules():
+        registry.uninstall(module)
+
+
+@contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """Run a swapped model as the stock one inside the block."""
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = [
+        (module, type(module)) for module in model.modules() if registry.is_variant(module)
+    ]
+    for module, _ in swapped:
+        module.__class__ = registry.stock_class(module)
+    try:
+        yield
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cls
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether any module is one of our variants."""
+    return any(registry.is_variant(module) for module in model.modules())
+
+
+def compressed_layers(model: nn.Module) -> dict[str, Compressed]:
+    """Name -> layer, for the layers whose input is, or is to be, compressed."""
+    return {layer._lance.name: layer for layer in _swapped(model) if layer._lance.selected}
+
+
+def _swapped(model: nn.Module) -> Iterator[Compressed]:
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            yield module

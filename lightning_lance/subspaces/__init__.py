@@ -1,0 +1,1 @@
+"""Which directions are kept of an input: rank rules, statistics, spectra, factors."""

@@ -1,0 +1,1 @@
+"""Plain functions of tensors: linear algebra, rounding, packing, random orders."""

@@ -1,0 +1,128 @@
+"""Flags of one bit per element, and gradients that pass through them.
+
+Flags are kept in the memory order of the tensor that they belong to, whatever its memory format; no pass reorders
+them. Packing reads eight bools as one 64-bit word and gathers their bits with one multiplication; unpacking copies
+one entry of a table of 256, eight values of a byte each, for every byte. On one or two cores NumPy's kernels, one pass
+each, do the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lance.tensors.cached import constant
+from lightning_lance.tensors.tracing import traced
+
+# Bits 0, 9, 18 … 63. Times a word of eight bools, byte k of the word (0 or 1) lands on bit 63 - k, and no two of the
+# partial products meet. The word and the bits are read in the same order, so that the byte order of the machine
+# cancels out.
+_GATHER = 0x8040201008040201 - (1 << 64)
+_SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
+_FEW_THREADS = 2  # so many of torch's are no faster than the one of NumPy
+_FEW_FLAGS = 1 << 16  # nor are more, on so few
+
+
+def _one_pass(count: int, device: torch.device) -> bool:
+    """Whether NumPy is the faster way for so many flags."""
+    if device.type != "cpu" or traced():  # first: a compiler cannot follow the rest
+        return False
+    return count < _FEW_FLAGS or torch.get_num_threads() <= _FEW_THREADS
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Eight flags in a byte, in memory order.
+
+    Args:
+        flags: bool, any shape, without gaps or overlaps in memory, as every freshly computed tensor is. Its memory
+            is overwritten.
+
+    Returns:
+        uint8 of shape ``(ceil(n / 8),)`` for ``n`` flags; the unused bits of the last byte are 0.
+    """
+    flat = flags.as_strided((flags.numel(),), (1,))
+    if _one_pass(flat.numel(), flags.device):
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    missing = -flat.numel() % 8
+    if missing:
+        flat = F.pad(flat, (0, missing))
+    if torch.compiler.is_compiling():  # fuses with the comparison that makes the flags
+        shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=flags.device)
+        return (flat.view(-1, 8).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
+    return flat.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def expand_bits(
+    bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], off: int, on: int, dtype: torch.dtype
+) -> Tensor:
+    """A value for every flag.
+
+    Args:
+        bits: what :func:`pack_bits` returned.
+        shape: shape of the flags.
+        stride: their strides.
+        off: value where the flag is not set, from -128 to 127.
+        on: value where it is.
+        dtype: dtype of the result; ``torch.bool`` for 0 and 1.
+
+    Returns:
+        A new tensor of that shape, strides and dtype.
+    """
+    if torch.compiler.is_compiling():
+        shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=bits.device)
+        flat = ((bits.unsqueeze(-1) >> shifts) & 1).to(dtype)
+        if (off, on) != (0, 1):
+            values = torch.tensor((off, on), dtype=dtype, device=bits.device)
+            flat = torch.where(flat != 0, values[1], values[0])
+    else:
+        count = math.prod(shape)
+        if (off, on) == (0, 1) and _one_pass(count, bits.device):
+            small = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(torch.int8)
+        else:  # eight small values are copied as one word, and converted afterwards with vector instructions
+            small = _table(off, on, bits.device).index_select(0, bits.int()).view(torch.int8)
+        flat = small.view(torch.bool) if dtype == torch.bool else small.to(dtype)
+    return flat.as_strided(shape, stride)
+
+
+@constant
+def _table(off: int, on: int, device: torch.device) -> Tensor:
+    """``(256,)`` int64, each the eight int8 values of a byte of flags."""
+    shifts = torch.tensor(_SHIFTS, device=device)
+    set_ = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & 1
+    values = torch.tensor((off, on), dtype=torch.int8, device=device)
+    return values.index_select(0, set_.view(-1)).view(torch.int64)
+
+
+def flagged_gradient(
+    kernel: Any, grad: Tensor, bits: Tensor, stride: tuple[int, ...], off: int, on: int, *arguments: Any
+) -> Tensor:
+    """Run a stock elementwise backward kernel on stand-ins for its input.
+
+    Args:
+        kernel: an operator ``kernel(grad, input, *arguments)`` with a ``grad_input`` overload.
+        grad: any shape.
+        bits: packed flags of the same shape.
+        stride: strides that the flags had.
+        off: an input for which the kernel does what it does where the flag is not set.
+        on: the same where it is.
+        arguments: further arguments of the kernel.
+
+    Returns:
+        What the kernel returns for an input with those strides.
+    """
+    stand_in = expand_bits(bits, grad.shape, stride, off, on, grad.dtype)
+    if not torch.compiler.is_compiling() and grad.stride() == stride:  # which compilers up to 2.6 refuse to read
+        return kernel.grad_input(grad, stand_in, *arguments, grad_input=stand_in)  # type: ignore[no-any-return]
+    return kernel(grad, stand_in, *arguments)  # type: ignore[no-any-return]
+
+
+def product_into(factors: Tensor, grad: Tensor) -> Tensor:
+    """``grad * factors``, in the memory of the factors where the layouts agree. A compiler finds its own memory."""
+    if not torch.compiler.is_compiling() and grad.stride() == factors.stride() and grad.dtype == factors.dtype:
+        return factors.mul_(grad)
+    return grad * factors

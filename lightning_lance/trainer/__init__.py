@@ -1,0 +1,1 @@
+"""The Lightning callbacks, and metrics of streams."""

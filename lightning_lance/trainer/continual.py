@@ -1,0 +1,222 @@
+"""The Lightning callback for streams of experiences, around :class:`~lightning_lance.continual.ContinualSession`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+
+from lightning_lance.compression.frozen_norms import FrozenNorms
+from lightning_lance.compression.isolation import isolated
+from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
+from lightning_lance.errors import CalibrationError, ConfigError, StateError
+from lightning_lance.trainer.callback import LanceCallback, _reduce
+from lightning_lance.trainer.peeking import copied, peek, prepare
+from lightning_lance.trainer.rehearsal import rehearsal
+
+
+class ContinualCallback(LanceCallback):
+    """Learn one experience after another without forgetting, with compressed activations; each fit is an experience.
+
+    On the first batch the layers are calibrated on the next ``calibration_batches`` batches and swapped in place; at
+    the end of the fit the model gets its own layers back, and the input directions that they need are protected. From
+    the second fit on, the weights of shared layers change only outside of them, whatever the optimiser, and what cannot
+    be protected in this way is frozen: biases, norms, layers of other types. Give the same callback to the Trainer of
+    each experience. Method: LANCE (Apolinario & Roy, arXiv 2509.21617).
+
+    The state is part of the checkpoints: a run that was interrupted within an experience goes on bit for bit.
+
+    Args:
+        threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
+            more of what was learned, and leaves less to learn in.
+        threshold_growth: added to the threshold after each experience, up to 0.999.
+        reserved: directions that an experience may change: ``"full"``, everything that is not protected; an int, that
+            many leading directions of the experience outside of what is protected; a float in (0, 1), those that hold
+            that energy. Fewer directions need less memory for gradients and optimiser state.
+        damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
+            energy all the same, see :class:`~lightning_lance.continual.ContinualConfig`. ``"auto"``: 0 with gradient
+            descent, .5 with optimisers such as Adam, whose steps are as long in all directions.
+        freeze_above: fraction of a layer's directions from which on its weight is frozen: the last few add little to
+            what can be learned. 1: a layer trains as long as it has any direction free.
+        feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
+            ``"channel"``, directions of channels, whose bases are smaller and fuller.
+        heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
+        rank: how far each mode of an input is truncated, see :class:`~lightning_lance.LanceCallback`. Experience by
+            experience, noise in the gradient costs more than in fine-tuning, so that the default is full rank.
+        core_bits: bits in which each element of a kept input is kept: 8 by default, for the same reason; 4, or ``None``
+            for its own dtype.
+        options: see :class:`~lightning_lance.LanceCallback`; ``refresh`` is not among them.
+
+    Attributes:
+        stream: what is protected.
+        own_heads: names of further modules that are not protected.
+
+    Raises:
+        ConfigError: an option has a value that is not allowed.
+        StateError: at fit start, the strategy cannot train a model of which parts are frozen.
+    """
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.97,
+        threshold_growth: float = 0.003,
+        reserved: int | float | Literal["full"] = "full",
+        damping: float | Literal["auto"] = "auto",
+        freeze_above: float = 0.95,
+        feature_side: Literal["patch", "channel"] = "patch",
+        heads: str | list[str] | None = None,
+        rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] = "full",
+        core_bits: int | Literal["auto"] | None = 8,
+        **options: Any,
+    ) -> None:
+        super().__init__(rank=rank, core_bits=core_bits, **options)
+        if self.config.refresh is not None:
+            raise ConfigError(
+                f"refresh={self.config.refresh!r} is not allowed in continual learning: the subspaces are found once "
+                "for each experience. Leave it out."
+            )
+        protection = ContinualConfig(
+            threshold=threshold,
+            threshold_growth=threshold_growth,
+            reserved=reserved,
+            damping=damping,
+            freeze_above=freeze_above,
+            feature_side=feature_side,
+            heads=heads or (),
+        )
+        self.stream = ContinualSession(self.config, protection)
+        self.own_heads: Sequence[str] = ()
+
+    @property
+    def capacity(self) -> dict[str, Capacity]:
+        """Layer name -> directions taken and free."""
+        return self.stream.capacity()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_strategy(trainer)
+        if self.stream.running:  # an interrupted fit has left it
+            self.stream.abandon()
+        self.session = None
+        self._ready = False
+        self._norms = FrozenNorms(pl_module) if self.config.freeze_norms else None
+
+    def _check_strategy(self, trainer: pl.Trainer) -> None:
+        if trainer.world_size == 1:
+            return
+        if not isinstance(trainer.strategy, DDPStrategy):
+            raise StateError(
+                f"{type(trainer.strategy).__name__} is not supported in continual learning. Allowed: a single device, "
+                "or strategy='ddp_find_unused_parameters_true'."
+            )
+        if not trainer.strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise StateError(
+                "from the second experience on parts of the model are frozen, which plain DDP waits for. Give "
+                "strategy='ddp_find_unused_parameters_true'."
+            )
+        if self.stream.options.reserved != "full":
+            raise StateError(
+                f"reserved={self.stream.options.reserved!r} trains parameters that DDP does not know. Allowed with "
+                "several processes: 'full'."
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        first, self._ready = not self._ready, True
+        if self._norms is not None:
+            if first or batch_idx == 0:
+                self._norms.find()
+            self._norms.apply()
+        if first:
+            self._begin(trainer, pl_module, batch, batch_idx)
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        stored, self._loaded = self._loaded, None
+        if stored is not None:
+            self.stream.load_state_dict(stored["stream"])
+        if stored is not None and stored["running"] is not None:
+            self.stream.resume_experience(module, stored["running"], trainer.optimizers, self.own_heads)
+        else:
+            following = peek(trainer, self.config.calibration_batches - 1, batch_idx)
+            if following is None:
+                raise CalibrationError(
+                    "continual learning reads batches before the first step, and this model takes them from the loader "
+                    "itself (dataloader_iter). Give it a training_step(self, batch, batch_idx)."
+                )
+            ready = [copied(batch), *(prepare(trainer, module, raw) for raw in following)]
+            passes = [functools.partial(self._pass, trainer, module, found) for found in ready]
+            # DDP reduces the gradients of parameters that it knows: then the weights themselves are trained.
+            self.stream.begin_experience(
+                module,
+                passes,
+                trainer.optimizers,
+                self.own_heads,
+                _reduce(trainer),
+                _sum_over(trainer),
+                whole=trainer.world_size > 1,
+            )
+        self.session = self.stream.compression
+        if self.session is None:
+            return
+        self._wrap_training_step(module, self.session)
+        if self.measure:
+            self.session.measure(functools.partial(self._pass, trainer, module, copied(batch)))
+            self._publish(trainer, self.session)
+
+    def _pass(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+        # A rehearsal for each pass: what is frozen between two of them stays frozen.
+        with rehearsal(trainer, module, self.forward_fn) as run:
+            return run(copied(batch))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Nothing to do: subspaces stay as they are within an experience."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.stream.running:
+            return
+        self._unwrap_training_step(pl_module)
+        loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+        with isolated(pl_module):
+            batches = [batch for batch, _, _ in islice(loader, self.config.calibration_batches)]
+        ready = [prepare(trainer, pl_module, raw) for raw in batches]
+        passes = [functools.partial(self._pass, trainer, pl_module, found) for found in ready]
+        self.stream.end_experience(pl_module, passes, _sum_over(trainer))
+        if trainer.world_size > 1:  # other processors may round an eigenvector in another way
+            self.stream.load_state_dict(trainer.strategy.broadcast(self.stream.state_dict()))
+        taken = {f"lance/protected/{name}": found.fraction for name, found in self.capacity.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({**taken, "lance/protected_bytes": self.stream.bytes}, step=trainer.global_step)
+
+    def _finish(self, module: pl.LightningModule) -> None:
+        self._unwrap_training_step(module)
+        self._ready = False
+        self._loaded = None
+        if self._norms is not None:
+            self._norms.release()
+        if self.stream.running:
+            self.stream.abandon()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is protected and, within an experience, what it needs to go on."""
+        if self._loaded is not None:
+            return self._loaded
+        return {"stream": self.stream.state_dict(), "running": self.stream.running_state()}
+
+
+def _sum_over(trainer: pl.Trainer) -> Any:
+    if trainer.world_size == 1:
+        return None
+
+    def sum_over(tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+    return sum_over

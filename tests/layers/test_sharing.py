@@ -1,0 +1,325 @@
+"""Layers that read one input keep one core of it; layers whose input is kept anyway are left alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
+from lightning_lance.layers.sharing import SharedCores
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BATCH, TOKENS, WIDTH = 16, 12, 24
+
+
+class Attention(nn.Module):
+    """Separate projections of one input, as in most language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).unflatten(-1, (3, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Branches(nn.Module):
+    """A residual block whose shortcut reads the input of its first convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.shortcut = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.second(self.first(x).relu()) + self.shortcut(x)
+
+
+def session_of(net: nn.Module, x: Tensor, check: bool = False, **options: Any) -> LanceSession:
+    session = LanceSession(net, LanceConfig(**{"core_bits": None, **options}))
+    session.start()
+    session.calibrate([lambda: net(x)])
+    if check:
+        session.drop_redundant(lambda: net(x))
+    return session
+
+
+def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    net(x).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+
+def tokens() -> Tensor:
+    return torch.randn(BATCH, TOKENS, WIDTH)
+
+
+def images() -> Tensor:
+    return torch.randn(BATCH, 3, 8, 8)
+
+
+def test_one_core_for_three_projections() -> None:
+    net, x = Attention(), tokens()
+    session = session_of(net, x)
+    subspace = net.q._lance.subspace
+    assert subspace is net.k._lance.subspace
+    assert subspace is net.v._lance.subspace
+    assert net.out._lance.subspace is not subspace
+    shared = measure_saved_bytes(lambda: net(x), net)
+    for layer in (net.q, net.k, net.v):
+        layer._lance.shared = None
+    apart = measure_saved_bytes(lambda: net(x), net)
+    core = torch.Size(subspace.core_shape(BATCH, WIDTH, (TOKENS,))).numel()
+    assert apart.total - shared.total == 2 * (4 * core + 4 * BATCH)  # cores and sample orders
+    session.stop()
+
+
+@pytest.mark.parametrize("batch", ["unbiased", "projected"])
+def test_gradients_are_those_of_one_sample_order(batch: Any) -> None:
+    """Each layer's gradient is what it would compute alone in the order that the first of them drew."""
+    net, x = Attention().double(), tokens().double()
+    session_of(net, x, rank={"batch": 4, "channel": 7, "spatial": 5}, batch=batch)
+    order = net.q._lance.order.state
+    drawn = order.clone()
+    shared = gradients(net, x)
+    for layer in (net.q, net.k, net.v):
+        layer._lance.shared = None
+    for name in "qkv":
+        order.copy_(drawn)
+        for other in "qkv":
+            getattr(net, other).weight.requires_grad_(other == name)  # only this one draws
+        alone = gradients_of(net, x)
+        torch.testing.assert_close(shared[f"{name}.weight"], alone[f"{name}.weight"], rtol=1e-12, atol=1e-12)
+
+
+def gradients_of(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    net(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def test_convolutions_that_read_one_input_share_it() -> None:
+    net, x = Branches(), images()
+    session_of(net, x)
+    assert net.first._lance.subspace is net.shortcut._lance.subspace
+    held = measure_saved_bytes(lambda: net(x), net)
+    subspace = net.first._lance.subspace
+    shape = subspace.core_shape(BATCH, 8, (8, 8))
+    assert [holder.module for holder in held.holders if holder.shape == shape].count("shortcut") == 0
+    assert [holder.module for holder in held.holders if holder.shape == shape].count("first") == 1
+    assert held.by_module().get("shortcut", 0) == 0
+
+
+def test_an_input_that_changed_in_place_gets_its_own_core() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor, write: bool = True) -> Tensor:
+            first = self.a(x)
+            if write:
+                x.mul_(3.0)
+            return first + self.b(x)
+
+    net, x = Writes().double(), torch.randn(BATCH, WIDTH).double()
+    with torch.no_grad():
+        session = LanceSession(net, LanceConfig(rank={"batch": 4}))
+        session.start()
+        session.calibrate([lambda: net(x.clone(), False)])
+    assert net.a._lance.shared is not None
+    order = net.a._lance.order.state
+    drawn = order.clone()
+    found = gradients(net, x.clone())
+    order.copy_(drawn)
+    net.a._lance.shared = net.b._lance.shared = None
+    expected = gradients(net, x.clone())
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_kept_alive() -> None:
+    net, x = Attention(), tokens()
+    session_of(net, x)
+    seen: list[Any] = []
+    handle = net.q.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    loss = net(x).sum()
+    handle.remove()
+    assert seen[0]() is None
+    assert net.q._lance.shared._seen == {}
+    loss.backward()
+
+
+def test_an_interloper_does_not_evict() -> None:
+    """Layers in between with subspaces of their own leave the core of the first input in place."""
+
+    class Deep(Branches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.between = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.second(self.between(self.first(x))) + self.shortcut(x)
+
+    net, x = Deep(), images()
+    session_of(net, x, rank={"spatial": "full"})  # no factors: every subspace is equal
+    assert measure_saved_bytes(lambda: net(x), net).by_module().get("shortcut", 0) == 0
+
+
+def test_a_new_tensor_in_the_same_place_is_not_mistaken_for_the_old_one() -> None:
+    cores, subspace, other = SharedCores(), object(), object()
+    one = torch.randn(4, 4)
+    cores.remember(one, subspace, 1, "factors", "core")  # type: ignore[arg-type]
+    assert cores.recall(one, subspace, 1) == ("factors", "core")  # type: ignore[arg-type]
+    assert cores.recall(one, subspace, -1) is None  # type: ignore[arg-type]
+    assert cores.recall(one, other, 1) is None  # type: ignore[arg-type]
+    assert cores.recall(one.view(4, 4), subspace, 1) is None  # type: ignore[arg-type]
+    cores.remember(one, other, 1, "other factors", "another")  # type: ignore[arg-type]
+    assert cores.recall(one, other, 1) == ("other factors", "another")  # type: ignore[arg-type]
+    one.add_(1)
+    assert cores.recall(one, subspace, 1) is None  # type: ignore[arg-type]
+    cores.remember(one, subspace, 1, "factors", "new")  # type: ignore[arg-type]
+    assert cores.recall(one, other, 1) is None  # type: ignore[arg-type]
+    assert cores.recall(one, subspace, 1) == ("factors", "new")  # type: ignore[arg-type]
+    del one
+    assert cores._seen == {}
+
+
+def test_copies_and_pickles_of_a_model_in_training() -> None:
+    net, x = Attention(), tokens()
+    session_of(net, x)
+    net(x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert other.q._lance.shared is other.k._lance.shared
+        assert other.q._lance.shared is not net.q._lance.shared
+        state = net.q._lance.order.state.clone()
+        one = gradients(net, x)
+        other.q._lance.order.state.copy_(state)
+        two = gradients(other, x)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_sharing_survives_a_state() -> None:
+    net, x = Attention(), tokens()
+    session = session_of(net, x)
+    state = session.state_dict()
+    one = gradients(net, x)
+    other = copy.deepcopy(net)
+    continued = LanceSession(other)
+    continued.start()
+    continued.load_state_dict(state)
+    assert other.q._lance.subspace is other.k._lance.subspace
+    two = gradients(other, x)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_report_counts_a_shared_input_once() -> None:
+    net, x = Attention(), tokens()
+    session = session_of(net, x, check=True, companions=False)
+    report = session.measure(lambda: net(x))
+    rows = {layer.name: layer for layer in report.layers}
+    assert [rows[name].plain_bytes for name in "qkv"] == [x.nbytes, 0, 0]
+    assert [rows[name].formula_bytes > 0 for name in "qkv"] == [True, False, False]
+    assert [rows[name].core_shape for name in "qkv"] == [rows["q"].core_shape] * 3
+    rotation = 4 * rows["q"].core_shape[0] ** 2
+    assert rows["q"].measured_bytes == rows["q"].formula_bytes + rotation
+    assert str(report).count("shared") == 2
+
+
+# --- inputs that are kept anyway -----------------------------------------------------------------------------------
+
+
+def test_a_layer_whose_input_is_kept_anyway_is_left_alone() -> None:
+    """Attention keeps its output; the projection of it is exact and keeps nothing more."""
+    net, x = Attention(), tokens()
+    before = measure_saved_bytes(lambda: net(x), net).total
+    session = session_of(net, x, companions=False)
+    with_core = measure_saved_bytes(lambda: net(x), net).total
+    assert session.drop_redundant(lambda: net(x)) == ["out"]
+    after = measure_saved_bytes(lambda: net(x), net).total
+    assert after < with_core
+    assert after < before
+    assert [(item.name, item.reason) for item in session.left] == [
+        ("out", "its input is kept for another operation anyway")
+    ]
+    assert type(net.out) is nn.Linear
+
+
+def test_a_layer_next_to_one_that_is_not_compressed() -> None:
+    """What q and k would drop stays for v, which the pattern leaves out."""
+    net, x = Attention(), tokens()
+    session = session_of(net, x, check=True, layers=["q", "k"])
+    assert set(session.layers) == set()
+    other = Attention()
+    assert set(session_of(other, x, check=True, layers=["q", "k", "v"]).layers) == {"q", "k", "v"}
+
+
+def test_sigmoid_and_functional_calls_that_keep_their_output() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.tanh(self.b(torch.nn.functional.softplus(self.a(x)))))
+
+    net, x = Gate(), tokens()
+    session = session_of(net, x, check=True)
+    assert set(session.layers) == {"a", "b"}
+
+
+def test_the_check_leaves_no_trace_and_remembers_itself() -> None:
+    net, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5), nn.BatchNorm1d(TOKENS)), tokens()
+    session = session_of(net, x)
+    assert not session.checked
+    state, rng = {name: value.clone() for name, value in net.state_dict().items()}, torch.get_rng_state()
+    assert session.drop_redundant(lambda: net(x)) == []
+    assert session.checked
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state[name])
+    assert all(parameter.grad is None for parameter in net.parameters())
+    saved = session.state_dict()
+    session.stop()
+    session.start()
+    assert not session.checked
+    session.load_state_dict(saved)
+    assert session.checked
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("make", [Attention, Branches])
+def test_never_more_bytes_than_plain(make: type[nn.Module], batch_size: int) -> None:
+    net = make()
+    x = tokens()[:batch_size] if make is Attention else images()[:batch_size]
+    plain = measure_saved_bytes(lambda: net(x), net).total
+    session = session_of(net, x, check=True)
+    assert measure_saved_bytes(lambda: net(x), net).total <= plain
+    session.stop()
+
+
+def test_a_core_that_would_not_be_smaller_is_not_made() -> None:
+    net, x = nn.Conv1d(1, 4, 3), torch.randn(1, 1, 64)  # a spatial factor as large as the input
+    session = session_of(net, x)
+    assert not net._lance.subspace.shrinks(1, 1, (64,))
+    assert measure_saved_bytes(lambda: net(x), net).total == x.nbytes
+    plain = copy.deepcopy(net)
+    LanceSession(plain).stop()
+    one, two = gradients(net, x), gradients(plain, x)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    session.stop()

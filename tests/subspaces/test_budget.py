@@ -1,0 +1,154 @@
+"""The memory budget: kept in bytes, lowered in the stated order, refused below its floor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lance import ConfigError, LanceConfig, LanceSession, Report, measure_saved_bytes
+from lightning_lance.compression.report import LayerReport
+from lightning_lance.tensors.units import format_bytes, parse_bytes
+from tests.trainers import Classifier, assert_restored, fit, lance, loader, small_net, snapshot
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but:UserWarning"),
+]
+
+BATCH = 64
+
+
+def convolutions() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(6, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 4, 1))
+
+
+def inputs() -> Tensor:
+    """Smooth images plus noise, so that energies differ from mode to mode."""
+    coarse = torch.randn(BATCH, 6, 3, 3)
+    return nn.functional.interpolate(coarse, size=(16, 16), mode="bilinear") + 0.3 * torch.randn(BATCH, 6, 16, 16)
+
+
+def reported(budget: int | str | None, **options: Any) -> tuple[Report, int]:
+    """The report, and the bytes that the compressed layers keep by measurement."""
+    torch.manual_seed(0)
+    net, x = convolutions(), inputs()
+    session = LanceSession(net, LanceConfig(memory_budget=budget, **{"core_bits": None, **options}))
+    session.start()
+    session.calibrate([lambda: net(x)])
+    report = session.measure(lambda: net(x))
+    holders = measure_saved_bytes(lambda: net(x), net).holders
+    rotation = (report.layers[0].core_shape[0],) * 2  # one copy for all layers, not in the budget
+    measured = sum(holder.bytes for holder in holders if holder.shape not in (rotation, (6, 16, 16)))
+    session.stop()
+    return report, measured
+
+
+def formula(report: Report) -> int:
+    return sum(layer.formula_bytes for layer in report.layers)
+
+
+AUTO = 11  # batch rank of 64 samples
+
+
+def state(layer: LayerReport) -> tuple[bool, bool, bool]:
+    """Which of spatial energy, batch rank and channel energy are lowered."""
+    spatial = min(layer.energy.get("spatial_0", 1.0), layer.energy.get("spatial_1", 1.0))
+    return spatial < 0.9, layer.core_shape[0] < AUTO, layer.core_shape[1] < layer.input_shape[1]
+
+
+def test_budget_is_kept_in_measured_bytes_and_order() -> None:
+    free, _ = reported(None)
+    last: list[tuple[bool, bool, bool]] | None = None
+    kept = formula(free)
+    for budget in [*range(formula(free), 2400, -1700), 2200]:
+        report, measured = reported(budget)
+        assert formula(report) <= budget
+        assert measured <= budget
+        assert formula(report) <= kept
+        kept = formula(report)
+        states = [state(layer) for layer in report.layers]
+        # Nothing of a later kind is lowered before the earlier kind is at its end.
+        for spatial, batch, channel in states:
+            assert spatial or not batch
+            assert batch or not channel
+        if any(channel for _, _, channel in states):
+            assert all(layer.core_shape[0] == 2 for layer in report.layers)
+        last = states
+    assert last is not None
+    assert all(any(found[kind] for found in last) for kind in range(3)), "the smallest budget lowers every kind"
+
+
+def test_a_budget_that_is_met_exactly_is_enough_and_one_byte_less_is_not() -> None:
+    free, measured = reported(None)
+    exact, measured_exact = reported(formula(free))
+    assert [layer.core_shape for layer in exact.layers] == [layer.core_shape for layer in free.layers]
+    assert measured_exact == measured == formula(free)
+    less, _ = reported(formula(free) - 1)
+    assert formula(less) < formula(free)
+
+
+def test_a_large_budget_changes_nothing() -> None:
+    free, _ = reported(None)
+    large, _ = reported("1GiB")
+    assert [layer.core_shape for layer in large.layers] == [layer.core_shape for layer in free.layers]
+
+
+def test_the_floor_is_named_and_is_reachable() -> None:
+    with pytest.raises(ConfigError, match=r"memory_budget=100 bytes is below the floor of (\d+) bytes") as caught:
+        reported(100)
+    floor = int(str(caught.value).split("floor of ")[1].split()[0])
+    report, _ = reported(floor)
+    assert formula(report) == floor
+    with pytest.raises(ConfigError, match=f"floor of {floor} bytes"):
+        reported(floor - 1)
+
+
+def test_ranks_asked_for_are_never_raised() -> None:
+    report, _ = reported("1GiB", rank=0.5)
+    free, _ = reported(None, rank=0.5)
+    assert [layer.core_shape for layer in report.layers] == [layer.core_shape for layer in free.layers]
+
+
+def test_int_ranks_stay() -> None:
+    report, _ = reported(9000, rank={"channel": 5, "spatial": 4})
+    assert {layer.core_shape[1:] for layer in report.layers} == {(5, 4, 4)}
+    assert {layer.core_shape[0] for layer in report.layers} < {2, 3, 4, 5, 6, 7}
+
+
+def test_budget_in_a_trainer() -> None:
+    callback = lance(memory_budget="6kB")
+    fit(Classifier(), [callback], loader(64, 16), max_epochs=1)
+    assert callback.report is not None
+    assert formula(callback.report) <= 6000
+
+
+def test_budget_below_the_floor_in_a_trainer_leaves_the_model_as_it_was() -> None:
+    module = Classifier(small_net())
+    before = snapshot(module)
+    with pytest.raises(ConfigError, match=r"Allowed: at least .*; or compress fewer layers"):
+        fit(module, [lance(memory_budget=10)], max_epochs=1)
+    assert_restored(module, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4MiB", 4 << 20), ("500 kB", 500_000), ("1.5 GB", 1_500_000_000), (7, 7), (" 12 b ", 12), ("3KIB", 3072)],
+)
+def test_parse_bytes(text: int | str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "3 TB", "3MB MB", True, 0, "0kB", "1e3", None])
+def test_parse_bytes_refuses(text: Any) -> None:
+    with pytest.raises(ConfigError, match=r"is not a number of bytes\. Allowed: a positive int"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1234, "1.23 KB"), (11_300_000, "11.3 MB"), (4.2e12, "4.2e+03 GB")]
+)
+def test_format_bytes(count: float, text: str) -> None:
+    assert format_bytes(count) == text
