@@ -98,7 +98,7 @@ def work(options: argparse.Namespace) -> Run:
     data.setup()  # reading the images takes more than they do
     callbacks: list[Callback] = [Losses(run)]
     if run.variant == "lance":
-        callbacks.append(LanceCallback(calibration_batches=4, verbose=False))
+        callbacks.append(LanceCallback(verbose=False))
     with tempfile.TemporaryDirectory() as root:
         trainer = L.Trainer(
             accelerator="cpu",

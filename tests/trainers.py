@@ -116,8 +116,8 @@ class Recorder(Callback):
 
 
 def lance(**options: Any) -> LanceCallback:
-    """A callback with few calibration batches that prints nothing."""
-    return LanceCallback(**{"verbose": False, "calibration_batches": 3, **options})
+    """A callback that projects, after few steps, and prints nothing."""
+    return LanceCallback(**{"verbose": False, "calibration_batches": 3, "rank": "compact", **options})
 
 
 def make_trainer(callbacks: Sequence[Callback] = (), **options: Any) -> pl.Trainer:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lance.ops.conv import geometry, low_rank_conv
-from lightning_lance.ops.factors import Factors
+from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.linear import low_rank_linear
 
 Decompose: TypeAlias = Callable[[Tensor, int], Factors]
@@ -28,7 +28,7 @@ class PerStepConv2d(nn.Conv2d):
         factors = self.decompose(input.detach(), 1)
         self.formula_bytes = tucker_bytes(input, factors, 1)
         how = geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        return low_rank_conv(input, weight, bias, how, factors)
+        return low_rank_conv(input, weight, bias, how, compress(input.detach(), factors, 1, 2), factors)
 
 
 class PerStepLinear(nn.Linear):
@@ -42,7 +42,8 @@ class PerStepLinear(nn.Linear):
             return super().forward(input)
         factors = self.decompose(input.detach(), input.dim() - 1)
         self.formula_bytes = tucker_bytes(input, factors, input.dim() - 1)
-        return low_rank_linear(input, self.weight, self.bias, factors)
+        core = compress(input.detach(), factors, input.dim() - 1, 1)
+        return low_rank_linear(input, self.weight, self.bias, core, factors)
 
 
 def install(layers: Iterable[nn.Module], make: Callable[[], Decompose]) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from examples.benchmarks.fidelity import network
 from examples.benchmarks.table import show
-from lightning_lance.subspaces.ranks import auto_batch_rank
+from lightning_lance.subspaces.ranks import compact_batch_rank
 from lightning_lance.tensors.groups import group_sums
 from lightning_lance.tensors.linalg import contrast_scale, group_rotation, sample_groups
 
@@ -59,7 +59,7 @@ def seconds(functions: Sequence[Callable[[], object]], repeats: int) -> list[flo
 
 def speed(size: int, repeats: int) -> float:
     """How many times as long the product takes as the sums and their rotation."""
-    rank = auto_batch_rank(size)
+    rank = compact_batch_rank(size)
     values = torch.randn(size, *MAP)
     basis = cosines(size, rank).float().T.contiguous()
     labels, rotation = (
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("A map of 96 x 56 x 56", [["batch", "product / sums"], *rows])
     model, batches = network()
     size = len(batches[0][1])
-    rank = auto_batch_rank(size)
+    rank = compact_batch_rank(size)
     errors = {}
     for name in LAYERS:
         pair = captured(model, name, batches[0])

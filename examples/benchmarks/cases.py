@@ -1,8 +1,8 @@
 """What the benchmarks run: networks, the layers that train, batches, and how batch norm behaves.
 
 A case trains the convolutions or linear layers that it names, with their biases; everything else is frozen, the affine
-parameters of norms and the classifier included. Inputs are crops of photographs, since on noise the energy of the
-spatial modes means nothing.
+parameters of norms and the classifier included. One of the kind `every` trains all parameters there are. Inputs are
+crops of photographs, since on noise the energy of the spatial modes means nothing.
 """
 
 from __future__ import annotations
@@ -52,6 +52,18 @@ def deit_tiny() -> nn.Module:
     return create_model("deit_tiny_patch16_224", pretrained=False)
 
 
+def vit_tiny() -> nn.Module:
+    from timm import create_model
+
+    return create_model("vit_tiny_patch16_224", pretrained=False)
+
+
+def swin_t() -> nn.Module:
+    from torchvision.models import swin_t
+
+    return swin_t()
+
+
 @dataclass(frozen=True)
 class Network:
     """How to build a network and where its parts are.
@@ -85,6 +97,8 @@ NETWORKS = {
     ),
     "deit_tiny": Network(deit_tiny, "blocks", ("blocks",)),
     "vit_b_16": Network(vit_b_16, "encoder", ("encoder.layers",)),
+    "vit_tiny": Network(vit_tiny, "blocks", ("blocks",)),
+    "swin_t": Network(swin_t, "features", ("features",)),
 }
 
 KINDS: dict[str, Callable[[nn.Module], bool]] = {
@@ -92,6 +106,7 @@ KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "pointwise": lambda module: isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1),
     # By exact type: the output projection inside torch's attention is a subclass whose forward never runs.
     "linear": lambda module: type(module) is nn.Linear,
+    "every": lambda module: isinstance(module, nn.Conv2d) or type(module) is nn.Linear,
 }
 
 _NAME = re.compile(r"(\w+)/(\w+)-(\d+|all)/b(\d+)(?:/(\d+)px)?(?:/(eval|train))?")
@@ -103,7 +118,7 @@ class Case:
 
     Attributes:
         network: key of `NETWORKS`.
-        kind: key of `KINDS`: which layers train.
+        kind: key of `KINDS`: which layers train; all parameters with "every".
         last: how many of them, from the end; `None` for all.
         batch: samples per batch.
         norms: mode of batch-norm layers, "eval" or "train"; "" for networks without any.
@@ -154,6 +169,8 @@ class Case:
             norm.train(self.norms == "train")
         for layer in self.layers(model):
             layer.requires_grad_(True)
+        if self.kind == "every":
+            model.requires_grad_(True)
         return model
 
     def _estimate_statistics(self, model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> None:
@@ -167,8 +184,8 @@ class Case:
             norm.momentum = momentum
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
-        """The layers that train, in the order of their names."""
-        body, wanted = NETWORKS[self.network].body, KINDS[self.kind]
+        """The convolutions and linear layers that train, in the order of their names."""
+        body, wanted = "" if self.kind == "every" else NETWORKS[self.network].body, KINDS[self.kind]
         found = [module for name, module in model.named_modules() if name.startswith(body) and wanted(module)]
         return found if self.last is None else found[-self.last :]
 

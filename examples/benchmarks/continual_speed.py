@@ -20,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import cycle, islice
 from pathlib import Path
@@ -83,7 +84,7 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any],
     torch.manual_seed(0)
     model = MODELS[network or recipe.model]()
     session = ContinualSession(
-        LanceConfig(**{"rank": "full", "core_bits": 8, **compression}),  # the defaults of LanceStrategy
+        LanceConfig(**{"rank": None, "bits": 8, **compression}),  # the defaults of LanceStrategy
         ContinualConfig(**{"threshold": recipe.threshold, "heads": ["classifier"], **protection}),
     )
     naive_times, ratios, by_experience, kept = [], [], [], []
@@ -98,16 +99,20 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any],
         session.begin_experience(model, passes, [optimizer])
         found = []
         for number, batch in enumerate(islice(cycle(batches), pairs + 2) if index else ()):
-            before = _timed(naive, naive_optimizer, batch)
-            after = _timed(model, optimizer, batch)
+            before = _timed(naive, naive_optimizer, batch, nullcontext())
+            after = _timed(model, optimizer, batch, session.step())
             if number >= 2:  # the first ones make what later ones reuse
                 naive_times.append(before)
                 found.append(after / before)
         for batch in batches:
-            _step(model, optimizer, batch)
+            _step(model, optimizer, batch, session.step())
         if index:
-            loss, plain = _loss(model, batches[0]), _loss(naive, batches[0])
-            kept.append(measure_saved_bytes(loss).total / measure_saved_bytes(plain).total)
+            assert session.compression is not None
+            report = session.compression.report
+            assert report is not None
+            assert report.compressed is not None
+            plain = measure_saved_bytes(_loss(naive, batches[0]))
+            kept.append(report.compressed.total / plain.total)
             by_experience.append(statistics.median(found))
             ratios += found
         session.end_experience(model, passes)
@@ -138,15 +143,19 @@ def _loss(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
     return lambda: F.cross_entropy(model(batch[0], batch[2]), batch[1])
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, step: AbstractContextManager[Any]) -> None:
     optimizer.zero_grad()
-    _loss(model, batch)().backward()
+    with step:
+        loss = _loss(model, batch)()
+    loss.backward()
     optimizer.step()
 
 
-def _timed(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+def _timed(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, step: AbstractContextManager[Any]
+) -> float:
     began = time.perf_counter()
-    _step(model, optimizer, batch)
+    _step(model, optimizer, batch, step)
     return time.perf_counter() - began
 
 

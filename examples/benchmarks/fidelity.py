@@ -4,7 +4,7 @@
 
 Every convolution of EfficientNet-Lite0 with its ImageNet weights is compressed, from the wide maps of the stem to the
 head, on digits at 112 pixels. With the batch mode whole, the distance is the bias of the truncated modes; with a batch
-rank it is mostly the variance of one step, which averages out over steps.
+rank it is mostly the variance of one step, which averages out over steps. Nothing is rounded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "channel .9": {"batch": "full", "channel": 0.9, "spatial": "full"},
     "channel .97": {"batch": "full", "channel": 0.97, "spatial": "full"},
     "batch 4": {"batch": 4, "spatial": "full"},
-    "batch 4, spatial .9 (auto)": {"batch": 4, "spatial": 0.9},
+    "batch 4, spatial .9 (compact)": {"batch": 4, "spatial": 0.9},
     "batch 4, spatial .97": {"batch": 4, "spatial": 0.97},
 }
 
@@ -61,10 +62,14 @@ def network() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     return model, [(to_network_input(images[part], SIZE), labels[part]) for part in parts]
 
 
-def gradients(model: nn.Module, names: Sequence[str], batch: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Weight gradients of the named layers, flat."""
+def gradients(
+    model: nn.Module, names: Sequence[str], batch: tuple[Tensor, Tensor], step: AbstractContextManager[Any]
+) -> list[Tensor]:
+    """Weight gradients of the named layers, flat; the forward pass runs in a context."""
     model.zero_grad(set_to_none=True)
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    with step:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
     found = []
     for name in names:
         grad = model.get_submodule(name).weight.grad
@@ -77,11 +82,12 @@ def measure(
     model: nn.Module, names: list[str], batches: list[tuple[Tensor, Tensor]], plain: list[Tensor], rank: dict[str, Any]
 ) -> dict[str, Any]:
     """Gradient cosines and kept bytes under one rank rule."""
-    session = LanceSession(model, LanceConfig(rank=rank, layers=names, companions=False))
-    session.start()
+    session = LanceSession(model, LanceConfig(rank=rank, bits=None, layers=names))
+    session.start(observe=False)
     session.calibrate([lambda batch=batch: model(batch[0]) for batch in batches[1:]])  # type: ignore[misc]
-    report = session.measure(lambda: F.cross_entropy(model(batches[0][0]), batches[0][1]))
-    ours = gradients(model, names, batches[0])
+    ours = gradients(model, names, batches[0], session.step())
+    report = session.report
+    assert report is not None
     session.stop()
     each = {name: F.cosine_similarity(a, b, dim=0).item() for name, a, b in zip(names, ours, plain, strict=True)}
     return {
@@ -105,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     model, batches = network()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    plain = gradients(model, names, batches[0])
+    plain = gradients(model, names, batches[0], nullcontext())
     found = {}
     print(f"{'setting':28}{'kept of inputs':>18}{'ratio':>8}{'cosine':>9}{'median':>9}{'worst':>9}  worst layer")
     for setting in options.settings:

@@ -22,18 +22,18 @@ from torch import Tensor
 from examples.benchmarks.batch_mode import seconds
 from examples.benchmarks.memory import RESULTS
 from examples.benchmarks.table import show
-from lightning_lance.ops import conv, pool
+from lightning_lance.ops import conv
 from lightning_lance.ops.conv import conv_input_grad, conv_weight_grad, geometry
 from lightning_lance.ops.factors import Factors
 from lightning_lance.tensors import bits as mask
 from lightning_lance.tensors import linalg
-from lightning_lance.tensors import rounding as quantize
+from lightning_lance.tensors import rounding as stretches
 from lightning_lance.tensors.linalg import mode_products
+from lightning_lance.tensors.rounding import expand, round_to_bits
 
 Pair = tuple[str, str, Callable[[], object], Callable[[], object]]
 MAPS = ((32, 100), (32, 32, 14, 14), (32, 64, 28, 28), (32, 64, 56, 56))
 SQUARES = ((96, 4), (96, 7), (96, 8), (96, 14))
-POOLED = (((32, 32, 14, 14), 2), ((32, 64, 32, 32), 2), ((32, 64, 112, 112), 3))
 POINTWISE = ((192, 7), (96, 14), (48, 28), (24, 56))
 
 
@@ -59,33 +59,19 @@ def without(function: Callable[[], object], module: Any, name: str, value: objec
 
 
 def rounding() -> Iterator[Pair]:
-    """Quantising a tensor and the way back: a dozen operators, and torch's kernels for rows."""
+    """Rounding a tensor and the way back: a dozen operators, and torch's kernels for rows."""
     for shape in MAPS:
         values = torch.randn(shape).relu_()
 
         for bits in (4, 8):
 
             def there_and_back(values: Tensor = values, bits: int = bits) -> Tensor:
-                codes = quantize.quantize(values, bits, owned=False)
-                return quantize.dequantize(codes, bits, tuple(values.shape), values.stride(), values.dtype)
+                rounded = round_to_bits(values.view(-1), bits)
+                assert rounded is not None
+                return expand(rounded, values.dtype)
 
-            composed = without(there_and_back, quantize, "_rows", lambda *_: None)
+            composed = without(there_and_back, stretches, "_kernels", lambda _: None)
             yield f"rounding to {bits} bits and back", _sizes(shape), composed, there_and_back
-
-
-def pooling() -> Iterator[Pair]:
-    """Maxima and their places: the stock kernel in the contiguous format, and block by block in the other."""
-    for shape, kernel in POOLED:
-        input = torch.randn(shape).relu_()
-        frame = pool.window(2, kernel, 2, kernel // 3)
-
-        def stock(input: Tensor = input, frame: pool.Window = frame) -> object:
-            return pool._pool(input, frame)
-
-        def blocks(input: Tensor = input, frame: pool.Window = frame) -> object:
-            return pool._pool_blocks(input, frame)
-
-        yield f"max pooling {kernel} x {kernel}", _sizes(shape), stock, blocks
 
 
 def flags() -> Iterator[Pair]:
@@ -161,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     found: dict[str, dict[str, float]] = {}
-    for group in (rounding, pooling, flags, pointwise, small_maps):
+    for group in (rounding, flags, pointwise, small_maps):
         for name, shape, other, ours in group():
             slow, fast = seconds([other, ours], options.repeats)
             found.setdefault(name, {})[shape] = slow / fast

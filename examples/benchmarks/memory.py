@@ -1,7 +1,7 @@
 """What training keeps in memory: bytes that autograd holds, by count and by formula, and the peak of the process.
 
     python -m examples.benchmarks.memory                                    # the cases with a number to reach
-    python -m examples.benchmarks.memory --cases 'resnet18/*/b32/*' --methods plain,exact
+    python -m examples.benchmarks.memory --cases 'resnet18/*/b32/*' --methods plain,default
     python -m examples.benchmarks.memory --cases all                        # hours
     python -m examples.benchmarks.memory --quick                            # a small case, to try it out
     python -m examples.benchmarks.memory --write docs/memory.md             # all rows measured so far, as a document
@@ -37,8 +37,7 @@ from torch import Tensor, nn
 
 from examples.benchmarks.cases import HEADLINE, NETWORKS, Case, select
 from examples.benchmarks.table import show, size, times
-from examples.benchmarks.training_methods import MEMORY, METHODS, TITLES, Method, find
-from lightning_lance import measure_saved_bytes
+from examples.benchmarks.training_methods import METHODS, TITLES, Method, find
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -154,7 +153,7 @@ def measure(case: Case, name: str, steps: int, passes: int, allocator: str = "st
     method.install(model, case)
     idle = reset_peak()
     if method.calibrates:
-        method.calibrate([lambda batch=batch: method.loss(case, model, batch) for batch in calibration])
+        method.calibrate([lambda batch=batch: case.loss(model, batch) for batch in calibration])
     row.peak_calibration = peak() - idle
     reset_peak()
     train(method, model, case, batches)
@@ -165,7 +164,7 @@ def measure(case: Case, name: str, steps: int, passes: int, allocator: str = "st
         return method.loss(case, model, batches[0])
 
     model.zero_grad()
-    row.kept = measure_saved_bytes(run, model).total
+    row.kept = method.kept_bytes(run, model)
     row.formula = method.formula_bytes(run, model, case)
     row.cosine, row.cosine_mean = cosines(method, model, case, batches, passes)
     return row
@@ -260,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description="Memory of training, method by method.")
     result.add_argument("--cases", nargs="+", default=HEADLINE, help="names or patterns, or all")
-    result.add_argument("--methods", default=",".join(MEMORY), help=f"comma-separated, from {', '.join(METHODS)}")
+    result.add_argument("--methods", default=",".join(METHODS), help=f"comma-separated, from {', '.join(METHODS)}")
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--steps", type=int, default=3, help="training steps, and batches for the cosine")
     result.add_argument("--passes", type=int, default=8, help="passes over one batch for the mean gradient")
@@ -279,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Entry point."""
     options = parser().parse_args(arguments)
     if options.quick:
-        options.cases, options.methods, options.steps, options.passes = QUICK, "plain,checkpointing,exact", 2, 2
+        options.cases, options.methods, options.steps, options.passes = QUICK, "plain,checkpointing,default", 2, 2
     if options.write:
         rows = read(options.json)
         options.write.write_text(document(rows), encoding="utf-8")

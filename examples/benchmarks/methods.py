@@ -128,7 +128,7 @@ PLUGINS: dict[str, Callable[[Settings], SupervisedPlugin | None]] = {
 }
 LANCE: dict[str, dict[str, Any]] = {
     "lance": {},
-    "lance-approximate": {"companions": "approximate", "core_bits": 4},
+    "lance-4-bits": {"bits": 4},
 }
 METHODS = ("naive", "joint", "ewc", "si", "lwf", "replay", "agem", "gem", "gpm", "sgp", *LANCE)
 LABELS = {
@@ -143,7 +143,7 @@ LABELS = {
     "gpm": "GPM",
     "sgp": "Scaled GPM",
     "lance": "LANCE",
-    "lance-approximate": "LANCE, 4 bits, approximate companions",
+    "lance-4-bits": "LANCE, 4 bits",
 }
 
 

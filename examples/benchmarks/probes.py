@@ -13,6 +13,7 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
 from lightning_lance import ContinualMetrics, measure_saved_bytes
+from lightning_lance.avalanche import LancePlugin
 from lightning_lance.compression.isolation import isolated
 
 
@@ -83,7 +84,7 @@ class StepEnd(SupervisedPlugin):
 
 
 class MemoryProbe(SupervisedPlugin):
-    """Measures one training step of one experience, before it is run.
+    """Measures the second training step of one experience, before it is run; LANCE has measured its first one.
 
     Give it as the first plugin, and the time of that step is not disturbed.
 
@@ -120,10 +121,20 @@ class MemoryProbe(SupervisedPlugin):
             strategy._before_backward()
             return strategy.loss
 
-        with isolated(strategy.model):
-            self.kept = measure_saved_bytes(loss, strategy.model).total
-        strategy.mb_output = None
+        report = _report(self.method)
+        if report is None:
+            with isolated(strategy.model):
+                self.kept = measure_saved_bytes(loss, strategy.model).total
+            strategy.mb_output = None
+        else:
+            self.kept = report.compressed.total
         self.state = tensor_bytes(self.method, strategy.model)
+
+
+def _report(method: Any) -> Any:
+    """What the steps of a plugin of ours keep, which hooks cannot see."""
+    compression = method.session.compression if isinstance(method, LancePlugin) else None
+    return None if compression is None else compression.report
 
 
 def tensor_bytes(root: Any, model: nn.Module | None = None) -> int:

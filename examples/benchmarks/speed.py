@@ -1,7 +1,7 @@
 """How long a training step takes, next to plain training in the same process.
 
     python -m examples.benchmarks.speed                                     # the cases with a number to reach
-    python -m examples.benchmarks.speed --cases resnet18/conv-4/b32/eval --methods exact,published
+    python -m examples.benchmarks.speed --cases resnet18/every-all/b32/train --methods default
     python -m examples.benchmarks.speed --format contiguous                 # channels last is the default
     python -m examples.benchmarks.speed --quick                             # a small case, to try it out
 
@@ -37,6 +37,10 @@ LEARNING_RATE = 0.01
 DIFFERENT_BATCHES = 4
 
 CASES = [
+    "resnet18/every-all/b32/train",
+    "mobilenet_v2/every-all/b32/train",
+    "vit_tiny/every-all/b32",
+    "swin_t/every-all/b16",
     "resnet18/conv-4/b32/eval",
     "resnet18/conv-all/b32/eval",
     "mobilenet_v2/pointwise-4/b32/eval",
@@ -122,14 +126,14 @@ def seconds(function: Callable[[], object]) -> float:
 def refresh_seconds(method: Lance, ours: Trainer, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Processor time of a refresh: what observing adds to the forward pass of each step, and the new subspaces."""
     session = method.session
+
+    def passes() -> list[float]:
+        chosen = [batches[index % len(batches)] for index in range(session.config.calibration_batches)]
+        return [seconds(lambda batch=batch: method.loss(ours.case, ours.model, batch)) for batch in chosen]  # type: ignore[misc]
+
+    alone = passes()
     session.observe()
-    added = []
-    for index in range(session.config.calibration_batches):
-        batch = batches[index % len(batches)]
-        alone = seconds(lambda batch=batch: method.loss(ours.case, ours.model, batch))  # type: ignore[misc]
-        session.begin_step()
-        added.append(seconds(lambda batch=batch: method.loss(ours.case, ours.model, batch)) - alone)  # type: ignore[misc]
-        session.end_step()
+    added = [observed - before for observed, before in zip(passes(), alone, strict=True)]
     return statistics.median(added) * len(added) + seconds(session.refresh)
 
 
@@ -142,7 +146,7 @@ def measure(case: Case, name: str, pairs: int, contiguous: bool = False) -> Row:
     beyond = None
     if method.calibrates:
         batches = case.batches(CALIBRATION_BATCHES, 100, contiguous)
-        passes = [lambda batch=batch: method.loss(case, model, batch) for batch in batches]
+        passes = [lambda batch=batch: case.loss(model, batch) for batch in batches]
         with torch.no_grad():
             passes[0]()  # the first pass sets up the kernels
             forward = sum(map(seconds, passes))
@@ -228,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Entry point."""
     options = parser().parse_args(arguments)
     if options.quick:
-        options.cases, options.methods, options.pairs = QUICK, "exact", 4
+        options.cases, options.methods, options.pairs = QUICK, "default", 4
     methods = find(options.methods.split(","))
     torch.set_num_threads(options.threads)
     rows = []

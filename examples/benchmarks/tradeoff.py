@@ -4,14 +4,15 @@
     python -m examples.benchmarks.tradeoff --task resnet18     # all convolutions, from scratch
     python -m examples.benchmarks.tradeoff --task deit_tiny    # all linear layers, from scratch
 
-One row a setting, mean over seeds. The weight gradients of every compressed layer are compared with back-propagation's
-on one batch, at the start and at the end of training. Companions are off: they change no gradient.
+One row a setting, mean over seeds. The weight gradients of every layer that can be projected are compared with
+back-propagation's on one batch, at the start and at the end of training.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import statistics
@@ -26,26 +27,27 @@ from torch.nn import functional as F
 
 from examples.data.mnist import CLASSES, load_digits, stratified_split, to_network_input
 from examples.models.efficientnet_lite0 import efficientnet_lite0
-from lightning_lance import LanceConfig, LanceSession
-from lightning_lance.compression.surgery import bypassed
+from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes, plan
 
 BATCH = 64
 
 CLIP = 2.0
 
-WHOLE = {"batch": "full", "spatial": "full"}
+Step = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Makes the context of a training step."""
 
 
 def _cores(bits: int | None, **rank: Any) -> LanceConfig:
-    return LanceConfig(rank={**WHOLE, **rank}, core_bits=bits)
+    return LanceConfig(rank=rank or None, bits=bits)
 
 
 SETTINGS: dict[str, LanceConfig | None] = {
     "plain back-propagation": None,
-    "auto": LanceConfig(),
-    "published, energy .7": LanceConfig(rank=0.7, batch="projected"),
-    "published, energy .9": LanceConfig(rank=0.9, batch="projected"),
-    "batch 8 projected": LanceConfig(rank={**WHOLE, "batch": 8}, batch="projected"),
+    "default": LanceConfig(),
+    "compact": LanceConfig(rank="compact"),
+    "published, energy .7": LanceConfig(rank=0.7, batch="projected", bits=None),
+    "published, energy .9": LanceConfig(rank=0.9, batch="projected", bits=None),
+    "batch 8 projected": LanceConfig(rank={"batch": 8}, batch="projected", bits=None),
     "batch 8": _cores(None, batch=8),
     "batch 4": _cores(None, batch=4),
     "channel .7": _cores(None, channel=0.7),
@@ -55,7 +57,7 @@ SETTINGS: dict[str, LanceConfig | None] = {
     "batch 8, spatial .7": _cores(None, batch=8, spatial=0.7),
     "batch 4, spatial .9": _cores(None, batch=4, spatial=0.9),
     "spatial .9": _cores(None, spatial=0.9),
-    "4 bits": _cores(4),
+    "2 bits": _cores(2),
     "8 bits": _cores(8),
     "spatial .9, 4 bits": _cores(4, spatial=0.9),
     "batch 32, spatial .9, 4 bits": _cores(4, batch=32, spatial=0.9),
@@ -63,18 +65,18 @@ SETTINGS: dict[str, LanceConfig | None] = {
     "batch 16, spatial .9, 8 bits": _cores(8, batch=16, spatial=0.9),
     "batch 8, spatial .9, 4 bits": _cores(4, batch=8, spatial=0.9),
     "batch 8, spatial .9, 8 bits": _cores(8, batch=8, spatial=0.9),
-    "published, energy .7, refresh": LanceConfig(rank=0.7, batch="projected", refresh="epoch"),
-    "published, energy .9, refresh": LanceConfig(rank=0.9, batch="projected", refresh="epoch"),
+    "published, energy .7, refresh": LanceConfig(rank=0.7, batch="projected", bits=None, refresh="epoch"),
+    "published, energy .9, refresh": LanceConfig(rank=0.9, batch="projected", bits=None, refresh="epoch"),
 }
 
 
 @dataclass
 class Task:
-    """A network, what of it is compressed, and its data.
+    """A network, what of it is projected, and its data.
 
     Attributes:
         build: makes the network for a seed, with the trained parameters requiring grad.
-        layers: name patterns of the compressed layers.
+        layers: name patterns of the layers that are projected where a setting says so.
         train: inputs and labels.
         test: inputs and labels.
         epochs: default length of a run.
@@ -167,8 +169,8 @@ class Run:
         setting: key of `SETTINGS`.
         seed: of weights, sample order and compression.
         accuracy: on the test images.
-        kept_inputs: bytes kept of the inputs of the compressed layers for one batch; all of them for plain training.
-        cosine_start: gradient cosine over all compressed layers before training.
+        kept: bytes of all that autograd keeps for one batch.
+        cosine_start: gradient cosine over all these layers before training.
         cosine_end: the same after it.
         worst_start: that of the worst layer before training.
         worst_end: that of the worst layer after it.
@@ -177,7 +179,7 @@ class Run:
     setting: str
     seed: int
     accuracy: float
-    kept_inputs: int
+    kept: int
     cosine_start: float
     cosine_end: float
     worst_start: float
@@ -196,15 +198,30 @@ def _gradients(model: nn.Module, names: Sequence[str], loss: Callable[[], Tensor
     return found
 
 
-def cosines(session: LanceSession, loss: Callable[[], Tensor]) -> tuple[float, float]:
-    """Gradient cosine to back-propagation over all compressed layers, and of the worst one."""
+def cosines(
+    names: Sequence[str], model: nn.Module, twin: nn.Module, step: Step, loss: Callable[[nn.Module], Tensor]
+) -> tuple[float, float]:
+    """Gradient cosine to back-propagation over the named layers, and of the worst one.
+
+    Args:
+        names: of the layers.
+        model: the network that trains.
+        twin: a copy of it as it was built, which gets its weights and trains plainly.
+        step: makes the context of a training step.
+        loss: of a network.
+    """
     from lightning_lance.compression.isolation import isolated
 
-    names = list(session.layers)
-    with isolated(session.model):
-        ours = _gradients(session.model, names, loss)
-    with isolated(session.model), bypassed(session.model):
-        plain = _gradients(session.model, names, loss)
+    twin.load_state_dict(model.state_dict())
+
+    def inside() -> Tensor:
+        with step():
+            return loss(model)
+
+    with isolated(model):
+        ours = _gradients(model, names, inside)
+    with isolated(twin):
+        plain = _gradients(twin, names, lambda: loss(twin))
     each = [F.cosine_similarity(a, b, dim=0).item() for a, b in zip(ours, plain, strict=True)]
     return F.cosine_similarity(torch.cat(ours), torch.cat(plain), dim=0).item(), min(each)
 
@@ -219,37 +236,38 @@ def run(task: Task, setting: str, seed: int, epochs: int) -> Run:
     steps = epochs * math.ceil(len(labels) / BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.peak_rate, total_steps=steps, cycle_momentum=False)
 
-    def loss(index: Tensor) -> Tensor:
-        return F.cross_entropy(model(inputs[index]), labels[index])
+    def loss(index: Tensor, of: nn.Module = model) -> Tensor:
+        return F.cross_entropy(of(inputs[index]), labels[index])
 
     order = torch.Generator().manual_seed(seed)
     probe = torch.randperm(len(labels), generator=order)[: 9 * BATCH].split(BATCH)
-    measured = replace(config or LanceConfig(rank="full"), seed=seed, layers=task.layers, companions=False)
-    session = LanceSession(model, measured)
-    session.start()
+    names = [entry.name for entry in plan(model, LanceConfig(rank="compact", layers=task.layers)).entries]
+    twin = copy.deepcopy(model)
+    session = LanceSession(model, replace(config or LanceConfig(), seed=seed, layers=task.layers))
+    session.start(observe=False)
     session.calibrate([lambda index=index: loss(index) for index in probe[1:]])  # type: ignore[misc]
-    report = session.measure(lambda: loss(probe[0]))
-    start = cosines(session, lambda: loss(probe[0]))
-    with bypassed(model) if config is None else contextlib.nullcontext():
-        for epoch in range(epochs):
-            if measured.refresh == "epoch" and epoch:
-                session.observe()
-            for step, index in enumerate(torch.randperm(len(labels), generator=order).split(BATCH)):
-                optimizer.zero_grad()
-                session.begin_step()
-                loss(index).backward()
-                session.end_step()
-                nn.utils.clip_grad_norm_(trained, CLIP)
-                optimizer.step()
-                schedule.step()
-                if session.observing and step + 1 == measured.calibration_batches:
-                    session.refresh()
-    end = cosines(session, lambda: loss(probe[0]))
+    step: Step = contextlib.nullcontext if config is None else session.step
+    start = cosines(names, model, twin, step, lambda of: loss(probe[0], of))
+    for epoch in range(epochs):
+        if epoch:
+            session.begin_epoch()
+        for index in torch.randperm(len(labels), generator=order).split(BATCH):
+            optimizer.zero_grad()
+            with step():
+                found = loss(index)
+            found.backward()
+            nn.utils.clip_grad_norm_(trained, CLIP)
+            optimizer.step()
+            schedule.step()
+    end = cosines(names, model, twin, step, lambda of: loss(probe[0], of))
+    if session.report is None or session.report.compressed is None:
+        kept = measure_saved_bytes(lambda: loss(probe[0]), model).total
+    else:
+        kept = session.report.compressed.total
     session.stop()
     model.eval()
     with torch.no_grad():
         right = [(model(x).argmax(1) == y).sum() for x, y in zip(*(t.split(250) for t in task.test), strict=True)]
-    kept = sum(layer.plain_bytes if config is None else layer.measured_bytes or 0 for layer in report.layers)
     accuracy = float(sum(right)) / len(task.test[1])
     return Run(setting, seed, accuracy, kept, start[0], end[0], start[1], end[1])
 
@@ -266,9 +284,7 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
 
         deviation = statistics.stdev(run.accuracy for run in group) if len(group) > 1 else 0.0
         cosine = [f"{mean(name):.3f}" for name in ("cosine_start", "worst_start", "cosine_end", "worst_end")]
-        table.append(
-            [setting, f"{mean('kept_inputs') / 1e3:.1f} KB", f"{mean('accuracy'):.4f}", f"{deviation:.4f}", *cosine]
-        )
+        table.append([setting, f"{mean('kept') / 1e6:.2f} MB", f"{mean('accuracy'):.4f}", f"{deviation:.4f}", *cosine])
     return table
 
 
@@ -280,13 +296,13 @@ def plot(runs: Sequence[Run], path: Path, title: str) -> None:
     axes = figure.subplots()
     for index, setting in enumerate(dict.fromkeys(run.setting for run in runs)):
         group = [run for run in runs if run.setting == setting]
-        kept = statistics.mean(run.kept_inputs for run in group)
+        kept = statistics.mean(run.kept for run in group)
         accuracy = [run.accuracy for run in group]
         spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
         axes.errorbar(
             kept, statistics.mean(accuracy), spread, fmt="os^Dv"[index % 5], capsize=3, label=setting, markersize=7
         )
-    axes.set(xscale="log", xlabel="bytes kept of the compressed layers' inputs (one batch)", ylabel="test accuracy")
+    axes.set(xscale="log", xlabel="bytes that autograd keeps for one batch", ylabel="test accuracy")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

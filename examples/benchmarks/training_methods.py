@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from examples.baselines.asi import install_asi
 from examples.baselines.hosvd import install_hosvd
 from examples.benchmarks.cases import NETWORKS, Case
-from lightning_lance import LanceConfig, LanceSession
+from lightning_lance import LanceConfig, LanceSession, Report, measure_saved_bytes
 
 Pass: TypeAlias = Callable[[], Tensor]
 """One forward pass with the loss."""
@@ -44,8 +44,12 @@ class Method:
         with self.context():
             return case.loss(model, batch)
 
+    def kept_bytes(self, run: Pass, model: nn.Module) -> int:
+        """Bytes that autograd keeps for a training step, measured."""
+        return measure_saved_bytes(run, model).total
+
     def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
-        """Bytes kept of the inputs of the trained layers, by formula; `None` where no formula is published."""
+        """Bytes kept of the inputs of the trained layers, by formula; `None` where there is none."""
         sizes: list[int] = []
 
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -114,32 +118,35 @@ class Lance(Method):
         config: its options; the layers are those that train.
     """
 
-    calibrates = True
-
     def __init__(self, config: LanceConfig) -> None:
         self.config = config
+        self.calibrates = any(ranks.projects for ranks in config.rules().all_rules())
 
     def install(self, model: nn.Module, case: Case) -> None:
         self.session = LanceSession(model, self.config)
-        self.session.start()
+        self.session.start(observe=False)
 
     def calibrate(self, passes: Sequence[Pass]) -> None:
         self.session.calibrate(passes)
 
     def context(self) -> AbstractContextManager[Any]:
-        return self.session.functional()
+        return self.session.step()
+
+    def report(self, run: Pass) -> Report:
+        """What the first step has found; where none has run, one does."""
+        if not self.session.reported:
+            run()
+        assert self.session.report is not None
+        return self.session.report
+
+    def kept_bytes(self, run: Pass, model: nn.Module) -> int:
+        compressed = self.report(run).compressed
+        assert compressed is not None
+        return compressed.total
 
     def formula_bytes(self, run: Pass, model: nn.Module, case: Case) -> int | None:
-        return sum(layer.formula_bytes for layer in self.session.measure(run).layers)
-
-
-class Uncalibrated(Lance):
-    """Swapped, but not calibrated: every layer runs its stock path."""
-
-    calibrates = False
-
-    def calibrate(self, passes: Sequence[Pass]) -> None:
-        """Nothing."""
+        layers = self.report(run).layers
+        return sum(layer.formula_bytes for layer in layers) if layers else None
 
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -147,11 +154,11 @@ METHODS: dict[str, Callable[[], Method]] = {
     "checkpointing": Checkpointing,
     "hosvd": lambda: PerStep(install_hosvd),
     "asi": lambda: WarmStart(install_asi),
-    "published": lambda: Lance(LanceConfig(rank=0.7, batch="projected", companions=False)),
-    "inputs-only": lambda: Lance(LanceConfig(companions=False)),
-    "exact": lambda: Lance(LanceConfig()),
-    "approximate": lambda: Lance(LanceConfig(companions="approximate")),
-    "uncalibrated": lambda: Uncalibrated(LanceConfig()),
+    "published": lambda: Lance(LanceConfig(rank=0.7, batch="projected", bits=None)),
+    "default": lambda: Lance(LanceConfig()),
+    "two-bits": lambda: Lance(LanceConfig(bits=2)),
+    "unrounded": lambda: Lance(LanceConfig(bits=None)),
+    "compact": lambda: Lance(LanceConfig(rank="compact")),
 }
 
 TITLES = {
@@ -160,14 +167,11 @@ TITLES = {
     "hosvd": "HOSVD each step, energy .8",
     "asi": "ASI, energy .8",
     "published": "LANCE as published, energy .7",
-    "inputs-only": "ours, inputs only",
-    "exact": "ours",
-    "approximate": "ours, approximate companions",
-    "uncalibrated": "ours, uncalibrated",
+    "default": "ours",
+    "two-bits": "ours, 2 bits",
+    "unrounded": "ours, nothing rounded",
+    "compact": "ours, compact ranks",
 }
-
-MEMORY = [name for name in METHODS if name != "uncalibrated"]
-"""The methods that make a difference to memory."""
 
 
 def find(names: Sequence[str]) -> list[str]:

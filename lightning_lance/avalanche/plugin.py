@@ -30,14 +30,12 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     :class:`~lightning_lance.avalanche.LanceStrategy`, which does it for you.
 
     Args:
-        rank: see :class:`~lightning_lance.LanceConfig`, as ``batch``, ``layers``, ``companions``, ``memory_budget``,
+        rank: see :class:`~lightning_lance.LanceConfig`, as ``batch``, ``layers``, ``memory_budget``,
             ``calibration_batches`` and ``seed``.
         batch: ``"unbiased"`` or ``"projected"``.
-        core_bits: bits in which each element of a core is kept: 4, 8, ``None`` for its own dtype, or ``"auto"``.
-            Experience by experience, noise in the gradient costs more than in fine-tuning, so that inputs are kept in
-            8 bits and at full rank by default.
+        bits: of each element of what is kept: 8 by default, since experience by experience noise in the gradient costs
+            more than in fine-tuning; 4, 2, or ``None``.
         layers: which layers keep a compressed input. Which are protected does not depend on it.
-        companions: also swap the layers beside them for exact variants that keep less.
         memory_budget: bytes for the cores and factors of all compressed layers.
         calibration_batches: batches of the experience that define the subspaces, before and after it.
         seed: seed of the random sample orders.
@@ -60,11 +58,10 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        rank: Rank = "full",
+        rank: Rank = None,
         batch: Literal["unbiased", "projected"] = "unbiased",
-        core_bits: int | Literal["auto"] | None = 8,
+        bits: int | Literal["auto"] | None = 8,
         layers: Layers = "trainable",
-        companions: bool | Literal["approximate"] = True,
         memory_budget: int | str | None = None,
         calibration_batches: int = 8,
         seed: int = 0,
@@ -80,9 +77,8 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         config = LanceConfig(
             rank=rank,
             batch=batch,
-            core_bits=core_bits,
+            bits=bits,
             layers=layers,
-            companions=companions,
             memory_budget=memory_budget,
             calibration_batches=calibration_batches,
             seed=seed,
@@ -112,6 +108,14 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         self.session.begin_experience(
             strategy.model, self._passes(strategy), [strategy.optimizer], heads=[*own, *shared]
         )
+
+    def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Begin a step: what autograd saves from here on is compressed."""
+        self.session.begin_step()
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """End it; the loss has been computed."""
+        self.session.end_step()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Restore the model and protect what the experience needs."""

@@ -27,9 +27,8 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         plugins: further plugins, which come after ours; the list is not changed.
         rank: see :class:`~lightning_lance.avalanche.LancePlugin`, as all that follow.
         batch: ``"unbiased"`` or ``"projected"``.
-        core_bits: bits in which each element of a core is kept; by default inputs are kept in 8 bits at full rank.
+        bits: of each element of what is kept.
         layers: which layers keep a compressed input.
-        companions: also swap the layers beside them for exact variants that keep less.
         memory_budget: bytes for the cores and factors of all compressed layers.
         calibration_batches: batches that define the subspaces of an experience.
         seed: seed of the random sample orders.
@@ -52,11 +51,10 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         model: nn.Module,
         optimizer: Optimizer,
         plugins: Sequence[BasePlugin] | None = None,
-        rank: Rank = "full",
+        rank: Rank = None,
         batch: Literal["unbiased", "projected"] = "unbiased",
-        core_bits: int | Literal["auto"] | None = 8,
+        bits: int | Literal["auto"] | None = 8,
         layers: Layers = "trainable",
-        companions: bool | Literal["approximate"] = True,
         memory_budget: int | str | None = None,
         calibration_batches: int = 8,
         seed: int = 0,
@@ -72,9 +70,8 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         lance = LancePlugin(
             rank=rank,
             batch=batch,
-            core_bits=core_bits,
+            bits=bits,
             layers=layers,
-            companions=companions,
             memory_budget=memory_budget,
             calibration_batches=calibration_batches,
             seed=seed,

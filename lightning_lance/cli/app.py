@@ -37,7 +37,7 @@ class LanceTrainer(Trainer):
         json: str | None = None,
         plot: str | None = None,
     ) -> Report:
-        """Measure what autograd keeps for one training batch, plainly and with LANCE; trains nothing.
+        """Measure what autograd keeps for one training batch, plainly and with LANCE; the weights stay.
 
         Args:
             model: the model.
@@ -116,9 +116,9 @@ class LanceCLI(BaseCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand == "profile":
-            # No logger, no checkpoint, no validation before the first batch, and as many batches as calibration reads.
+            # No logger, no checkpoint, no validation, and one step after those that define subspaces.
             batches = self._get(self.config, "lance")["calibration_batches"]
-            kwargs |= {"fast_dev_run": batches, "enable_progress_bar": False, "enable_model_summary": False}
+            kwargs |= {"fast_dev_run": batches + 1, "enable_progress_bar": False, "enable_model_summary": False}
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json as jsonlib
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,9 @@ class _StopWhenMeasured(Callback):
     def __init__(self, lance: LanceCallback) -> None:
         self.lance = lance
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self.lance.report is None:
-            raise StateError(
-                "profile needs the batches of calibration before the first training step, and this model takes them "
-                "from the loader itself (dataloader_iter). Profile it with a training_step(self, batch, batch_idx)."
-            )
-        raise _Measured
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.lance.session is not None and self.lance.session.reported:
+            raise _Measured
 
 
 def profile(
@@ -40,7 +37,9 @@ def profile(
     json: str | None = None,
     plot: str | None = None,
 ) -> Report:
-    """Start a fit, let the callback calibrate and measure on the first batch, and stop before the first step.
+    """Start a fit, let the callback measure its first steps, stop, and give the model its weights back.
+
+    One step is taken, and where inputs are projected as many before as define the subspaces.
 
     Args:
         trainer: with a :class:`~lightning_lance.LanceCallback`.
@@ -54,7 +53,7 @@ def profile(
         The callback's report.
 
     Raises:
-        StateError: the Trainer has no LanceCallback, or nothing can be measured before the first step.
+        StateError: the Trainer has no LanceCallback, or the fit ended before anything was measured.
     """
     lance = next((found for found in trainer.callbacks if isinstance(found, LanceCallback)), None)  # type: ignore[attr-defined]
     if lance is None:
@@ -62,7 +61,8 @@ def profile(
     for name, path in (("json", json), ("plot", plot)):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"{name}={path!r} is not allowed: there is no such folder. Make it first.")
-    lance.measure, lance.verbose = True, False
+    lance.verbose = False
+    before = copy.deepcopy(model.state_dict())
     stop = _StopWhenMeasured(lance)
     trainer.callbacks.insert(trainer.callbacks.index(lance) + 1, stop)  # type: ignore[attr-defined]
     try:
@@ -71,6 +71,7 @@ def profile(
         pass
     finally:
         trainer.callbacks.remove(stop)  # type: ignore[attr-defined]
+        model.load_state_dict(before)
     report = lance.report
     if report is None or report.plain is None or report.compressed is None:
         raise StateError("the fit ended before its first training batch: is there training data?")

@@ -42,19 +42,23 @@ class Calibration:
         model: a swapped model.
         only: names of the layers to calibrate; all by default.
         budget: bytes for the cores and factors of all layers together; ``None`` for the ranks as asked for.
+        bits: in which an element of a core will be kept; ``None``: as it is.
 
     Attributes:
         statistics: layer name -> what was seen.
         left: layers that were swapped back, and why.
     """
 
-    def __init__(self, model: nn.Module, only: set[str] | None = None, budget: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, only: set[str] | None = None, budget: int | None = None, bits: int | None = None
+    ) -> None:
         found = compressed_layers(model)
         self.model = model
         self.layers: dict[str, Compressed] = {n: layer for n, layer in found.items() if only is None or n in only}
         if not self.layers:
             raise StateError("the model has no swapped layer to calibrate. Call swap(model) first.")
         self.budget = budget
+        self.bits = bits
         self.statistics = {
             name: LayerStatistics(
                 layer._lance.ranks if budget is None else gathering_ranks(layer._lance.ranks),
@@ -128,7 +132,7 @@ class Calibration:
         states = {name: self.layers[name]._lance for name in spectra}
         if self.budget is None:
             return {
-                name: found.subspace(states[name].ranks, states[name].unbiased, states[name].bits)
+                name: found.subspace(states[name].ranks, states[name].unbiased, self.bits)
                 for name, found in spectra.items()
             }
         budgeted = {
@@ -141,12 +145,16 @@ class Calibration:
             for name, found in spectra.items()
         }
         state = next(iter(states.values()))
-        return allocate(budgeted, self.budget, state.unbiased, state.bits)
+        return allocate(budgeted, self.budget, state.unbiased, self.bits)
 
 
 @contextmanager
 def calibrate(
-    model: nn.Module, reduce: Reduce | None = None, only: set[str] | None = None, budget: int | None = None
+    model: nn.Module,
+    reduce: Reduce | None = None,
+    only: set[str] | None = None,
+    budget: int | None = None,
+    bits: int | None = None,
 ) -> Iterator[Calibration]:
     """Calibrate a swapped model on the forward passes inside the block.
 
@@ -158,6 +166,7 @@ def calibrate(
         reduce: sums the accumulators over processes.
         only: names of the layers to calibrate.
         budget: bytes for the cores and factors of all layers together.
+        bits: in which an element of a core will be kept; ``None``: as it is.
 
     Raises:
         ConfigError: the budget is below what the lowest ranks need.
@@ -165,15 +174,15 @@ def calibrate(
 
     Example:
         >>> import torch
-        >>> from lightning_lance import calibrate, restore, swap
+        >>> from lightning_lance import LanceConfig, calibrate, restore, swap
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> plan = swap(model)
+        >>> plan = swap(model, LanceConfig(rank=0.9))
         >>> with calibrate(model):
         ...     _ = model(torch.randn(32, 16))
         >>> model(torch.randn(32, 16)).sum().backward()
         >>> restore(model)
     """
-    calibration = Calibration(model, only, budget)
+    calibration = Calibration(model, only, budget, bits)
     with isolated(model), torch.no_grad(), eager():
         calibration.observe()
         try:

@@ -6,44 +6,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from lightning_lance.compression.store import Bits
 from lightning_lance.errors import ConfigError
-from lightning_lance.subspaces.ranks import ModeRanks, RankRules
+from lightning_lance.subspaces.ranks import RankRules
 from lightning_lance.tensors.units import parse_bytes
 
-Rank: TypeAlias = "int | float | str | Mapping[str, Any]"
+Rank: TypeAlias = "int | float | str | Mapping[str, Any] | None"
 Layers: TypeAlias = "int | str | Sequence[str]"
 
-
-AUTO_CORE_BITS = 4
-"""Bits of an element of a core under ``"auto"``, with an unbiased batch mode."""
+BITS: dict[Any, Bits] = {
+    "auto": Bits(4, 4),
+    2: Bits(2, 4),
+    4: Bits(4, 4),
+    8: Bits(8, 8),
+    None: Bits(None, None),
+}
+"""What ``bits`` stands for. Two bits are enough for the gradient of a weight; the error of what input gradients are
+computed from is passed on to every layer before."""
 
 
 @dataclass(frozen=True)
 class LanceConfig:
-    """What to compress and how far.
+    """How what autograd keeps is compressed, and how far.
 
     Attributes:
-        rank: ``"auto"``; an int, that rank in every mode, clipped to its size; a float in (0, 1], that energy in
-            every mode (the published rule); a mapping mode -> rule with the modes ``batch``, ``channel`` (or
-            ``feature``) and ``spatial`` (or ``token``), each an int, an energy or ``"full"``; or a mapping layer
-            pattern -> any of these. ``"auto"`` is batch rank ``max(4, B / 6)``, the whole
-            batch where a sample is one row; channels whole; spatial and token energy .9, where that halves the mode or
-            costs little next to the layer.
+        rank: on what the inputs of linear layers and convolutions are projected, for the gradients of their weights.
+            ``"auto"``: nothing is projected unless a ``memory_budget`` asks for it. ``None``: nothing is.
+            ``"compact"``, for fine-tuning: batch rank ``max(4, B / 6)`` without bias, the whole batch where a sample is
+            one row; channels whole; spatial and token energy .9, where that halves the mode or costs little next to the
+            layer. An int: that rank in every mode, clipped to its size. A float in (0, 1]: that energy in every mode
+            (the published rule). A mapping mode -> rule with the modes ``batch``, ``channel`` (or ``feature``) and
+            ``spatial`` (or ``token``), each an int, an energy, ``"compact"`` or ``"full"``, which is that of modes not
+            named. Or a mapping layer pattern -> any of these.
+        bits: of each element of what is kept: ``"auto"`` (4), 8, 4, 2 (for what gradients of weights alone need; 4 for
+            the rest), or ``None``: nothing is rounded, and gradients are exact.
         batch: ``"unbiased"`` weights sums over random groups of samples so that the weight gradient has no bias
-            from it; ``"projected"`` projects it, as published.
-        core_bits: bits in which each element of a core is kept: 4, 8, or ``None`` for its own dtype. ``"auto"`` is 4,
-            and ``None`` with ``batch="projected"``, as published, and in layers with full ranks.
-        layers: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n of them), or
-            shell-style patterns of module names; the name of a container means all in it.
-        companions: also swap layers beside them for exact variants that keep less; ``"approximate"`` adds inexact
-            ones; ``False`` compresses the inputs of linear layers and convolutions only.
+            from the batch mode; ``"projected"`` projects it, as published.
+        layers: where to project: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n
+            of them), or shell-style patterns of module names; the name of a container means all in it.
         freeze_norms: run batch-norm layers whose affine parameters are frozen in eval mode while training, as the paper
             does. Changes what training computes, so it is never done unasked.
-        memory_budget: bytes, or a string such as ``"4MiB"``, for the cores and factors of all compressed layers at the
-            calibrated batch size; lowers spatial energy, then the batch rank, then channel energy until they fit.
-        refresh: ``"epoch"`` or a number of training batches: recompute the subspaces that often from ordinary training
+        memory_budget: bytes, or a string such as ``"4MiB"``, for the cores and factors of all projected layers at the
+            batch size of the first steps; lowers spatial energy, then the batch rank, then channel energy until they
+            fit.
+        refresh: ``"epoch"`` or a number of training steps: recompute the subspaces that often from ordinary training
             steps. ``None``: the published one-shot method.
-        calibration_batches: number of batches that define the subspaces.
+        calibration_batches: number of training steps whose inputs define the subspaces.
         seed: seed of the random sample orders.
 
     Raises:
@@ -51,10 +59,9 @@ class LanceConfig:
     """
 
     rank: Rank = "auto"
+    bits: int | Literal["auto"] | None = "auto"
     batch: Literal["unbiased", "projected"] = "unbiased"
-    core_bits: int | Literal["auto"] | None = "auto"
     layers: Layers = "trainable"
-    companions: bool | Literal["approximate"] = True
     freeze_norms: bool = False
     memory_budget: int | str | None = None
     refresh: Literal["epoch"] | int | None = None
@@ -72,10 +79,8 @@ class LanceConfig:
                 "rank of the batch mode is 1 with batch='unbiased', which needs a constant column and another. "
                 "Give a batch rank of at least 2, or batch='projected'."
             )
-        if isinstance(self.core_bits, bool) or self.core_bits not in ("auto", 4, 8, None):
-            raise ConfigError(f"core_bits={self.core_bits!r} is not allowed. Allowed: 'auto', 4, 8, None.")
-        if self.companions not in (True, False, "approximate"):
-            raise ConfigError(f"companions={self.companions!r} is not allowed. Allowed: True, False, 'approximate'.")
+        if isinstance(self.bits, bool) or self.bits not in BITS:
+            raise ConfigError(f"bits={self.bits!r} is not allowed. Allowed: {', '.join(map(repr, BITS))}.")
         if self.freeze_norms not in (True, False):
             raise ConfigError(f"freeze_norms={self.freeze_norms!r} is not allowed. Allowed: True, False.")
         if not _selects(self.layers):
@@ -85,9 +90,14 @@ class LanceConfig:
             )
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
+            if self.rank is None:
+                raise ConfigError(
+                    f"memory_budget={self.memory_budget!r} with rank=None: nothing is projected, so that no bytes can "
+                    "be saved by projecting less. Allowed with a budget: rank='auto', 'compact', a number or a mapping."
+                )
         if self.refresh not in (None, "epoch") and not _positive(self.refresh):
             raise ConfigError(
-                f"refresh={self.refresh!r} is not allowed. Allowed: None, 'epoch', or an int of at least 1 (batches)."
+                f"refresh={self.refresh!r} is not allowed. Allowed: None, 'epoch', or an int of at least 1 (steps)."
             )
         if not _positive(self.calibration_batches):
             raise ConfigError(
@@ -96,11 +106,10 @@ class LanceConfig:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed!r} is not allowed. Allowed: an int of 64 bits.")
 
-    def bits(self, ranks: ModeRanks) -> int | None:
-        """Bits of an element of the core of a layer with these ranks; ``None``: its own dtype."""
-        if self.core_bits != "auto":
-            return self.core_bits
-        return AUTO_CORE_BITS if self.batch == "unbiased" and not ranks.full else None
+    @property
+    def kept_bits(self) -> Bits:
+        """Bits of an element of what is kept."""
+        return BITS[self.bits]
 
     @property
     def budget(self) -> int | None:

@@ -12,7 +12,7 @@ from lightning_lance.tensors.units import format_bytes
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One compressed layer.
+    """One layer whose input is projected.
 
     Attributes:
         name: qualified name.
@@ -40,8 +40,8 @@ class Report:
     """Ranks, energies and bytes of a run.
 
     Attributes:
-        layers: the compressed layers.
-        left: layers with trainable parameters that were left alone, and why.
+        layers: the layers whose inputs are projected.
+        left: layers with trainable parameters that are not, where others are, and why.
         plain: what autograd keeps for one batch without this package.
         compressed: what it keeps with it, holders largest first.
         captured_energy: energy of the measured batch in the learned subspaces, over all layers.
@@ -95,39 +95,51 @@ class Report:
     def totals(self) -> list[str]:
         """One line for the compressed inputs and one for all that autograd keeps."""
         before, after = sum(layer.plain_bytes for layer in self.layers), sum(_kept(layer) for layer in self.layers)
-        lines = [f"inputs of these {len(self.layers)} layers: {_change(before, after)}"]
+        lines = [f"inputs of these {len(self.layers)} layers: {_change(before, after)}"] if self.layers else []
         if self.plain is not None and self.compressed is not None:
             lines.append(f"all that autograd keeps, measured: {_change(self.plain.total, self.compressed.total)}")
         if self.captured_energy is not None:
             lines.append(f"energy of this batch in the kept subspaces: {self.captured_energy:.3f}")
         return lines
 
+    def by_operator(self, count: int = 6) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of a table of what autograd keeps, one row an operator, that which kept most first.
+
+        Args:
+            count: rows; the rest is summed in one more.
+        """
+        if self.plain is None or self.compressed is None:
+            return [], []
+        before, after = self.plain.by_op(), self.compressed.by_op()
+        own = [name for name in after if name not in before]  # our operators, in the place of stock ones
+        order = sorted(before, key=lambda name: -before[name]) + own
+        shown = [name for name in order[:count] if before.get(name, 0) or after.get(name, 0)]
+        rows = [_operator_row(name, before.get(name, 0), after.get(name, 0)) for name in shown]
+        rest = order[count:]
+        if rest:
+            sums = [sum(kept.get(name, 0) for name in rest) for kept in (before, after)]
+            rows.append(_operator_row(f"{len(rest)} more", *sums))
+        return ["kept for", "plain", "kept", "ratio"], rows
+
     def still_held(self, count: int = 5) -> list[str]:
-        """What still holds memory, largest first, one line each."""
+        """What still holds memory, by operator, largest first, one line each."""
         if self.compressed is None:
             return []
-        own = {layer.name for layer in self.layers}
-        groups: dict[tuple[str, str], int] = {}
-        for holder in self.compressed.holders:
-            if holder.module not in own:
-                key = (holder.module, holder.op)
-                groups[key] = groups.get(key, 0) + holder.bytes
-        ordered = sorted(groups.items(), key=lambda item: -item[1])[:count]
-        return [f"{format_bytes(size)} by {op} in {module or 'the model itself'}" for (module, op), size in ordered]
+        ordered = list(self.compressed.by_op().items())[:count]
+        return [f"{format_bytes(size)} for {name}" for name, size in ordered]
 
     def render(self) -> str:
-        """The table as text, drawn by rich where it is installed."""
-        header, rows = self.rows()
-        try:
-            text = _rich_table(header, rows)
-        except ImportError:
-            text = plain_table(header, rows)
-        lines = [text, *self.totals()]
-        held = self.still_held(3)
-        if held:
-            lines += ["largest still held:", *(f"  {line}" for line in held)]
+        """The tables as text, drawn by rich where it is installed."""
+        lines = []
+        if self.layers:
+            lines.append(_table("LANCE: inputs that are projected", *self.rows()))
+            lines.append(self.totals()[0])
+        header, rows = self.by_operator()
+        if rows:
+            lines.append(_table("LANCE: activations kept for backward", header, rows))
+        lines += self.totals()[1:] if self.layers else self.totals()
         if self.left:
-            lines += ["left alone:", *(f"  {item}" for item in self.left[:6])]
+            lines += ["not projected:", *(f"  {item}" for item in self.left[:6])]
             if len(self.left) > 6:
                 lines.append(f"  and {len(self.left) - 6} more, see report.left")
         return "\n".join([*lines, *self.notes])
@@ -136,7 +148,8 @@ class Report:
         return self.render()
 
     def plot(self, path: str | None = None) -> Any:
-        """Bytes per layer before and after, and the captured energy; needs matplotlib (extra ``plot``).
+        """Bytes before and after, by layer with the captured energy where inputs are projected, by operator elsewhere;
+        needs matplotlib (extra ``plot``).
 
         Args:
             path: image file to write; nothing is written by default.
@@ -146,19 +159,26 @@ class Report:
         """
         from matplotlib.figure import Figure
 
-        names = [layer.name for layer in self.layers]
-        height = 1.6 + 0.32 * len(names)
-        figure = Figure(figsize=(10, max(3.0, height)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
-        position = list(range(len(names)))
-        left.barh([p - 0.2 for p in position], [layer.plain_bytes for layer in self.layers], 0.4, label="input")
-        left.barh([p + 0.2 for p in position], [_kept(layer) for layer in self.layers], 0.4, label="kept")
+        if self.layers:
+            names = [layer.name for layer in self.layers]
+            before, after = [layer.plain_bytes for layer in self.layers], [_kept(layer) for layer in self.layers]
+        else:
+            plain = {} if self.plain is None else self.plain.by_op()
+            kept = {} if self.compressed is None else self.compressed.by_op()
+            names = list(plain)[:12]
+            before, after = [plain[name] for name in names], [kept.get(name, 0) for name in names]
+        figure = Figure(figsize=(10, max(3.0, 1.6 + 0.32 * len(names))), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1]) if self.layers else [figure.subplots()]
+        left, position = axes[0], list(range(len(names)))
+        left.barh([p - 0.2 for p in position], before, 0.4, label="input" if self.layers else "plain")
+        left.barh([p + 0.2 for p in position], after, 0.4, label="kept")
         left.set(xscale="log", xlabel="bytes", yticks=position)
         left.set_yticklabels(names)
         left.invert_yaxis()
         left.legend()
-        right.barh(position, [_joint_energy(layer) for layer in self.layers], 0.6, color="tab:green")
-        right.set(xlim=(0, 1), xlabel="energy held by the truncated modes (product)")
+        if self.layers:
+            axes[1].barh(position, [_joint_energy(layer) for layer in self.layers], 0.6, color="tab:green")
+            axes[1].set(xlim=(0, 1), xlabel="energy held by the truncated modes (product)")
         if self.ratio is not None and self.plain is not None and self.compressed is not None:
             figure.suptitle(
                 f"autograd keeps {format_bytes(self.compressed.total)} instead of {format_bytes(self.plain.total)} "
@@ -193,6 +213,11 @@ def _change(before: int, after: int) -> str:
     return f"{format_bytes(before)} -> {format_bytes(after)} ({_times(before, after)} less)"
 
 
+def _operator_row(name: str, before: int, after: int) -> list[str]:
+    ratio = _times(before, after) if before and after else "-"
+    return [name, format_bytes(before), format_bytes(after), ratio]
+
+
 def _row(layer: LayerReport) -> list[str]:
     energy = " ".join(f"{held:.2f}" for held in layer.energy.values()) or "whole"
     return [
@@ -202,7 +227,7 @@ def _row(layer: LayerReport) -> list[str]:
         energy,
         format_bytes(layer.plain_bytes),
         format_bytes(_kept(layer)),
-        _times(layer.plain_bytes, _kept(layer)) if layer.plain_bytes else "shared",
+        _times(layer.plain_bytes, _kept(layer)) if _kept(layer) else "shared",
     ]
 
 
@@ -218,15 +243,22 @@ def plain_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
 
 
-def _rich_table(header: list[str], rows: list[list[str]]) -> str:
+def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    try:
+        return _rich_table(title, header, rows)
+    except ImportError:
+        return plain_table(header, rows)
+
+
+def _rich_table(title: str, header: list[str], rows: list[list[str]]) -> str:
     import rich.box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="LANCE: activations kept for backward", title_justify="left", box=rich.box.SIMPLE)
-    for index, title in enumerate(header):
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE)
+    for index, name in enumerate(header):
         table.add_column(
-            title, justify="right" if index >= len(header) - 3 else "left", overflow="fold", no_wrap=index > 3
+            name, justify="right" if index >= len(header) - 3 else "left", overflow="fold", no_wrap=index > 3
         )
     for row in rows:
         table.add_row(*row)

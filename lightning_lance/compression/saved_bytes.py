@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
+from lightning_lance.compression.store import Saved
+from lightning_lance.ops.saving import saving
+from lightning_lance.ops.watching import WatchingMode
 from lightning_lance.tensors.units import format_bytes
 
 
@@ -23,12 +24,12 @@ class Holder:
     """One storage that autograd keeps.
 
     Attributes:
-        op: the operation that saved it first, such as ``ConvolutionBackward0``; ``"elsewhere"`` where that is not in
-            the graph of the result, such as the input of a checkpointed segment.
+        op: the torch function that saved it first, such as ``conv2d``; ``"elsewhere"`` for one that is none, such as a
+            checkpointed segment.
         module: name of the innermost module that ran it, ``""`` outside of any.
         shape: shape of the saved tensor.
         dtype: dtype of the saved tensor.
-        bytes: size of the whole storage behind it.
+        bytes: size of the whole storage behind it, or of what is kept in its place.
     """
 
     op: str
@@ -49,6 +50,26 @@ class SavedBytes:
 
     total: int
     holders: list[Holder] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, ledger: Iterable[Saved]) -> SavedBytes:
+        """Unique storages of tensors that were saved, each counted once by the first who saved it."""
+        holders: dict[int, Holder] = {}
+        for saved in ledger:
+            if saved.nbytes and saved.reference.cdata not in holders:
+                operator = saved.operator or "elsewhere"
+                holders[saved.reference.cdata] = Holder(operator, saved.module, saved.shape, saved.dtype, saved.nbytes)
+        ordered = sorted(holders.values(), key=lambda holder: -holder.bytes)
+        return cls(sum(holder.bytes for holder in ordered), ordered)
+
+    @classmethod
+    def listed(cls, parts: Iterable[Saved]) -> SavedBytes:
+        """Parts that are known to be different, whatever they stand for."""
+        holders = [
+            Holder(part.operator or "elsewhere", part.module, part.shape, part.dtype, part.nbytes) for part in parts
+        ]
+        ordered = sorted(holders, key=lambda holder: -holder.bytes)
+        return cls(sum(holder.bytes for holder in ordered), ordered)
 
     def by_module(self) -> dict[str, int]:
         """Bytes by the module that saved them first."""
@@ -72,22 +93,6 @@ class SavedBytes:
         return "\n".join(lines)
 
 
-class _Packed:
-    """Stands in the graph for a saved tensor; alive as long as autograd keeps it."""
-
-    __slots__ = ("__weakref__", "bytes", "dtype", "module", "op", "shape", "storage")
-
-    def __init__(self, tensor: Tensor, module: str) -> None:
-        self.shape = tuple(tensor.shape)
-        self.dtype = tensor.dtype
-        self.module = module
-        self.op = "elsewhere"
-        storage = tensor.untyped_storage()
-        self.bytes = storage.nbytes()
-        # A weak reference keeps the identity of the storage unique without keeping its memory.
-        self.storage: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-
-
 def measure_saved_bytes(
     function: Callable[[], Any], module: nn.Module | None = None, keep: Callable[[Any], None] | None = None
 ) -> SavedBytes:
@@ -96,7 +101,8 @@ def measure_saved_bytes(
     Counts unique storages with saved-tensor hooks, and leaves out those of parameters and buffers. The hooks drop
     each tensor after counting it, so that measuring needs no more memory than a pass without gradients; the graph
     is useless for backward afterwards. What was saved but let go before the function returned does not count; what
-    is kept beside the graph of the result, as by activation checkpointing, does.
+    is kept beside the graph of the result, as by activation checkpointing, does. Other hooks inside of the function
+    hide from it what they keep.
 
     Args:
         function: runs a forward pass with gradients on and returns the loss or outputs.
@@ -112,42 +118,111 @@ def measure_saved_bytes(
     if owner is not None:
         for tensor in [*owner.parameters(), *owner.buffers()]:
             _exclude(tensor, excluded)
-    packed: list[weakref.ref[_Packed]] = []
-    stack: list[str] = [""]
+    ledger: list[Saved] = []
+    names = ModuleNames()
 
-    def pack(tensor: Tensor) -> _Packed:
+    def pack(tensor: Tensor) -> _Gone:
         base = tensor if tensor._base is None else tensor._base
         if isinstance(base, nn.Parameter):
             _exclude(base, excluded)
-        item = _Packed(tensor, stack[-1])
-        packed.append(weakref.ref(item))
-        return item
+        gone = _Gone(tensor)
+        reference: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        name = saving.name or (tensor.grad_fn.name() if tensor.grad_fn is not None else "")
+        ledger.append(
+            Saved(
+                weakref.ref(gone),
+                False,
+                reference,
+                tensor.untyped_storage().nbytes(),
+                name,
+                names.current,
+                tuple(tensor.shape),
+                tensor.dtype,
+            )
+        )
+        return gone
 
-    def unpack(item: _Packed) -> Tensor:
-        # Only asked where the walk over the graph cannot look at the item itself; it reads no values.
-        asked.append(item)
-        return torch.empty(item.shape, dtype=item.dtype, device="meta")
+    def unpack(gone: _Gone) -> Tensor:
+        return torch.empty(gone.shape, dtype=gone.dtype, device="meta")
 
-    asked: list[_Packed] = []
     with ExitStack() as context:
         if owner is not None:
-            context.enter_context(_module_stack(owner, stack))
+            context.enter_context(names.of(owner))
         context.enter_context(torch.enable_grad())
         context.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+        context.enter_context(_Named())
         result = function()
-    reached = _name_operations(result, asked)
-    if any(reference() not in reached for reference in packed if reference() is not None):
-        gc.collect()  # a graph in a dead reference cycle is not kept
-    kept = [item for reference in packed if (item := reference()) is not None]
+    gc.collect()  # a graph in a dead reference cycle is not kept
+    alive = [(saved, kept) for saved in ledger if (kept := saved.kept()) is not None]
     if keep is not None:
         keep(result)
-    holders: dict[int, Holder] = {}
-    for item in kept:
-        key = item.storage.cdata
-        if key not in excluded and key not in holders and item.bytes:
-            holders[key] = Holder(item.op, item.module, item.shape, item.dtype, item.bytes)
-    ordered = sorted(holders.values(), key=lambda holder: -holder.bytes)
-    return SavedBytes(sum(holder.bytes for holder in ordered), ordered)
+    return SavedBytes.of([saved for saved, _ in alive if saved.reference.cdata not in excluded])
+
+
+class _Gone:
+    """Stands in the graph for a saved tensor; alive as long as autograd keeps it."""
+
+    __slots__ = ("__weakref__", "dtype", "shape")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+
+class _Named(WatchingMode):
+    """Names the function that runs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, saving.name = saving.name, getattr(func, "__name__", "")
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            saving.name = before
+
+
+class ModuleNames:
+    """Which module runs.
+
+    Attributes:
+        current: name of the innermost module that runs, ``""`` outside of any.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[str] = [""]
+
+    @property
+    def current(self) -> str:
+        return self._stack[-1]
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Follow the modules of a model inside the block; not those that are compiled, whose code would hold it."""
+        handles = []
+
+        def enter(name: str) -> Any:
+            return lambda *_: self._stack.append(name)
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        compiled: list[str] = []
+        for name, module in model.named_modules():
+            if _is_compiled(module):
+                compiled.append(name)
+            elif not isinstance(module, torch.jit.ScriptModule) and not any(
+                name.startswith(f"{outer}.") or not outer for outer in compiled
+            ):
+                handles.append(module.register_forward_pre_hook(enter(name)))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            del self._stack[1:]
+            for handle in handles:
+                handle.remove()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _exclude(tensor: Tensor, excluded: dict[int, Any]) -> None:
@@ -160,91 +235,3 @@ def _owner(function: Any) -> nn.Module | None:
         if isinstance(candidate, nn.Module):
             return candidate
     return None
-
-
-@contextmanager
-def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    handles = []
-    for name, module in model.named_modules():
-
-        def enter(_: nn.Module, __: Any, name: str = name) -> None:
-            stack.append(name)
-
-        def leave(_: nn.Module, __: Any, ___: Any) -> None:
-            stack.pop()
-
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # takes no hooks
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _name_operations(result: Any, asked: list[_Packed]) -> set[_Packed]:
-    """Give each item in the graph of the result the name of its operation; the items."""
-    roots: list[Any] = [leaf.grad_fn for leaf in _tensors(result)]
-    seen: set[Any] = set()
-    found: set[_Packed] = set()
-    while roots:
-        node = roots.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for item in _items(node, asked):
-            item.op = node.name()
-            found.add(item)
-        roots += [following for following, _ in node.next_functions]
-    return found
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    for leaf in tree_leaves(result):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from _tensors(list(leaf.values()))
-        elif is_dataclass(leaf):
-            yield from _tensors([getattr(leaf, part.name) for part in fields(leaf)])
-
-
-def _items(node: Any, asked: list[_Packed]) -> Iterator[_Packed]:
-    """What a node saved. A tensor that other hooks hold is not unpacked: that may run a forward pass again."""
-    for name in dir(node):
-        if not name.startswith("_raw_saved_"):
-            continue
-        with suppress(RuntimeError):  # an optional tensor that was not saved
-            raw = getattr(node, name)
-            for saved in raw if isinstance(raw, (tuple, list)) else (raw,):
-                if not hasattr(saved, "data"):  # older torch shows what was saved by unpacking it only
-                    yield from _unpacked(node, name, asked)
-                    break
-                if isinstance(saved.data, _Packed):
-                    yield saved.data
-
-
-def _unpacked(node: Any, name: str, asked: list[_Packed]) -> list[_Packed]:
-    asked.clear()
-    # The hooks of others fail on stand-ins; what they hold needs no name.
-    with suppress(Exception), _no_recomputation():
-        getattr(node, "saved_tensors" if name == "_raw_saved_tensors" else name.removeprefix("_raw"))
-    return list(asked)
-
-
-@contextmanager
-def _no_recomputation() -> Iterator[None]:
-    """Asked for what they saved, the nodes of a checkpointed segment fail, and do not run the segment again."""
-    module: Any = torch.utils.checkpoint
-    stock = module._recomputation_hook
-
-    def refuse(*_: Any) -> None:
-        raise RuntimeError
-
-    module._recomputation_hook = refuse
-    try:
-        yield
-    finally:
-        module._recomputation_hook = stock

@@ -1,29 +1,27 @@
-"""One training run with compressed activations, without a Trainer: what the callback drives."""
+"""One training run with compressed activations, whoever drives it: a Trainer, Avalanche, or a loop of one's own."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_lance.compression.calibration import Calibration, Reduce, calibrate, eager
-from lightning_lance.compression.config import LanceConfig
-from lightning_lance.compression.frozen_norms import frozen_norms
-from lightning_lance.compression.functional import compact_functional
-from lightning_lance.compression.isolation import isolated
-from lightning_lance.compression.redundancy import kept_anyway
+from lightning_lance.compression.config import BITS, LanceConfig
+from lightning_lance.compression.frozen_norms import FrozenNorms, frozen_norms
+from lightning_lance.compression.operators import Watch
 from lightning_lance.compression.report import LayerReport, Report
-from lightning_lance.compression.saved_bytes import SavedBytes, measure_saved_bytes
+from lightning_lance.compression.saved_bytes import ModuleNames, SavedBytes
+from lightning_lance.compression.store import Saved, Store
 from lightning_lance.compression.surgery import (
     LeftAlone,
     Plan,
-    bypassed,
     compressed_layers,
     is_swapped,
     join,
@@ -37,7 +35,10 @@ from lightning_lance.layers.registry import base_class, uninstall
 from lightning_lance.layers.sharing import link
 from lightning_lance.subspaces.subspace import CapturedEnergy, LayerSubspace
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+
+FIRST_BITS = BITS[2]
+"""Of what is kept in the steps that define the subspaces: a run that fits with them shall fit at first too."""
 
 Pass = Callable[[], Any]
 """Runs one forward pass in training mode and returns the loss or the outputs."""
@@ -46,81 +47,119 @@ Share = Callable[[Any], Any]
 """Returns process 0's object on every process."""
 
 
+class Stage(Enum):
+    """Where a session stands."""
+
+    IDLE = "idle"
+    OBSERVING = "observing"
+    STEADY = "steady"
+
+
 class LanceSession:
-    """Swap, calibrate, refresh, measure, save, restore.
+    """Compress what autograd keeps of each training step, and report it.
+
+    Around a step everything that autograd saves is kept rounded, as ``bits`` says. Where ``rank`` asks for it, inputs
+    of linear layers and convolutions are projected before: those of the first steps, which are ordinary ones but for
+    their fewer bits, define the subspaces.
 
     Args:
         model: the model to train.
         config: the options.
 
     Attributes:
-        report: ranks, energies and bytes, once measured.
-        left: layers with trainable parameters that are left alone.
-        observed: ordinary training steps in the current observation.
+        stage: where the session stands.
+        report: what autograd keeps, by layer and by operator, from the first step that was complete; from the first one
+            with subspaces where there are any.
+        left: layers with trainable parameters that are not projected, where others are.
+        observed: training steps in the current observation.
+        steps: training steps so far.
+        reduce: sums accumulators over the processes of a distributed run, in place.
+        share: hands process 0's subspaces to all.
 
     Example:
         >>> import torch
-        >>> from lightning_lance.compression.session import LanceSession
-        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> batches = [torch.randn(32, 16) for _ in range(4)]
+        >>> from lightning_lance import LanceSession
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
         >>> session = LanceSession(model)
         >>> plan = session.start()
-        >>> session.calibrate([lambda x=x: model(x) for x in batches])
-        >>> for x in batches:
-        ...     with session.functional():
-        ...         loss = model(x).sum()
+        >>> for _ in range(4):
+        ...     with session.step():
+        ...         loss = model(torch.randn(32, 64)).sum()
         ...     loss.backward()
+        >>> session.report.ratio > 5
+        True
         >>> session.stop()
     """
 
     def __init__(self, model: nn.Module, config: LanceConfig | None = None) -> None:
         self.model = model
         self.config = config or LanceConfig()
+        self.stage = Stage.IDLE
         self.report: Report | None = None
         self.left: list[LeftAlone] = []
         self.observed = 0
-        self._checked = False
+        self.steps = 0
+        self.reduce: Reduce | None = None
+        self.share: Share | None = None
+        self._store = Store(self.config.kept_bits)
+        self._store.mode = Watch(self._store)
         self._dropped: dict[str, LeftAlone] = {}
         self._observing: Calibration | None = None
-        self._plain = False
         self._trainable: list[bool] = []
-        self._waiting: Plan | None = None
-        self._accompanied = False
+        self._norms = FrozenNorms(model)
+        self._ledger: _Ledger | None = None
+        self._reported = False
+        self._inside: ExitStack | None = None
 
-    def start(self) -> Plan:
-        """Plan, and swap what is to be compressed; its companions follow once it is calibrated.
+    def start(self, observe: bool = True) -> Plan:
+        """Plan, and swap what is to be projected. A model that an interrupted run left swapped is restored first.
 
-        Until then every layer runs the stock path. A model that an interrupted run left swapped is restored first.
+        Args:
+            observe: let the first steps define the subspaces; otherwise the stock layers run until :meth:`calibrate`.
 
         Raises:
-            PlanError: nothing can be compressed, or a pattern matches nothing. The model is as it was.
+            PlanError: something is to be projected and nothing can be, or a pattern matches nothing. The model is as it
+                was.
         """
         restore(self.model)
         made = plan(self.model, self.config)
         self.left = list(made.left)
         self._dropped = {}
-        self._checked = False
         self._observing = None
+        self._reported = False
         self._trainable = self._flags()
-        self._accompanied = False
-        self._waiting = made
-        swap(self.model, replace(made, entries=made.compressed))
+        swap(self.model, made)
+        self.stage = Stage.STEADY
+        if observe and made.entries:
+            self.observe()
         return made
 
-    def _accompany(self) -> None:
-        """Swap the companions too."""
-        waiting, self._waiting, self._accompanied = self._waiting, None, True
-        if waiting is not None:
-            join(self.model, replace(waiting, entries=[entry for entry in waiting.entries if not entry.compress]))
+    def stop(self) -> None:
+        """Give the model its own classes and flags back; does nothing the second time."""
+        if self._inside is not None:
+            self.end_step()
+        self._observing = None
+        self.stage = Stage.IDLE
+        self._norms.release()
+        restore(self.model)
+
+    def spread(self, rank: int) -> None:
+        """Let one of several processes draw sample orders of its own: averaging over processes then averages them too.
+
+        Args:
+            rank: of the process.
+        """
+        for layer in self.layers.values():
+            layer._lance.order.offset = rank
 
     def join(self) -> list[str]:
         """Swap layers that have become trainable since, as fine-tuning schedules do. Cheap where nothing has.
 
         Returns:
-            Names of the new layers; they run the stock path until calibrated.
+            Names of the new layers, whose subspaces the next steps define.
         """
         flags = self._flags()
-        if flags == self._trainable or not is_swapped(self.model):
+        if flags == self._trainable:
             return []
         self._trainable = flags
         try:
@@ -129,38 +168,118 @@ class LanceSession:
             return []
         self.left = [*made.left, *self._dropped.values()]
         made = replace(made, entries=[entry for entry in made.entries if entry.name not in self._dropped])
-        if self._accompanied:
-            joined = join(self.model, made)
-        else:
-            self._waiting = made
-            joined = join(self.model, replace(made, entries=made.compressed))
-        self._checked = self._checked and not joined
+        if not made.entries:
+            return []
+        joined = join(self.model, made) if is_swapped(self.model) else [e.name for e in swap(self.model, made).entries]
+        self._reported = self._reported and not joined
         return joined
 
     def _flags(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self.model.parameters()]
 
-    def stop(self) -> None:
-        """Give the model its own classes back; does nothing the second time."""
-        self._observing = None
-        restore(self.model)
-
     @property
     def layers(self) -> dict[str, Compressed]:
-        """Name -> compressed layer."""
+        """Name -> layer whose input is projected, or will be."""
         return compressed_layers(self.model)
 
     @property
     def uncalibrated(self) -> set[str]:
-        """Names of compressed layers that have no subspace, and are not being observed to get one."""
+        """Names of layers that have no subspace, and are not being observed to get one."""
         watched: set[str] = set() if self._observing is None else set(self._observing.layers)
         return {name for name, layer in self.layers.items() if layer._lance.subspace is None} - watched
 
     @property
     def calibrated(self) -> bool:
-        """Whether every compressed layer has its subspace."""
-        layers = self.layers
-        return bool(layers) and all(layer._lance.subspace is not None for layer in layers.values())
+        """Whether every layer that is to be projected has its subspace."""
+        return all(layer._lance.subspace is not None for layer in self.layers.values())
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context of one training step: its forward passes, and whatever else belongs to it.
+
+        Raises:
+            StateError: the session was not started, or a step is running already.
+            CalibrationError: the steps that should define the subspaces saw NaN or Inf.
+            ConfigError: the memory budget is below what the lowest ranks need.
+        """
+        self.begin_step()
+        try:
+            yield
+        finally:
+            self.end_step()
+
+    def begin_step(self) -> None:
+        """The first half of :meth:`step`, for drivers with a hook before and one after the forward pass."""
+        if self._inside is not None:
+            raise StateError("begin_step() inside of a step: call end_step() first.")
+        if self.stage is Stage.IDLE:
+            raise StateError("a step before start(), or after stop(): call start() first.")
+        self._prepare()
+        store = self._store
+        store.bits = FIRST_BITS if self._first_bits else self.config.kept_bits
+        factors = (factor for layer in self.layers.values() for factor in _factors(layer))
+        store.protect([*self.model.parameters(), *self.model.buffers(), *factors])
+        with ExitStack() as inside:
+            if self._observing is not None:
+                self._observing.observe()
+                inside.callback(self._observing.stop)
+                inside.enter_context(eager())  # a compiled graph would hold the observers
+                self.observed += 1
+            if not self._reported:
+                self._ledger = _Ledger(self)
+                inside.enter_context(self._ledger.open())
+                if self._ledger.energies:
+                    inside.enter_context(eager())  # likewise
+            inside.enter_context(store)
+            self._inside = inside.pop_all()
+
+    def end_step(self) -> None:
+        """The second half of :meth:`step`. Does nothing outside of one."""
+        inside, self._inside = self._inside, None
+        if inside is None:
+            return
+        inside.close()
+        self.steps += 1
+        if self._ledger is not None:
+            self.report = self._ledger.report()
+            self._reported = self.report is not None and self.stage is Stage.STEADY
+            self._ledger = None
+
+    @property
+    def reported(self) -> bool:
+        """Whether the report is final: that of a steady step."""
+        return self._reported
+
+    @property
+    def _first_bits(self) -> bool:
+        waiting = any(layer._lance.subspace is None for layer in self.layers.values())
+        return self.stage is Stage.OBSERVING and waiting and self.config.bits is not None
+
+    def _prepare(self) -> None:
+        """What may change between two steps."""
+        self.join()
+        if self.config.freeze_norms:
+            self._norms.find()
+            self._norms.apply()
+        if self._observing is not None and self.observed >= self.config.calibration_batches:
+            self.refresh()
+        if self.uncalibrated:
+            self.observe(None if self._observing is not None else self.uncalibrated)
+        elif isinstance(self.config.refresh, int) and self.steps and self.steps % self.config.refresh == 0:
+            self._look_again()
+
+    def begin_epoch(self) -> None:
+        """Say that an epoch begins, for ``refresh="epoch"``."""
+        if self.config.refresh == "epoch" and self.steps:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        if self._observing is None and self.layers and self.calibrated:
+            self.observe()
+
+    # Subspaces --------------------------------------------------------------------------------------------------------
 
     def calibrate(
         self,
@@ -169,7 +288,7 @@ class LanceSession:
         share: Share | None = None,
         only: set[str] | None = None,
     ) -> None:
-        """Find the subspaces from forward passes that leave no trace.
+        """Find the subspaces from forward passes that leave no trace, in place of the first training steps.
 
         Args:
             passes: forward passes, one for each calibration batch.
@@ -180,39 +299,34 @@ class LanceSession:
         Raises:
             CalibrationError: see :func:`~lightning_lance.calibrate`.
         """
-        only = None if self.config.budget is not None else only
-        with calibrate(self.model, reduce, only, self.config.budget) as calibration:
-            for run in passes:
-                run()
-        self._settle(calibration, share)
+        self._observing = None
+        if self.layers:
+            only = None if self.config.budget is not None else only
+            bits = self.config.kept_bits.weight
+            with calibrate(self.model, reduce, only, self.config.budget, bits) as calibration:
+                for run in passes:
+                    run()
+            self._settle(calibration, share)
+        self.stage = Stage.STEADY
 
     def observe(self, only: set[str] | None = None) -> None:
-        """Collect statistics in the training steps between :meth:`begin_step` and :meth:`end_step`, from now on.
+        """Let the next ``calibration_batches`` steps define the subspaces.
 
         Args:
             only: names of the layers; all by default, and always where a memory budget is to be shared by all.
         """
-        self._observing = Calibration(self.model, None if self.config.budget is not None else only, self.config.budget)
+        only = None if self.config.budget is not None else only
+        self._observing = Calibration(self.model, only, self.config.budget, self.config.kept_bits.weight)
         self.observed = 0
+        self.stage = Stage.OBSERVING
 
     @property
     def observing(self) -> bool:
-        """Whether statistics are being collected in ordinary training steps."""
+        """Whether training steps are being observed."""
         return self._observing is not None
 
-    def begin_step(self) -> None:
-        """Collect, if observing, until :meth:`end_step`; a validation pass in between must not be collected."""
-        if self._observing is not None:
-            self._observing.observe()
-            self.observed += 1
-
-    def end_step(self) -> None:
-        """Stop collecting until the next step."""
-        if self._observing is not None:
-            self._observing.stop()
-
-    def refresh(self, reduce: Reduce | None = None, share: Share | None = None) -> None:
-        """Assign new subspaces from what was observed since :meth:`observe`.
+    def refresh(self) -> None:
+        """Assign subspaces from what was observed since :meth:`observe`, before as many steps have passed as asked for.
 
         On NaN or Inf, or where nothing was observed, the present ones stay, with a warning.
 
@@ -225,150 +339,24 @@ class LanceSession:
             raise StateError("refresh() without observe(): call observe(), run a few training steps, then refresh().")
         calibration.stop()
         self._observing = None
+        self.stage = Stage.STEADY
         if self.observed == 0:
-            warnings.warn(
-                "the subspaces were not refreshed: no step was observed. Call begin_step() before and end_step() after "
-                "some training steps between observe() and refresh().",
-                LanceWarning,
-                stacklevel=2,
-            )
+            _warn("the subspaces were not refreshed: no step was observed. Run training steps after observe().")
             return
         try:
-            calibration.finish(reduce)
+            calibration.finish(self.reduce)
         except CalibrationError as error:
             if not self.calibrated:
                 raise
-            warnings.warn(f"the subspaces were not refreshed: {error}", LanceWarning, stacklevel=2)
+            _warn(f"the subspaces were not refreshed: {error}")
             return
-        self._settle(calibration, share)
+        self._settle(calibration, self.share)
 
     def _settle(self, calibration: Calibration, share: Share | None) -> None:
         self._dropped |= {item.name: item for item in calibration.left}
         self.left += calibration.left
         if share is not None:
             self._assign(share(self._subspaces()))
-        self._accompany()
-
-    @property
-    def checked(self) -> bool:
-        """Whether :meth:`drop_redundant` has looked at the calibrated layers as they are now."""
-        return self._checked
-
-    def drop_redundant(self, run: Pass, share: Share | None = None) -> list[str]:
-        """Swap back the layers whose input autograd keeps anyway, for another operation; their gradient is exact then.
-
-        Needs no more memory than a pass without gradients, and leaves no trace.
-
-        Args:
-            run: a forward pass with gradients.
-            share: hands process 0's decision to all.
-
-        Returns:
-            Their names.
-        """
-        self._checked = True
-        self.end_step()
-        with isolated(self.model), eager():
-            found = kept_anyway(run, {n: x for n, x in self.layers.items() if x._lance.subspace is not None})
-        found = found if share is None else share(found)
-        layers: dict[str, Any] = dict(self.layers)
-        for name in found:
-            reason = "its input is kept for another operation anyway"
-            self._dropped[name] = LeftAlone(name, base_class(layers[name]).__name__, reason)
-            self.left.append(self._dropped[name])
-            uninstall(layers[name])
-        link(self.layers.values())
-        return found
-
-    def functional(self) -> AbstractContextManager[Any]:
-        """Context for a forward pass in which functional calls (``F.relu(x)``) keep less for backward too."""
-        if not self.config.companions or self._plain or not self._accompanied:
-            return nullcontext()
-        return compact_functional(self.config.companions == "approximate")
-
-    def measure(self, run: Pass) -> Report:
-        """Measure what autograd keeps for one forward pass, with and without compression.
-
-        Needs no more memory than a pass without gradients, and leaves no trace.
-
-        Args:
-            run: a forward pass with gradients.
-        """
-        self.end_step()
-        self.report = self._measured(run)
-        return self.report
-
-    def _measured(self, run: Pass) -> Report:
-        energies: dict[str, _Measured] = {}
-        self._plain = True
-        try:
-            with isolated(self.model), eager(), self._trainable_weights(), bypassed(self.model):
-                before = measure_saved_bytes(run, self.model)
-        finally:
-            self._plain = False
-        with isolated(self.model), eager():
-            after = measure_saved_bytes(run, self.model)
-            for name, layer in self.layers.items():
-                assert layer._lance.subspace is not None
-                energies[name] = layer._lance.observer = _Measured(layer._lance.subspace, layer.channel_axis)
-            try:
-                with torch.no_grad():
-                    run()
-            finally:
-                for layer in self.layers.values():
-                    layer._lance.observer = None
-        return self._report(before, after, energies)
-
-    @contextmanager
-    def _trainable_weights(self) -> Iterator[None]:
-        """Context in which weights train that a smaller parameter stands in for."""
-        frozen = [layer.weight for layer in self.layers.values() if not layer.weight.requires_grad]  # type: ignore[attr-defined]
-        for weight in frozen:
-            weight.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for weight in frozen:
-                weight.requires_grad_(False)
-
-    def _report(self, before: SavedBytes, after: SavedBytes, energies: dict[str, _Measured]) -> Report:
-        measured = after.by_module()
-        counted: set[int] = set()
-        rows = []
-        for name, layer in self.layers.items():
-            seen, subspace = energies[name], layer._lance.subspace
-            assert subspace is not None
-            plain = formula = 0
-            core: tuple[int, ...] = ()
-            for shape, storage in zip(seen.shapes, seen.storages, strict=True):
-                whole = torch.Size(shape).numel() * seen.itemsize
-                first, shared = storage.cdata not in counted, layer._lance.shared is not None
-                counted.add(storage.cdata)
-                shrinks = subspace.shrinks(shape[0], shape[1], shape[2:])
-                core = core or (subspace.core_shape(shape[0], shape[1], shape[2:]) if shrinks else shape)
-                plain += whole * first
-                if first or (shrinks and not shared):
-                    formula += (
-                        subspace.formula_bytes(shape[0], shape[1], shape[2:], seen.itemsize) if shrinks else whole
-                    )
-            kind = base_class(layer).__name__  # type: ignore[arg-type]
-            shape = seen.shapes[0] if seen.shapes else ()
-            row = LayerReport(name, kind, shape, core, dict(subspace.energy), plain, formula, measured.get(name, 0))
-            rows.append(row)
-        kept, total = sum(e.kept for e in energies.values()), sum(e.total for e in energies.values())
-        captured = kept / total if total else None
-        return Report(rows, list(self.left), before, after, captured, self._notes(after))
-
-    def _notes(self, after: SavedBytes) -> list[str]:
-        norms = [name for name, module in frozen_norms(self.model).items() if module.training]
-        by_module = after.by_module()
-        held = sum(by_module.get(name, 0) for name in norms)
-        if not held:
-            return []
-        return [
-            f"{len(norms)} batch-norm layers in training mode hold {held / 1e6:.3g} MB although their affine "
-            "parameters are frozen; freeze_norms=True runs them in eval mode and frees it."
-        ]
 
     def _subspaces(self) -> dict[str, Any]:
         return {
@@ -387,12 +375,13 @@ class LanceSession:
                 layer._lance.subspace = found.to(module.weight.device, dtype)
         link(self.layers.values())
 
+    # State ------------------------------------------------------------------------------------------------------------
+
     def _options(self) -> dict[str, Any]:
-        config = self.config
-        return {"rank": _plain(config.rank), "batch": config.batch, "core_bits": config.core_bits}
+        return {"rank": _plain(self.config.rank), "batch": self.config.batch, "bits": self.config.bits}
 
     def state_dict(self) -> dict[str, Any]:
-        """Subspaces and the state of the sample orders, in plain containers and CPU tensors."""
+        """Subspaces, sample orders and a running observation, in plain containers and CPU tensors."""
         layers = self.layers
         order = next(iter(layers.values()))._lance.order.state.tolist() if layers else []
         observing = self._observing
@@ -402,17 +391,18 @@ class LanceSession:
             "subspaces": self._subspaces(),
             "order": order,
             "dropped": [[item.name, item.type, item.reason] for item in self._dropped.values()],
-            "checked": self._checked,
             "observed": self.observed,
+            "steps": self.steps,
+            "draws": self._store.draws,
             "observing": None
             if observing is None
             else {name: statistics.state_dict() for name, statistics in observing.statistics.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with stored subspaces in a swapped model. The stored ones win over other options asked for.
+        """Continue with stored subspaces after :meth:`start`. The stored ones win over other options asked for.
 
-        Layers that are swapped but were not part of the stored run are then in :attr:`uncalibrated`.
+        Layers that are to be projected but were not part of the stored run are observed in the next steps.
 
         Args:
             state: what :meth:`state_dict` returned.
@@ -420,27 +410,24 @@ class LanceSession:
         Raises:
             StateError: the state is of another version, or does not fit the model.
         """
-        if state.get("version") != STATE_VERSION:
+        found: Any = state
+        version = found.get("version") if isinstance(found, dict) else None
+        if version != STATE_VERSION:
             raise StateError(
-                f"the stored state has version {state.get('version')!r}; this package reads version {STATE_VERSION}. "
-                "Resume without the callback's state to calibrate anew."
+                f"the stored state has version {version!r}; this package reads version {STATE_VERSION}. "
+                "Resume without the callback's state to begin anew."
             )
-        if not is_swapped(self.model):
-            raise StateError("load_state_dict() needs a swapped model: call start() first.")
+        if self.stage is Stage.IDLE:
+            raise StateError("load_state_dict() before start(): call start() first.")
         stored, asked = state["config"], self._options()
         if stored != asked:
-            warnings.warn(
-                f"the resumed run continues with its stored subspaces ({_text(stored)}); {_text(asked)} was asked for "
-                "and is ignored. Start a new fit to use it.",
-                LanceWarning,
-                stacklevel=2,
+            _warn(
+                f"the resumed run continues with its stored options ({_text(stored)}); {_text(asked)} was asked for "
+                "and is ignored. Start a new fit to use it."
             )
             self.config = replace(self.config, **stored)
-            rules = self.config.rules()
-            for name, layer in self.layers.items():
-                layer._lance.ranks = rules.for_layer(name)
-                layer._lance.unbiased = self.config.batch == "unbiased"
-                layer._lance.bits = self.config.bits(layer._lance.ranks)
+            self.start()
+        self.join()
         layers = self.layers
         self._dropped = {item[0]: LeftAlone(*item) for item in state["dropped"]}
         self.left += self._dropped.values()
@@ -450,38 +437,112 @@ class LanceSession:
                 uninstall(module)
         missing = sorted(set(state["subspaces"]) - set(layers))
         if missing:
-            warnings.warn(
-                f"stored subspaces of {', '.join(missing)} are not used: these layers are not swapped in this run.",
-                LanceWarning,
-                stacklevel=2,
-            )
-        self._checked = state["checked"]
+            _warn(f"stored subspaces of {', '.join(missing)} are not used: these layers are not projected in this run.")
+        self._observing, self.stage = None, Stage.STEADY
         self._assign(state["subspaces"])
-        if state["subspaces"]:
-            self._accompany()
-        if layers:
+        if layers and state["order"]:
             next(iter(layers.values()))._lance.order.state.copy_(torch.tensor(state["order"], dtype=torch.int64))
         watched = set(state["observing"] or ()) & set(layers)
         if watched:
             self.observe(watched)
-            assert self._observing is not None
-            for name, statistics in self._observing.statistics.items():
+            observing: Any = self._observing
+            for name, statistics in observing.statistics.items():
                 if name in state["observing"]:
-                    device = self._observing.layers[name].weight.device  # type: ignore[attr-defined]
+                    device = observing.layers[name].weight.device
                     statistics.load_state_dict(state["observing"][name], device)
-        self.observed = state["observed"]
+        self.observed, self.steps, self._store.draws = state["observed"], state["steps"], state["draws"]
 
 
-class _Measured(CapturedEnergy):
-    """Also identifies the storages of the inputs: layers that read one input keep it once."""
+class _Ledger:
+    """What one step keeps: written by the store, read where that is most, before a backward pass or at the end."""
 
-    def __init__(self, subspace: LayerSubspace, channel_axis: int) -> None:
-        super().__init__(subspace, channel_axis)
-        self.storages: list[Any] = []
+    def __init__(self, session: LanceSession) -> None:
+        self.session = session
+        self.store = session._store
+        self.energies: dict[str, CapturedEnergy] = {}
+        self._found: tuple[SavedBytes, SavedBytes] | None = None
+        self._read = 0
 
-    def update(self, input: Tensor) -> None:
-        self.storages.append(StorageWeakRef(input.untyped_storage()))  # type: ignore[no-untyped-call]
-        super().update(input)
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        names = ModuleNames()
+        store, layers = self.store, self.session.layers
+        for name, layer in layers.items():
+            if layer._lance.observer is None and layer._lance.subspace is not None:
+                self.energies[name] = layer._lance.observer = CapturedEnergy(layer._lance.subspace, layer.channel_axis)
+        store.ledger, store.names, store.on_backward = [], names, self.look
+        try:
+            with names.of(self.session.model):
+                yield
+            self.look()
+        finally:
+            store.ledger, store.names, store.on_backward = None, None, None
+            for name in self.energies:
+                layers[name]._lance.observer = None
+
+    def look(self) -> None:
+        """Count what is alive, if more was saved since the last time."""
+        ledger = self.store.ledger
+        if ledger is None or len(ledger) == self._read:
+            return
+        self._read = len(ledger)
+        plain: list[Saved] = []
+        kept: dict[int, Saved] = {}
+        for saved in ledger:
+            if saved.kept is None:
+                plain.append(saved)
+                continue
+            alive = saved.kept()
+            if alive is None:
+                continue
+            if not saved.ours:
+                plain.append(saved)
+            for identity, nbytes in alive.parts():
+                kept.setdefault(identity, saved._replace(nbytes=nbytes))
+        found = SavedBytes.of(plain), SavedBytes.listed(kept.values())
+        if self._found is None or found[0].total > self._found[0].total:
+            self._found = found
+
+    def report(self) -> Report | None:
+        """What was found; ``None`` where nothing was kept at all."""
+        if self._found is None:
+            return None
+        session, (plain, kept) = self.session, self._found
+        measured = kept.by_module()
+        rows = []
+        for name, layer in session.layers.items():
+            seen, subspace = self.energies.get(name), layer._lance.subspace
+            if seen is None or subspace is None or not seen.shapes:
+                continue
+            shape = seen.shapes[0]
+            sizes = [(s[0], s[1], s[2:]) for s in seen.shapes]
+            whole = sum(torch.Size(s).numel() * seen.itemsize for s in seen.shapes)
+            core = subspace.core_shape(*sizes[0]) if subspace.shrinks(*sizes[0]) else shape
+            formula = sum(subspace.formula_bytes(*size, seen.itemsize) for size in sizes)
+            kind = base_class(layer).__name__  # type: ignore[arg-type]
+            energy = dict(subspace.energy)
+            rows.append(LayerReport(name, kind, shape, core, energy, whole, formula, measured.get(name, 0)))
+        held, total = sum(e.kept for e in self.energies.values()), sum(e.total for e in self.energies.values())
+        return Report(rows, list(session.left), plain, kept, held / total if total else None, self._notes(measured))
+
+    def _notes(self, measured: Mapping[str, int]) -> list[str]:
+        norms = [name for name, module in frozen_norms(self.session.model).items() if module.training]
+        held = sum(measured.get(name, 0) for name in norms)
+        if not held:
+            return []
+        return [
+            f"{len(norms)} batch-norm layers in training mode hold {held / 1e6:.3g} MB although their affine "
+            "parameters are frozen; freeze_norms=True runs them in eval mode and frees it."
+        ]
+
+
+def _factors(layer: Compressed) -> list[Tensor]:
+    subspace = layer._lance.subspace
+    return [] if subspace is None else list(subspace.factors())
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, LanceWarning, stacklevel=3)
 
 
 def _text(config: dict[str, Any]) -> str:

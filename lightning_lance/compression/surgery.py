@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -26,15 +25,13 @@ class Planned:
         name: qualified name.
         module: the module.
         variant: mixin that it gets.
-        compress: whether its input is compressed; otherwise it is a companion, exact and without a subspace.
-        ranks: rank rules, for a compressed one.
+        ranks: rank rules.
     """
 
     name: str
     module: nn.Module
     variant: type[registry.Variant]
-    compress: bool
-    ranks: ModeRanks | None = None
+    ranks: ModeRanks
 
 
 @dataclass(frozen=True)
@@ -54,19 +51,14 @@ class Plan:
     """What :func:`swap` would do.
 
     Attributes:
-        entries: modules to be swapped.
-        left: modules with a trainable weight matrix or kernel that are left alone.
+        entries: modules to be swapped, whose inputs are projected.
+        left: modules with a trainable weight matrix or kernel that are left alone, where anything is projected.
         config: the options that it was made from.
     """
 
     entries: list[Planned]
     left: list[LeftAlone] = field(default_factory=list)
     config: LanceConfig = field(default_factory=LanceConfig)
-
-    @property
-    def compressed(self) -> list[Planned]:
-        """The entries whose input is compressed."""
-        return [entry for entry in self.entries if entry.compress]
 
 
 def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
@@ -80,48 +72,44 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
         config: the options.
 
     Returns:
-        What would be swapped, and why the rest with trainable parameters is not.
+        What would be swapped, which is nothing where no rank or budget asks for it, and why the rest with trainable
+        parameters is not.
 
     Raises:
-        PlanError: nothing can be compressed, or a pattern matches nothing.
+        PlanError: something is to be projected and nothing can be, or a pattern matches nothing.
     """
     config = config or LanceConfig()
-    candidates: list[Planned] = []
-    companions: list[Planned] = []
-    left: list[LeftAlone] = []
     rules = config.rules()
+    candidates: list[Planned] = []
+    left: list[LeftAlone] = []
     for name, module in _layers_of(model):
-        variants = registry.find(module)
-        compressing = next((variant for variant in variants if variant.compresses), None)
-        reason = registry.refusal(module) if variants else None
+        variant = registry.find(module)
+        reason = None if variant is None else registry.refusal(module)
         weight = getattr(module, "weight", None)
-        if reason is None and compressing is not None and weight is not None and weight.requires_grad:
-            reason = compressing.refusal(module)
-            if reason is None:
-                candidates.append(Planned(name, module, compressing, True, rules.for_layer(name)))
-                continue
-        if reason is None and config.companions:
-            chosen = next((v for v in variants if _wanted(v, config) and v.refusal(module) is None), None)
-            if chosen is not None:
-                companions.append(Planned(name, module, chosen, False))
-                continue
-        if _trains_a_matrix(module):
+        if reason is None and variant is not None and weight is not None and weight.requires_grad:
+            candidates.append(Planned(name, module, variant, rules.for_layer(name)))
+        elif _trains_a_matrix(module):
             why = reason or _unsupported(module)
             left.append(LeftAlone(name or "the model itself", registry.base_class(module).__name__, why))
+    asked = config.budget is not None or any(ranks.projects for ranks in rules.all_rules())
     if not candidates:
-        raise PlanError(_nothing(model, left))
-    chosen_names = _select(candidates, config.layers, left, _frozen_names(model))
-    left += [
-        LeftAlone(entry.name, registry.base_class(entry.module).__name__, f"not in layers={config.layers!r}")
-        for entry in candidates
-        if entry.name not in chosen_names
-    ]
+        if asked:
+            raise PlanError(_nothing(model, left))
+        return Plan([], [], config)
+    chosen = _select(candidates, config.layers, left, _frozen_names(model))
     _check_rank_patterns(rules.patterns, [*(entry.name for entry in candidates), *_frozen_names(model)])
-    wanted = {
-        entry.name: entry for entry in [*candidates, *companions] if not entry.compress or entry.name in chosen_names
-    }
-    ordered = [wanted[name] for name, _ in model.named_modules() if name in wanted]
-    return Plan(ordered, left, config)
+    if not asked:
+        return Plan([], [], config)
+    entries = []
+    for entry in candidates:
+        why = f"not in layers={config.layers!r}" if entry.name not in chosen else ""
+        if not why and config.budget is None and not entry.ranks.projects:
+            why = "its rank rules keep every mode whole"
+        if why:
+            left.append(LeftAlone(entry.name, registry.base_class(entry.module).__name__, why))
+        else:
+            entries.append(entry)
+    return Plan(entries, left, config)
 
 
 def _layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -152,11 +140,6 @@ def _unsupported(module: nn.Module) -> str:
     return f"no variant for {kind.__name__}"
 
 
-def _wanted(variant: type[registry.Variant], config: LanceConfig) -> bool:
-    # A frozen convolution is a companion too: its variant keeps nothing of the input.
-    return config.companions == "approximate" or not variant.approximate
-
-
 def _nothing(model: nn.Module, left: list[LeftAlone]) -> str:
     allowed = ", ".join(registry.supported())
     frozen = _frozen_names(model)
@@ -179,7 +162,7 @@ def _frozen_names(model: nn.Module) -> list[str]:
 
 def _is_frozen(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return weight is not None and not weight.requires_grad and any(v.compresses for v in registry.find(module))
+    return weight is not None and not weight.requires_grad and registry.find(module) is not None
 
 
 def _select(candidates: list[Planned], layers: object, left: list[LeftAlone], frozen: list[str]) -> set[str]:
@@ -271,47 +254,22 @@ def join(model: nn.Module, made: Plan) -> list[str]:
     order = next((layer._lance.order for layer in _swapped(model)), None)
     if order is None:
         raise StateError("the model is not swapped. Call swap(model) first.")
-    joined = []
-    for entry in made.entries:
-        compressed = isinstance(entry.module, Compressed) and entry.module._lance.selected
-        if compressed or (not entry.compress and registry.is_variant(entry.module)):
-            continue
-        registry.uninstall(entry.module)
+    joined = [entry for entry in made.entries if not isinstance(entry.module, Compressed)]
+    for entry in joined:
         _install(entry, made.config, order)
-        if entry.compress:
-            joined.append(entry.name)
-    return joined
+    return [entry.name for entry in joined]
 
 
 def _install(entry: Planned, config: LanceConfig, order: SampleOrder) -> None:
     registry.install(entry.module, entry.variant)
-    if issubclass(entry.variant, Compressed):
-        ranks = entry.ranks or ModeRanks()
-        unbiased = config.batch == "unbiased"
-        entry.module.__dict__["_lance"] = LayerState(
-            entry.name, entry.compress, ranks, unbiased, order, config.bits(ranks)
-        )
+    state = LayerState(entry.name, True, entry.ranks, config.batch == "unbiased", order)
+    entry.module.__dict__["_lance"] = state
 
 
 def restore(model: nn.Module) -> None:
     """Give every module its own class back. Does nothing to a model that is not swapped."""
     for module in model.modules():
         registry.uninstall(module)
-
-
-@contextmanager
-def bypassed(model: nn.Module) -> Iterator[None]:
-    """Run a swapped model as the stock one inside the block."""
-    swapped: list[tuple[nn.Module, type[nn.Module]]] = [
-        (module, type(module)) for module in model.modules() if registry.is_variant(module)
-    ]
-    for module, _ in swapped:
-        module.__class__ = registry.stock_class(module)
-    try:
-        yield
-    finally:
-        for module, cls in swapped:
-            module.__class__ = cls
 
 
 def is_swapped(model: nn.Module) -> bool:

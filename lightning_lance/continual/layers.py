@@ -17,6 +17,7 @@ from lightning_lance.layers.compressed import Compressed, LayerState
 from lightning_lance.layers.conv import CompressedConv
 from lightning_lance.layers.linear import CompressedLinear
 from lightning_lance.ops.conv import Geometry, geometry
+from lightning_lance.ops.factors import WHOLE
 from lightning_lance.ops.features import FeatureSide
 from lightning_lance.ops.reserved import Form, Parts, effective_weight, reserved_conv, reserved_linear
 from lightning_lance.subspaces.ranks import ModeRanks
@@ -231,6 +232,13 @@ class Reserved(Compressed):
     def lance_leave(self) -> None:
         self.reservation.fold(self.weight)
 
+    def lance_stock(self) -> dict[str, Any]:
+        found = super().lance_stock()
+        if self.reservation.written_out:
+            weight = nn.Parameter(self.reservation.effective(self.weight), self.weight.requires_grad)
+            found["_parameters"] = {**found["_parameters"], "weight": weight}
+        return found
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # What is saved is the weight that the layer works with, whoever loads it.
         self.reservation.settle(self.weight)
@@ -256,7 +264,8 @@ class ReservedLinear(Reserved, CompressedLinear):
             return self.forward(input.unsqueeze(0)).squeeze(0)
         self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
-        return reserved_linear(input, self.reservation.parts(self.weight), self.bias, self.lance_form(), factors)
+        parts, form = self.reservation.parts(self.weight), self.lance_form()
+        return self.lance_run(reserved_linear, input, factors or WHOLE, parts, self.bias, form, factors)
 
 
 class ReservedConv(Reserved, CompressedConv):
@@ -279,7 +288,8 @@ class ReservedConv(Reserved, CompressedConv):
         self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
         parts, form = self.reservation.parts(weight), self.lance_form()
-        return reserved_conv(input, parts, bias, self.lance_geometry(), form, factors)
+        where = self.lance_geometry()
+        return self.lance_run(reserved_conv, input, factors or WHOLE, parts, bias, where, form, factors)
 
 
 _RESERVED: dict[type[registry.Variant], type[ReservedLinear] | type[ReservedConv]] = {
@@ -290,11 +300,8 @@ _RESERVED: dict[type[registry.Variant], type[ReservedLinear] | type[ReservedConv
 
 def reserved_variant(module: nn.Module) -> type[ReservedLinear] | type[ReservedConv] | None:
     """The variant that can reserve a subspace of a module, or ``None`` where its type is not supported."""
-    for variant in registry.find(module):
-        for cls in variant.__mro__:
-            if cls in _RESERVED:
-                return _RESERVED[cls]
-    return None
+    variant = registry.find(module)
+    return next((_RESERVED[cls] for cls in variant.__mro__ if cls in _RESERVED), None) if variant is not None else None
 
 
 def install_reservation(module: nn.Module, name: str, reservation: Reservation, order: SampleOrder) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ class ContinualSession:
         ...     session.begin_experience(model, [lambda: model(x)])
         ...     for step in range(3):
         ...         optimizer.zero_grad()
-        ...         model(x).square().mean().backward()
+        ...         with session.step():
+        ...             loss = model(x).square().mean()
+        ...         loss.backward()
         ...         optimizer.step()
         ...     capacity = session.end_experience(model, [lambda: model(x)])
         >>> capacity["0"].width, capacity["0"].protected <= 4
@@ -96,6 +99,25 @@ class ContinualSession:
     def compression(self) -> LanceSession | None:
         """The compression of the running experience; ``None`` outside of one, or where nothing could be compressed."""
         return None if self._run is None else self._run.compression
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context of one training step, as of a :class:`~lightning_lance.LanceSession`."""
+        self.begin_step()
+        try:
+            yield
+        finally:
+            self.end_step()
+
+    def begin_step(self) -> None:
+        """The first half of :meth:`step`. Nothing is compressed outside of an experience."""
+        if self.compression is not None:
+            self.compression.begin_step()
+
+    def end_step(self) -> None:
+        """The second half of :meth:`step`."""
+        if self.compression is not None:
+            self.compression.end_step()
 
     def begin_experience(
         self,
@@ -146,6 +168,11 @@ class ContinualSession:
         sum_over: SumOver | None,
     ) -> None:
         layers = self._protectable(run.model, run.heads)
+        if not layers and self.experience == 0:
+            raise PlanError(
+                f"no layer of {type(run.model).__name__} can be protected. Supported, with a weight that requires grad "
+                f"and outside of heads: {', '.join(registry.supported())}."
+            )
         self._freeze(run, layers)
         trained = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
         self._add_memories(trained)
@@ -154,7 +181,7 @@ class ContinualSession:
             moments = self._moments({name: layer for name, layer in trained.items() if name in self._reservable()})
         compression = LanceSession(run.model, self.config)
         try:
-            compression.start()
+            compression.start(observe=False)
         except PlanError:
             if self.experience == 0:
                 raise
@@ -163,7 +190,7 @@ class ContinualSession:
             run.compression = compression
         handles = _observe(run.model, moments)
         try:
-            if run.compression is not None:
+            if run.compression is not None and run.compression.layers:
                 run.compression.calibrate(passes, reduce)
             elif moments:
                 _run_passes(run.model, passes, training=True)
@@ -276,7 +303,7 @@ class ContinualSession:
         self._add_memories(trained)
         if state["compression"] is not None:
             run.compression = LanceSession(run.model, self.config)
-            run.compression.start()
+            run.compression.start(observe=False)
             run.compression.load_state_dict(state["compression"])
         order = _order(run.model, self.config.seed)
         for name, layer in trained.items():
@@ -575,6 +602,8 @@ class _Run:
         """Undo everything; the effective weights stay. Does nothing the second time."""
         for handle in self._handles:
             handle.remove()
+        if self.compression is not None:
+            self.compression.stop()
         restore(self.model)
         for optimizer, weight, update in self._replaced:
             _substitute(optimizer, update, weight)

@@ -1,8 +1,8 @@
-"""Layer variants; a new layer type is one new file here, listed below.
+"""Layers that keep a projection of their input; a new layer type is one new file here, listed below.
 
 Importing this package fills the registry.
 """
 
-from lightning_lance.layers import activation, conv, dropout, linear, norm, pool, smooth
+from lightning_lance.layers import conv, linear
 
-__all__ = ["activation", "conv", "dropout", "linear", "norm", "pool", "smooth"]
+__all__ = ["conv", "linear"]

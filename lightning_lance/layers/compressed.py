@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_lance.errors import LanceWarning
 from lightning_lance.layers.registry import Variant
 from lightning_lance.layers.sharing import SharedCores
-from lightning_lance.ops.core import Core, keep_input
-from lightning_lance.ops.factors import Factors
+from lightning_lance.ops.factors import Factors, compress
+from lightning_lance.ops.saving import OurRule, saving
+from lightning_lance.ops.watching import unwatched
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.subspaces.subspace import LayerSubspace, Sizes
 from lightning_lance.tensors.linalg import group_rotation, sample_groups
@@ -32,14 +32,12 @@ class LayerState:
 
     Attributes:
         name: qualified name of the module.
-        selected: whether its input is to be compressed; a frozen convolution only stops keeping it.
+        selected: whether its input is to be projected.
         ranks: rank rules.
         unbiased: whether the batch mode is estimated without bias.
-        bits: of an element of a core; ``None``: as it is.
         order: source of sample orders, shared by the layers of a model.
         subspace: factors; ``None`` until calibrated, and the stock path runs.
         observer: collects statistics of the inputs, during calibration or refresh.
-        unknown_sizes: spatial sizes that were met without factors, each warned about once.
         shared: cores of living inputs, where other layers may read the same one.
     """
 
@@ -48,10 +46,8 @@ class LayerState:
     ranks: ModeRanks
     unbiased: bool
     order: SampleOrder
-    bits: int | None = None
     subspace: LayerSubspace | None = None
     observer: Observer | None = None
-    unknown_sizes: set[Sizes] = field(default_factory=set)
     shared: SharedCores | None = None
 
     def factors(self, input: Tensor, sizes: Sizes, channels: int) -> Factors | None:
@@ -61,37 +57,19 @@ class LayerState:
             return None
         spatial = subspace.spatial_factors(sizes)
         if spatial is None:
-            self._warn_once(sizes)
             return None
         size = input.shape[0]
         if not subspace.shrinks(size, channels, sizes):
             return None
         columns = subspace.batch.columns(size)
         if columns >= size:
-            return Factors(None, None, 1.0, subspace.channel, spatial, subspace.bits)
+            return Factors(None, None, 1.0, subspace.channel, spatial)
         rotation = group_rotation(size, columns, input.dtype, input.device)
         groups = sample_groups(size, columns, input.device)
         if subspace.batch.unbiased:
             groups = groups.index_select(0, self.order.draw(size, input.device))
         scale = subspace.batch.contrast_scale(size)
-        return Factors(rotation, groups, scale, subspace.channel, spatial, subspace.bits)
-
-    def _warn_once(self, sizes: Sizes) -> None:
-        if sizes in self.unknown_sizes:
-            return
-        self.unknown_sizes.add(sizes)
-        assert self.subspace is not None
-        known = ", ".join(map(_text, self.subspace.spatial))
-        warnings.warn(
-            f"{self.name or 'the model'}: an input of size {_text(sizes)} came, calibration saw {known}. It is kept "
-            "whole for such calls. Let the calibration batches hold every size, or set rank={'spatial': 'full', ...}.",
-            LanceWarning,
-            stacklevel=2,
-        )
-
-
-def _text(sizes: Sizes) -> str:
-    return "x".join(map(str, sizes)) or "()"
+        return Factors(rotation, groups, scale, subspace.channel, spatial)
 
 
 class Compressed(Variant):
@@ -101,7 +79,6 @@ class Compressed(Variant):
         channel_axis: 1 for convolutions, -1 for linear layers.
     """
 
-    compresses: ClassVar[bool] = True
     channel_axis: ClassVar[int]
     _lance: LayerState
 
@@ -117,27 +94,59 @@ class Compressed(Variant):
     def lance_observe(self, input: Tensor) -> None:
         """Show an input to the observer, if there is one."""
         if self._lance.observer is not None:
-            self._lance.observer.update(input)
+            _observe(self._lance.observer, input)
 
     def lance_factors(self, input: Tensor) -> Factors | None:
         """Factors for a call, or ``None`` where the stock path must run."""
         return self._lance.factors(input, self.sizes(input), input.shape[self.channel_axis])
 
-    def lance_kept(self, input: Tensor) -> tuple[Factors, Core | None] | None:
-        """Factors for a call, with the core where other layers read the same input; ``None``: the stock path."""
-        shared = self._lance.shared
-        if shared is None or torch.compiler.is_compiling():
-            factors = self.lance_factors(input)
-            return None if factors is None else (factors, None)
+    @unwatched
+    def lance_core(self, input: Tensor) -> tuple[Tensor, Factors] | None:
+        """Core of an input and the factors that made it, which other layers of the same input share; or ``None``."""
+        shared = None if torch.compiler.is_compiling() else self._lance.shared
+        axis = self.channel_axis % input.dim()
         subspace = self._lance.subspace
-        assert subspace is not None
-        kept = shared.recall(input, subspace, self.channel_axis)
-        if kept is None:
-            factors = self.lance_factors(input)
-            if factors is None:
-                return None
-            with torch.no_grad():
-                axis = self.channel_axis % input.dim()
-                kept = factors, keep_input(input, factors, axis, 2 if self.channel_axis == 1 else 1)
-            shared.remember(input, subspace, self.channel_axis, *kept)
-        return kept
+        found = None if shared is None or subspace is None else shared.recall(input, subspace, axis)
+        if found is not None:
+            return found
+        factors = self.lance_factors(input)
+        if factors is None:
+            return None
+        with torch.no_grad():
+            core = compress(input, factors, axis, 2 if axis == 1 and self.channel_axis == 1 else 1)
+        if shared is not None and subspace is not None:
+            shared.remember(input, subspace, axis, core, factors)
+        return core, factors
+
+    @unwatched
+    def lance_run(self, operator: Callable[..., Tensor], input: Tensor, factors: Factors, *arguments: Any) -> Tensor:
+        """Run one of our operators; what it keeps of its input goes through the store, if one is there."""
+        if torch.compiler.is_compiling() or saving.store is None:
+            return operator(input, *arguments)
+        saving.store.instead_of(input, self._lance.name)
+        before = saving.rule, saving.name
+        saving.rule, saving.name = _CoreRule(factors), operator.__name__
+        try:
+            return operator(input, *arguments)
+        finally:
+            saving.rule, saving.name = before
+
+
+@unwatched
+def _observe(observer: Observer, input: Tensor) -> None:
+    observer.update(input)
+
+
+class _CoreRule(OurRule):
+    """Of an operator of ours: its core is kept for the weight's gradient alone, and factors stay as they are."""
+
+    __slots__ = ("whole",)
+
+    def __init__(self, factors: Factors) -> None:
+        tensors = (factors.rotation, factors.groups, factors.channel, *factors.spatial)
+        self.whole = {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
+
+    def __call__(self, saved: Tensor, store: Any) -> Any:
+        if not saved.is_floating_point() or saved.untyped_storage()._cdata in self.whole:
+            return saved.detach()  # another object, which a ledger counts
+        return store.rounded(saved, store.bits.weight)

@@ -11,16 +11,13 @@ from torch import Tensor, nn
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import register
 from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
-from lightning_lance.ops.tracking import refuse_transforms, tracked
+from lightning_lance.ops.tracking import refuse_transforms
 from lightning_lance.subspaces.subspace import Sizes
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class CompressedConv(Compressed):
-    """:class:`torch.nn.Conv1d`, 2d and 3d on batched inputs; an unbatched one takes the stock path.
-
-    With a frozen weight nothing of the input is kept: the input gradient does not need it.
-    """
+    """:class:`torch.nn.Conv1d`, 2d and 3d on batched inputs; an unbatched one takes the stock path."""
 
     channel_axis: ClassVar[int] = 1
     out_channels: int
@@ -44,15 +41,14 @@ class CompressedConv(Compressed):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.dim() == len(self.kernel_size) + 2:
             self.lance_observe(input)
-            if torch.is_grad_enabled():
-                if weight.requires_grad:
-                    if self._lance.subspace is not None:
-                        refuse_transforms(self._lance.name)
-                    kept = self.lance_kept(input)
-                    if kept is not None:
-                        return low_rank_conv(input, weight, bias, self.lance_geometry(), *kept)
-                elif tracked(input, bias):
-                    return low_rank_conv(input, weight, bias, self.lance_geometry(), None)
+            if torch.is_grad_enabled() and weight.requires_grad:
+                if self._lance.subspace is not None:
+                    refuse_transforms(self._lance.name)
+                kept = self.lance_core(input)
+                if kept is not None:
+                    core, factors = kept
+                    where = self.lance_geometry()
+                    return self.lance_run(low_rank_conv, input, factors, weight, bias, where, core, factors)
         stock: Any = super()
         result: Tensor = stock._conv_forward(input, weight, bias)
         return result

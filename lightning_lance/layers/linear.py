@@ -36,9 +36,10 @@ class CompressedLinear(Compressed):
             if torch.is_grad_enabled() and self.weight.requires_grad:
                 if self._lance.subspace is not None:
                     refuse_transforms(self._lance.name)
-                kept = self.lance_kept(input)
+                kept = self.lance_core(input)
                 if kept is not None:
-                    return low_rank_linear(input, self.weight, self.bias, *kept)
+                    core, factors = kept
+                    return self.lance_run(low_rank_linear, input, factors, self.weight, self.bias, core, factors)
         stock: Any = super()
         result: Tensor = stock.forward(input)
         return result

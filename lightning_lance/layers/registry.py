@@ -13,36 +13,27 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from lightning_lance.errors import StateError
-from lightning_lance.ops.watching import unwatched
 
 
 class Variant:
-    """Base of the mixins.
+    """Base of the mixins."""
 
-    Attributes:
-        compresses: whether the layer keeps a core of its input (else it is a companion: exact, no subspace).
-        approximate: whether its gradient differs from the stock one by more than the projection.
-    """
-
-    compresses: ClassVar[bool] = False
-    approximate: ClassVar[bool] = False
     lance_base: ClassVar[type[nn.Module]]
     lance_variant: ClassVar[type[Variant]]
-
-    @classmethod
-    def refusal(cls, module: Any) -> str | None:
-        """Why this particular module is left alone, or ``None``."""
-        return None
 
     def lance_leave(self) -> None:
         """Called before the module gets its own class back."""
 
+    def lance_stock(self) -> dict[str, Any]:
+        """The ``__dict__`` of a stock module that computes the same."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lance"}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time; pickle and deepcopy rebuild it from its two parents.
-        return _rebuild, (self.lance_base, self.lance_variant), self.__dict__.copy()
+        # A copy, by pickle or deepcopy, is a stock module: nobody would give it its class back.
+        return _rebuild, (stock_class(self),), self.lance_stock()  # type: ignore[arg-type]
 
 
-_VARIANTS: dict[type[nn.Module], list[type[Variant]]] = {}
+_VARIANTS: dict[type[nn.Module], type[Variant]] = {}
 _CLASSES: dict[tuple[type[nn.Module], type[Variant]], type[nn.Module]] = {}
 
 V = TypeVar("V", bound=type[Variant])
@@ -53,7 +44,7 @@ def register(*stock: type[nn.Module]) -> Callable[[V], V]:
 
     def decorate(variant: V) -> V:
         for cls in stock:
-            _VARIANTS.setdefault(cls, []).append(variant)
+            _VARIANTS[cls] = variant
         return variant
 
     return decorate
@@ -61,29 +52,29 @@ def register(*stock: type[nn.Module]) -> Callable[[V], V]:
 
 def supported() -> list[str]:
     """Names of the stock classes whose input can be compressed, for messages."""
-    return sorted(cls.__name__ for cls, found in _VARIANTS.items() if any(v.compresses for v in found))
+    return sorted(cls.__name__ for cls in _VARIANTS)
 
 
-def registered() -> dict[type[nn.Module], list[type[Variant]]]:
-    """Stock class -> its variants, in the order of their registration."""
-    return {cls: list(found) for cls, found in _VARIANTS.items()}
+def registered() -> dict[type[nn.Module], type[Variant]]:
+    """Stock class -> its variant."""
+    return dict(_VARIANTS)
 
 
-def find(module: nn.Module) -> list[type[Variant]]:
-    """Variants for the forward that would run: a subclass with a ``forward`` of its own has none."""
+def find(module: nn.Module) -> type[Variant] | None:
+    """Variant for the forward that would run: a subclass with a ``forward`` of its own has none."""
     base = base_class(module)
     for cls in base.__mro__:
         if cls in _VARIANTS:
             same = all(getattr(base, name) is getattr(cls, name) for name in _forward_names(cls))
-            return _VARIANTS[cls] if same else []
-    return []
+            return _VARIANTS[cls] if same else None
+    return None
 
 
 def overrides(module: nn.Module) -> str | None:
     """Name of the supported class whose forward the module's class replaces by its own, or ``None``."""
-    if find(module):
+    if find(module) is not None:
         return None
-    found = [cls for cls in base_class(module).__mro__ if any(v.compresses for v in _VARIANTS.get(cls, ()))]
+    found = [cls for cls in base_class(module).__mro__ if cls in _VARIANTS]
     return found[0].__name__ if found else None
 
 
@@ -126,10 +117,6 @@ def variant_class(base: type[nn.Module], variant: type[Variant]) -> type[nn.Modu
         namespace = {"lance_base": base, "lance_variant": variant, "__module__": base.__module__}
         namespace["__doc__"] = f"{base.__name__} with {variant.__name__}."
         namespace["__signature__"] = inspect.signature(base)
-        own = [cls for cls in variant.__mro__ if issubclass(cls, Variant)]
-        for name in ("forward", "_conv_forward"):
-            if any(name in cls.__dict__ for cls in own):
-                namespace[name] = unwatched(getattr(variant, name))
         _CLASSES[key] = type(f"Lance{base.__name__}", (variant, base), namespace)
     return _CLASSES[key]
 
@@ -159,6 +146,5 @@ def _without(cls: type[Any]) -> type[Any]:
     return type(cls.__name__.replace("Lance", ""), bases, namespace)
 
 
-def _rebuild(base: type[nn.Module], variant: type[Variant]) -> nn.Module:
-    cls = variant_class(base, variant)
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lance.ops.core import Core
 from lightning_lance.ops.factors import Factors
 from lightning_lance.subspaces.subspace import LayerSubspace
 
@@ -23,20 +22,22 @@ class SharedCores:
     def __init__(self) -> None:
         self._seen: dict[int, _Seen] = {}
 
-    def recall(self, input: Tensor, subspace: LayerSubspace, channel_axis: int) -> tuple[Factors, Core] | None:
+    def recall(self, input: Tensor, subspace: LayerSubspace, channel_axis: int) -> tuple[Tensor, Factors] | None:
         """Factors and core of this very tensor, unwritten since, in this subspace; else ``None``."""
         seen = self._seen.get(id(input))
         if seen is None or seen.input() is not input or seen.version != _version(input):
             return None
-        return next(((f, core) for own, axis, f, core in seen.cores if own is subspace and axis == channel_axis), None)
+        return next(((core, f) for own, axis, core, f in seen.cores if own is subspace and axis == channel_axis), None)
 
-    def remember(self, input: Tensor, subspace: LayerSubspace, channel_axis: int, factors: Factors, core: Core) -> None:
+    def remember(
+        self, input: Tensor, subspace: LayerSubspace, channel_axis: int, core: Tensor, factors: Factors
+    ) -> None:
         """Keep the factors and the core of an input as long as it lives."""
         key, found = id(input), self._seen
         seen = found.get(key)
         if seen is None or seen.input() is not input or seen.version != _version(input):
             seen = found[key] = _Seen(weakref.ref(input, lambda _: found.pop(key, None)), _version(input), [])
-        seen.cores.append((subspace, channel_axis, factors, core))
+        seen.cores.append((subspace, channel_axis, core, factors))
 
     def __reduce__(self) -> Any:
         return SharedCores, ()  # a copied or pickled model starts with none
@@ -47,7 +48,7 @@ class _Seen(NamedTuple):
 
     input: Any
     version: int
-    cores: list[tuple[LayerSubspace, int, Factors, Core]]
+    cores: list[tuple[LayerSubspace, int, Tensor, Factors]]
 
 
 def _version(tensor: Tensor) -> int:

@@ -29,8 +29,8 @@ def first_order_only(backward: Backward) -> Backward:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise LanceError(
                 "a backward pass with create_graph=True reached a layer that keeps less than its input, from which no "
-                "second derivative can be computed. Allowed: first derivatives. Leave this layer out (layers=..., "
-                "companions=False), or call restore(model) before second derivatives are needed."
+                "second derivative can be computed. Allowed: first derivatives. Leave this layer out (layers=...), or "
+                "call restore(model) before second derivatives are needed."
             )
         return once(ctx, *grads)
 

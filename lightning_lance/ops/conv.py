@@ -1,4 +1,4 @@
-"""Convolutions that keep the core of their input, or nothing of it where the weight is frozen."""
+"""Convolutions that keep the core of their input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lance.ops.backward import first_order_only, outside_autocast
-from lightning_lance.ops.core import NOTHING, Core, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, project_gradient
 from lightning_lance.tensors.linalg import mode_product, mode_products
 from lightning_lance.tensors.tracing import eager_cpu
@@ -195,13 +194,15 @@ def conv_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, shape: tup
     return pad_adjoint(grad_padded, geometry, shape[2:])
 
 
-def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geometry, factors: Factors) -> Tensor:
+def conv_weight_grad(
+    grad: Tensor, core: Tensor, weight_shape: torch.Size, geometry: Geometry, factors: Factors
+) -> Tensor:
     """Weight gradient from the core, with ``r_0`` samples in place of ``B``; the input is never rebuilt.
 
     Args:
         grad: ``(B, O, *out)``.
         core: ``(r_0, r_1, *r_spatial)``.
-        weight: ``(O, C / groups, *kernel)``, read for its shape only.
+        weight_shape: ``(O, C / groups, *kernel)``.
         geometry: static arguments.
         factors: projections that made the core.
 
@@ -218,7 +219,7 @@ def conv_weight_grad(grad: Tensor, core: Tensor, weight: Tensor, geometry: Geome
         if channel is not None and geometry.groups > 1:
             core, channel = mode_product(core, channel, 1), None
         core = pad_input(core, geometry)
-        shape = (weight.shape[0], core.shape[1] // geometry.groups, *geometry.kernel)
+        shape = (weight_shape[0], core.shape[1] // geometry.groups, *geometry.kernel)
         _, weight_grad = _backward(grad, core, grad.new_empty(1).expand(shape), geometry, (False, True))
     return weight_grad if channel is None else mode_product(weight_grad, channel, 1)
 
@@ -244,8 +245,8 @@ def _pointwise_weight_grad(grad: Tensor, core: Tensor, geometry: Geometry, facto
 class LowRankConv(torch.autograd.Function):
     """Convolution with exact output, input gradient and bias gradient, and a projected weight gradient.
 
-    Saved: core, factors, weight; the core is left out where the weight needs no gradient.
-    ``apply(input, weight, bias, geometry, core, bits, scale, rotation, groups, channel, *spatial)``.
+    Saved: core, factors, and the weight where the input needs a gradient.
+    ``apply(input, weight, bias, geometry, core, scale, rotation, groups, channel, *spatial)``.
     """
 
     @staticmethod
@@ -255,47 +256,37 @@ class LowRankConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: Geometry,
-        core: Core | None,
-        bits: int | None,
+        core: Tensor,
         scale: float,
         rotation: Tensor | None,
         groups: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
-        if not ctx.needs_input_grad[1]:
-            core = NOTHING
-        elif core is None:
-            core = keep_input(input, Factors(rotation, groups, scale, channel, spatial, bits), 1, 2)
-        values, low, step, ctx.form = core
         ctx.geometry, ctx.scale, ctx.shape = geometry, scale, tuple(input.shape)
-        ctx.save_for_backward(values, low, step, weight, rotation, groups, channel, *spatial)
+        ctx.weight_shape = weight.shape
+        kept = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(core, kept, rotation, groups, channel, *spatial)
         return convolve(input, weight, bias, geometry)
 
     @staticmethod
     @first_order_only
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, step, weight, rotation, groups, channel, *spatial = ctx.saved_tensors
+        core, weight, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = conv_input_grad(grad, weight, ctx.geometry, ctx.shape)
         if ctx.needs_input_grad[1]:
             factors = Factors(rotation, groups, ctx.scale, channel, tuple(spatial))
-            core = rebuild(Core(values, low, step, ctx.form))
-            grad_weight = conv_weight_grad(grad, core, weight, ctx.geometry, factors)
+            grad_weight = conv_weight_grad(grad, core, ctx.weight_shape, ctx.geometry, factors)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
-        return (grad_input, grad_weight, grad_bias, *[None] * (7 + len(spatial)))
+        return (grad_input, grad_weight, grad_bias, *[None] * (6 + len(spatial)))
 
 
 def low_rank_conv(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    factors: Factors | None,
-    core: Core | None = None,
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, core: Tensor, factors: Factors
 ) -> Tensor:
     """Convolution that keeps the core of its input instead of the input.
 
@@ -304,14 +295,12 @@ def low_rank_conv(
         weight: ``(O, C / groups, *kernel)``.
         bias: ``(O,)`` or ``None``.
         geometry: static arguments, see :func:`geometry`.
-        factors: projections; ``None`` where the weight is frozen and nothing of the input is kept.
-        core: what these factors keep of the input, where it is known already.
+        core: of the input, see :func:`~lightning_lance.ops.factors.compress`.
+        factors: projections that made it.
 
     Returns:
         ``(B, O, *out)``, that of the stock operator.
     """
-    rotation, groups, scale, channel, spatial, bits = factors or Factors(None, None, 1.0, None, ())
-    result: Tensor = LowRankConv.apply(
-        input, weight, bias, geometry, core, bits, scale, rotation, groups, channel, *spatial
-    )
+    rotation, groups, scale, channel, spatial = factors
+    result: Tensor = LowRankConv.apply(input, weight, bias, geometry, core, scale, rotation, groups, channel, *spatial)
     return result

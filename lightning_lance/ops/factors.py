@@ -20,7 +20,6 @@ class Factors(NamedTuple):
         scale: weight of the contrasts, which are all coefficients but the first, in the weight gradient.
         channel: ``(C, r)`` or ``None``.
         spatial: ``(n, r)`` or ``None`` for each spatial or token axis.
-        bits: of an element of the core; ``None``: it is kept as it is.
     """
 
     rotation: Tensor | None
@@ -28,7 +27,10 @@ class Factors(NamedTuple):
     scale: float
     channel: Tensor | None
     spatial: tuple[Tensor | None, ...]
-    bits: int | None = None
+
+
+WHOLE = Factors(None, None, 1.0, None, ())
+"""Of an input that is not projected."""
 
 
 def compress(input: Tensor, factors: Factors, channel_axis: int, first_spatial: int) -> Tensor:

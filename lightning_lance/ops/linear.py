@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lance.ops.backward import first_order_only, outside_autocast
-from lightning_lance.ops.core import Core, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, project_gradient
 from lightning_lance.tensors.linalg import mode_products
 
@@ -39,8 +38,9 @@ def linear_weight_grad(grad: Tensor, core: Tensor, factors: Factors) -> Tensor:
 class LowRankLinear(torch.autograd.Function):
     """Linear map with exact output, input gradient and bias gradient, and a projected weight gradient.
 
-    Saved: core, factors, weight. ``apply(input, weight, bias, core, bits, scale, rotation, groups, channel, *spatial)``
-    with the fields of :class:`~lightning_lance.ops.factors.Factors`.
+    Saved: core, factors, and the weight where the input needs a gradient.
+    ``apply(input, weight, bias, core, scale, rotation, groups, channel, *spatial)`` with the fields of
+    :class:`~lightning_lance.ops.factors.Factors`.
     """
 
     @staticmethod
@@ -49,52 +49,54 @@ class LowRankLinear(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        core: Core | None,
-        bits: int | None,
+        core: Tensor,
         scale: float,
         rotation: Tensor | None,
         groups: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
-        if core is None:
-            core = keep_input(input, Factors(rotation, groups, scale, channel, spatial, bits), input.dim() - 1, 1)
-        values, low, step, ctx.form = core
         ctx.scale = scale
-        ctx.save_for_backward(values, low, step, weight, rotation, groups, channel, *spatial)
-        return F.linear(input, weight, bias)
+        kept = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(core, kept, rotation, groups, channel, *spatial)
+        return owned(F.linear(input, weight, bias))
 
     @staticmethod
     @first_order_only
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, step, weight, rotation, groups, channel, *spatial = ctx.saved_tensors
+        core, weight, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
             factors = Factors(rotation, groups, ctx.scale, channel, tuple(spatial))
-            grad_weight = linear_weight_grad(grad, rebuild(Core(values, low, step, ctx.form)), factors)
+            grad_weight = linear_weight_grad(grad, core, factors)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
-        return (grad_input, grad_weight, grad_bias, *[None] * (6 + len(spatial)))
+        return (grad_input, grad_weight, grad_bias, *[None] * (5 + len(spatial)))
 
 
-def low_rank_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, core: Core | None = None
-) -> Tensor:
+def owned(output: Tensor) -> Tensor:
+    """An output that is no view, so that operators may write on it: a linear map of tokens returns a view of rows."""
+    if torch.compiler.is_compiling() or not output._is_view():
+        return output
+    return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
+
+
+def low_rank_linear(input: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors) -> Tensor:
     """:func:`torch.nn.functional.linear` that keeps the core of its input instead of the input.
 
     Args:
         input: ``(B, *tokens, K)``, at least two axes.
         weight: ``(O, K)``.
         bias: ``(O,)`` or ``None``.
-        factors: projections, one spatial entry per token axis.
-        core: what these factors keep of the input, where it is known already.
+        core: of the input, see :func:`~lightning_lance.ops.factors.compress`.
+        factors: projections that made it, one spatial entry per token axis.
 
     Returns:
         ``(B, *tokens, O)``, bit for bit that of the stock operator.
     """
-    rotation, groups, scale, channel, spatial, bits = factors
-    result: Tensor = LowRankLinear.apply(input, weight, bias, core, bits, scale, rotation, groups, channel, *spatial)
+    rotation, groups, scale, channel, spatial = factors
+    result: Tensor = LowRankLinear.apply(input, weight, bias, core, scale, rotation, groups, channel, *spatial)
     return result

@@ -22,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.ops.backward import first_order_only
+from lightning_lance.ops.backward import first_order_only, outside_autocast
 from lightning_lance.ops.conv import Geometry, conv_input_grad, conv_weight_grad, convolve
-from lightning_lance.ops.core import NOTHING, Core, keep, keep_input, rebuild
 from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.linear import linear_weight_grad
+from lightning_lance.ops.linear import linear_weight_grad, owned
 from lightning_lance.tensors.linalg import project_out
 
 
@@ -138,7 +137,7 @@ class ReservedLinear(torch.autograd.Function):
     """Linear map with a reparametrised weight, that keeps the core of its input.
 
     Saved: core, ``trained``, ``basis``, ``anchor``, factors. For the subspace form the core is that of ``x U``.
-    ``apply(input, trained, bias, basis, anchor, form, bits, scale, rotation, groups, channel, *spatial)``.
+    ``apply(input, trained, bias, basis, anchor, form, scale, rotation, groups, channel, *spatial)``.
     """
 
     @staticmethod
@@ -150,7 +149,6 @@ class ReservedLinear(torch.autograd.Function):
         basis: Tensor,
         anchor: Tensor,
         form: Form,
-        bits: int | None,
         scale: float,
         rotation: Tensor | None,
         groups: Tensor | None,
@@ -159,32 +157,31 @@ class ReservedLinear(torch.autograd.Function):
     ) -> Tensor:
         parts = Parts(trained, basis, anchor)
         output, projected = _linear(input, parts, bias, form)
-        core = NOTHING
+        core = None
         # In the complement form x(I - MMᵀ) replaces x only where it is compressed: x itself may be shared with others.
         ctx.projected = not form.complement or (projected is not None and rotation is not None and channel is None)
         if ctx.needs_input_grad[1]:
             if form.complement:
                 source = projected if ctx.projected and projected is not None else input
-                core = keep_input(source, Factors(rotation, groups, scale, channel, spatial, bits), input.dim() - 1, 1)
+                core = compress(source, Factors(rotation, groups, scale, channel, spatial), input.dim() - 1, 1)
             elif projected is not None and channel is None:
-                core = keep_input(projected, Factors(rotation, groups, scale, None, spatial, bits), input.dim() - 1, 1)
+                core = compress(projected, Factors(rotation, groups, scale, None, spatial), input.dim() - 1, 1)
             else:
                 found = compress(input, Factors(rotation, groups, scale, channel, spatial), input.dim() - 1, 1)
-                core = keep(found @ (basis[0] if channel is None else channel.T @ basis[0]).to(found.dtype), bits)
-        values, low, step, ctx.core = core
+                core = found @ (basis[0] if channel is None else channel.to(basis.dtype).T @ basis[0]).to(found.dtype)
         ctx.form, ctx.scale = form, scale
-        ctx.save_for_backward(values, low, step, trained, basis, anchor, rotation, groups, channel, *spatial)
-        return output
+        ctx.save_for_backward(core, trained, basis, anchor, rotation, groups, channel, *spatial)
+        return owned(output)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, step, trained, basis, anchor, rotation, groups, channel, *spatial = ctx.saved_tensors
+        core, trained, basis, anchor, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = _linear_input_grad(grad, Parts(trained, basis, anchor), ctx.form)
         if ctx.needs_input_grad[1]:
-            core, complement = rebuild(Core(values, low, step, ctx.core)), ctx.form.complement
+            complement = ctx.form.complement
             factors = Factors(rotation, groups, ctx.scale, channel if complement else None, tuple(spatial))
             few = channel is None and math.prod(core.shape[:-1]) < grad.shape[-1]
             few = few and not (ctx.form.steady and grad.dtype != basis.dtype)
@@ -195,7 +192,7 @@ class ReservedLinear(torch.autograd.Function):
                 grad_trained = trained_grad(grad_trained, basis, ctx.form)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
-        return (grad_input, grad_trained, grad_bias, *[None] * (8 + len(spatial)))
+        return (grad_input, grad_trained, grad_bias, *[None] * (7 + len(spatial)))
 
 
 class ReservedConv(torch.autograd.Function):
@@ -203,7 +200,7 @@ class ReservedConv(torch.autograd.Function):
 
     The weight is written out in forward and again in backward, which costs its rows times the basis: little next to
     the positions that it is applied to.
-    ``apply(input, trained, bias, basis, anchor, geometry, form, bits, scale, rotation, groups, channel, *spatial)``.
+    ``apply(input, trained, bias, basis, anchor, geometry, form, scale, rotation, groups, channel, *spatial)``.
     """
 
     @staticmethod
@@ -216,38 +213,35 @@ class ReservedConv(torch.autograd.Function):
         anchor: Tensor,
         geometry: Geometry,
         form: Form,
-        bits: int | None,
         scale: float,
         rotation: Tensor | None,
         groups: Tensor | None,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
-        core = NOTHING
+        core = None
         if ctx.needs_input_grad[1]:
-            core = keep_input(input, Factors(rotation, groups, scale, channel, spatial, bits), 1, 2)
-        values, low, step, ctx.core = core
+            core = compress(input, Factors(rotation, groups, scale, channel, spatial), 1, 2)
         ctx.geometry, ctx.form, ctx.scale, ctx.shape = geometry, form, scale, tuple(input.shape)
-        ctx.save_for_backward(values, low, step, trained, basis, anchor, rotation, groups, channel, *spatial)
+        ctx.save_for_backward(core, trained, basis, anchor, rotation, groups, channel, *spatial)
         return convolve(input, effective_weight(Parts(trained, basis, anchor), form), bias, geometry)
 
     @staticmethod
     @first_order_only
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, step, trained, basis, anchor, rotation, groups, channel, *spatial = ctx.saved_tensors
+        core, trained, basis, anchor, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = effective_weight(Parts(trained, basis, anchor), ctx.form)
             grad_input = conv_input_grad(grad, weight, ctx.geometry, ctx.shape)
         if ctx.needs_input_grad[1]:
             factors = Factors(rotation, groups, ctx.scale, channel, tuple(spatial))
-            stand_in = grad.new_empty(1).expand(ctx.form.shape)  # read for its shape only
-            core = rebuild(Core(values, low, step, ctx.core))
-            weight_grad = conv_weight_grad(grad, core, stand_in, ctx.geometry, factors)
+            weight_grad = conv_weight_grad(grad, core, ctx.form.shape, ctx.geometry, factors)
             grad_trained = trained_grad(weight_grad, basis, ctx.form)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
-        return (grad_input, grad_trained, grad_bias, *[None] * (9 + len(spatial)))
+        return (grad_input, grad_trained, grad_bias, *[None] * (8 + len(spatial)))
 
 
 def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form, factors: Factors | None) -> Tensor:
@@ -273,7 +267,6 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
         parts.basis,
         parts.anchor,
         form,
-        factors.bits,
         factors.scale,
         factors.rotation,
         factors.groups,
@@ -310,7 +303,6 @@ def reserved_conv(
         parts.anchor,
         geometry,
         form,
-        factors.bits,
         factors.scale,
         factors.rotation,
         factors.groups,

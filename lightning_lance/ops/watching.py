@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import overrides
@@ -16,16 +16,19 @@ from torch.overrides import TorchFunctionMode
 
 _modes: Any = overrides
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class WatchingMode(TorchFunctionMode):
     """Base of the mode; what it would replace, our own operators never call."""
 
 
-def unwatched(method: Callable[..., Any]) -> Callable[..., Any]:
+def unwatched(method: Callable[P, R]) -> Callable[P, R]:
     """Decorator: the mode is off while the method runs, where it is the innermost one."""
 
     @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling() or not isinstance(_modes._get_current_function_mode(), WatchingMode):
             return method(*args, **kwargs)
         mode = _modes._pop_mode()

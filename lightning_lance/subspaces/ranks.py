@@ -5,33 +5,33 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
 from lightning_lance.errors import ConfigError
 
-ModeRank: TypeAlias = "int | float | Literal['full', 'auto']"
-"""Rule of one mode: a rank, an energy in (0, 1], ``"full"``, or ``"auto"`` (the default of that mode)."""
+ModeRank: TypeAlias = "int | float | Literal['full', 'compact']"
+"""Rule of one mode: a rank, an energy in (0, 1], ``"full"``, or ``"compact"`` (a rule of that mode's own)."""
 
 MODES = ("batch", "channel", "spatial")
 _ALIASES = {"feature": "channel", "token": "spatial"}
 
-AUTO_SPATIAL_ENERGY = 0.9
-"""Energy of the spatial and token modes under ``"auto"``, where truncating them is :func:`worthwhile`."""
+COMPACT_SPATIAL_ENERGY = 0.9
+"""Energy of the spatial and token modes under ``"compact"``, where truncating them is :func:`worthwhile`."""
 
 
-AUTO_BATCH_PART = 6
-"""The batch rank under ``"auto"`` is one of so many parts of the batch."""
+COMPACT_BATCH_PART = 6
+"""The batch rank under ``"compact"`` is one of so many parts of the batch."""
 
 
-def auto_batch_rank(batch_size: int) -> int:
-    """Batch rank under ``"auto"`` of inputs with spatial or token modes: a sixth of the batch, at least 4."""
-    return max(4, -(-batch_size // AUTO_BATCH_PART))
+def compact_batch_rank(batch_size: int) -> int:
+    """Batch rank under ``"compact"`` of inputs with spatial or token modes: a sixth of the batch, at least 4."""
+    return max(4, -(-batch_size // COMPACT_BATCH_PART))
 
 
 def worthwhile(size: int, rank: int, work: float) -> bool:
-    """Whether ``"auto"`` truncates a spatial or token mode: it is at least halved, or that is cheap for this layer.
+    """Whether ``"compact"`` truncates a spatial or token mode: it is at least halved, or that is cheap for this layer.
 
     Projecting takes ``rank`` multiply-adds on each element of what the batch mode has left of the input, a sixth, and
     as many in the backward pass: at most a quarter of the layer's own. Depthwise and narrow pointwise convolutions do
@@ -42,7 +42,7 @@ def worthwhile(size: int, rank: int, work: float) -> bool:
         rank: of the factor that holds the energy.
         work: multiply-adds of the layer's forward pass on each element of its input.
     """
-    return 2 * rank <= size or 2 * rank / AUTO_BATCH_PART <= work / 4
+    return 2 * rank <= size or 2 * rank / COMPACT_BATCH_PART <= work / 4
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,27 @@ class ModeRanks:
         spatial: every spatial axis of a convolution, every token axis of a linear layer.
     """
 
-    batch: ModeRank = "auto"
+    batch: ModeRank = "full"
     channel: ModeRank = "full"
-    spatial: ModeRank = "auto"
+    spatial: ModeRank = "full"
 
     @property
     def spatial_rank(self) -> ModeRank:
-        """Rule of the spatial modes with the energy that ``"auto"`` stands for."""
-        return AUTO_SPATIAL_ENERGY if self.spatial == "auto" else self.spatial
+        """Rule of the spatial modes with the energy that ``"compact"`` stands for."""
+        return COMPACT_SPATIAL_ENERGY if self.spatial == "compact" else self.spatial
 
     @property
-    def full(self) -> bool:
-        """Whether every mode is asked to be kept whole."""
-        return all(rank == "full" or (rank == 1.0 and isinstance(rank, float)) for rank in vars(self).values())
+    def projects(self) -> bool:
+        """Whether any mode is to be projected, be it on all of it."""
+        return any(rank != "full" for rank in vars(self).values())
+
+
+COMPACT = ModeRanks("compact", "full", "compact")
+"""A sixth of the batch without bias, spatial and token modes by energy where that pays, channels whole."""
 
 
 def _checked(rank: Any, where: str) -> ModeRank:
-    if isinstance(rank, str) and rank in ("full", "auto"):
+    if isinstance(rank, str) and rank in ("full", "compact"):
         return rank  # type: ignore[return-value]
     # Python numbers from here on, also for NumPy's: rules go into checkpoints that load safely.
     if isinstance(rank, bool):
@@ -81,17 +85,19 @@ def _checked(rank: Any, where: str) -> ModeRank:
             return int(rank)
     elif isinstance(rank, Real) and 0.0 < float(rank) <= 1.0:
         return float(rank)
+    whole = "'auto', None, " if where == "rank" else ""
     raise ConfigError(
-        f"{where}={rank!r} is not a rank. Allowed: 'auto', 'full', an int of at least 1 (the rank), "
+        f"{where}={rank!r} is not a rank. Allowed: {whole}'full', 'compact', an int of at least 1 (the rank), "
         "a float in (0, 1] (the energy to hold)."
     )
 
 
 def _per_mode(rank: Any, where: str) -> ModeRanks:
-    auto = ModeRanks()
+    if rank is None or (isinstance(rank, str) and rank == "auto"):
+        return ModeRanks()
     if isinstance(rank, Mapping):
         if not rank:
-            raise ConfigError(f"{where}={{}} is empty. Give 'auto', a number, or a mapping of modes.")
+            raise ConfigError(f"{where}={{}} is empty. Give 'auto', 'compact', None, a number, or a mapping of modes.")
         modes: dict[str, ModeRank] = {}
         for key, value in rank.items():
             mode = _ALIASES.get(key, key)
@@ -102,10 +108,10 @@ def _per_mode(rank: Any, where: str) -> ModeRanks:
             if mode in modes:
                 raise ConfigError(f"{where} names the {mode} mode twice; keep one of its names.")
             checked = _checked(value, f"{where}[{key!r}]")
-            modes[mode] = getattr(auto, mode) if checked == "auto" else checked
-        return replace(auto, **modes)
+            modes[mode] = COMPACT.channel if (mode, checked) == ("channel", "compact") else checked
+        return ModeRanks(**modes)
     checked = _checked(rank, where)
-    return auto if checked == "auto" else ModeRanks(checked, checked, checked)
+    return COMPACT if checked == "compact" else ModeRanks(checked, checked, checked)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -124,8 +130,9 @@ class RankRules:
     """Parsed ``rank`` argument: the rules of each layer.
 
     Args:
-        rank: ``"auto"``, an int (that rank in every mode, clipped to its size), a float (that energy in
-            every mode, the published rule), a mapping mode -> rule, or a mapping layer pattern -> any of these.
+        rank: ``"auto"`` and ``None`` (nothing is projected), ``"compact"``, an int (that rank in every mode, clipped to
+            its size), a float (that energy in every mode, the published rule), a mapping mode -> rule, in which a mode
+            that is not named is kept whole, or a mapping layer pattern -> any of these.
 
     Raises:
         ConfigError: the value is none of these.
@@ -136,7 +143,9 @@ class RankRules:
         self.default = ModeRanks()
         if isinstance(rank, Mapping) and not any(key in MODES or key in _ALIASES for key in rank):
             if not rank:
-                raise ConfigError("rank={} is empty. Give 'auto', a number, or a mapping of modes or layer patterns.")
+                raise ConfigError(
+                    "rank={} is empty. Give 'auto', 'compact', None, a number, or a mapping of modes or layer patterns."
+                )
             wrong = [key for key in rank if not isinstance(key, str)]
             if wrong:
                 raise ConfigError(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_lance.errors import CalibrationError, StateError
-from lightning_lance.subspaces.ranks import ModeRank, ModeRanks, auto_batch_rank, worthwhile
+from lightning_lance.subspaces.ranks import ModeRank, ModeRanks, compact_batch_rank, worthwhile
 from lightning_lance.tensors.gram import GramMatrix, NystromSketch, mode_statistics
 from lightning_lance.tensors.linalg import contrast_scale, energy_rank, mode_product, orthonormalize
-from lightning_lance.tensors.precision import core_bytes
+from lightning_lance.tensors.rounding import kept_bytes
 
 Sizes = tuple[int, ...]
 """Lengths of the spatial (or token) axes of an input."""
@@ -25,14 +25,14 @@ class BatchRule:
     """How many groups of samples represent a batch of any size.
 
     Attributes:
-        rank: an int, an energy, ``"auto"`` or ``"full"``.
+        rank: an int, an energy, ``"compact"`` or ``"full"``.
         unbiased: weight the contrasts so that the gradient estimate has no bias; needs random groups.
         constant_energy: measured fraction of the input's energy in the constant direction. The contrasts
             share the rest evenly, since the samples of a batch are exchangeable; this turns an energy into
             a rank for any batch size without a Gram matrix of the batch mode.
     """
 
-    rank: ModeRank = "auto"
+    rank: ModeRank = "full"
     unbiased: bool = True
     constant_energy: float = 0.0
 
@@ -40,8 +40,8 @@ class BatchRule:
         """Batch rank at a batch size; the size itself where the mode is kept whole."""
         if self.rank == "full":
             return size
-        if self.rank == "auto":
-            rank = auto_batch_rank(size)
+        if self.rank == "compact":
+            rank = compact_batch_rank(size)
         elif isinstance(self.rank, int):
             rank = self.rank
         elif self.rank >= 1.0:
@@ -77,7 +77,6 @@ class LayerSubspace:
     energy: dict[str, float] = field(default_factory=dict)
     any_size: bool = False
     bits: int | None = None
-    _shrinks: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def spatial_factors(self, sizes: Sizes) -> tuple[Tensor | None, ...] | None:
         """Factors for spatial sizes, or ``None`` where none were made for them."""
@@ -118,23 +117,18 @@ class LayerSubspace:
         core = math.prod(self.core_shape(batch, channels, sizes))
         group = self.spatial_factors(sizes)
         if group is None:
-            return core * itemsize
+            return kept_bytes(core, itemsize, self.bits)
         factors = sum(factor.numel() for factor in (self.channel, *group) if factor is not None)
         ordered = self.batch.unbiased and self.batch.columns(batch) < batch
-        return core_bytes(core, itemsize, self.bits) + factors * itemsize + (4 * batch if ordered else 0)
+        return kept_bytes(core, itemsize, self.bits) + factors * itemsize + (4 * batch if ordered else 0)
 
     def shrinks(self, batch: int, channels: int, sizes: Sizes) -> bool:
-        """Whether core, factors and groups of an input are smaller than the input itself (in float32).
+        """Whether core, factors and groups of an input are smaller than the input itself (in float32), both rounded.
 
         They are not where the batch is tiny or a factor is as large as the input; then the input is better kept.
         """
-        key = (batch, channels, *sizes)
-        known = self._shrinks.get(key)
-        if known is None:
-            known = self.formula_bytes(batch, channels, sizes, 4) < 4 * math.prod(key)
-            if not torch.compiler.is_compiling():  # a graph is guarded on what it would write here
-                self._shrinks[key] = known
-        return known
+        whole = kept_bytes(batch * channels * math.prod(sizes), 4, self.bits)
+        return self.formula_bytes(batch, channels, sizes, 4) <= whole
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and detached CPU tensors, safe for ``torch.load(weights_only=True)``."""
@@ -233,7 +227,7 @@ class LayerSpectra:
                 factor, held = None, 1.0
                 if spectrum is not None:
                     factor, held = spectrum.truncate(ranks.spatial_rank, self.dtype, self.device)
-                if factor is not None and ranks.spatial == "auto":
+                if factor is not None and ranks.spatial == "compact":
                     size, rank = factor.shape
                     if not worthwhile(size, rank, self.work):
                         factor, held = None, 1.0
@@ -242,7 +236,7 @@ class LayerSpectra:
                 energy[key] = min(held, energy.get(key, 1.0))
             spatial[sizes] = tuple(group)
         # One row a sample is little to keep, and its gradient has no sum over positions that would even out the noise.
-        rows = ranks.batch == "auto" and not any(self.spatial)
+        rows = ranks.batch == "compact" and not any(self.spatial)
         rule = BatchRule("full" if rows else ranks.batch, unbiased, self.constant_energy)
         return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial), bits)
 

@@ -1,82 +1,191 @@
-"""Tensors kept in 4 or 8 bits per element, with a range of their own for every group of neighbours in memory.
+"""Tensors kept in 2, 4 or 8 bits per element, with a range of their own for every group of neighbours in memory.
 
-Uniform levels between the smallest and the largest of 64 elements, as in ActNN (Chen et al., ICML 2021, section 3)
-and GACT (Liu et al., ICML 2022), but rounded to the nearest level: no random numbers are drawn.
+Even levels between the smallest and the largest of about 128 elements, as in ActNN (Chen et al., ICML 2021, section 3)
+and GACT (Liu et al., ICML 2022), rounded to the nearest level or, with dither, to one of the two next to a value so
+that the mean is right.
 
 On the CPU this is one pass of torch's kernels for the rows of embedding tables, a group being a row, where torch has
-them: the rest are a dozen operators. Both weigh the same.
+them; elsewhere a dozen operators. Both weigh the same but for 2 bytes a group.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lance.tensors.precision import GROUP
+from lightning_lance.tensors.cached import constant
+from lightning_lance.tensors.codes import pack_codes, unpack_codes, unpacking_table
 from lightning_lance.tensors.tracing import eager_cpu
 
-_LOW_HALVES = 0x0F0F0F0F0F0F0F0F
-# Bits of a float16 but its sign, which compare like the numbers.
-_MAGNITUDE, _ONE, _INFINITY, _SMALLEST = 0x7FFF, 0x3C00, 0x7C00, 0x0800  # the last: 2 ** -13
+GROUP = 128
+"""Neighbours in memory that share a range, where :func:`group_size` knows no better."""
+
+_FEWEST, _MOST = 64, 256
+
+_MAGNITUDE, _INFINITY, _SMALLEST = 0x7FFF, 0x7C00, 0x0800  # of a float16, without its sign; the last: 2 ** -13
+_ONE = 0x3C00
+_DITHERED, _DITHER_STARTS = 1 << 19, 1 << 14
 
 
-class Quantized(NamedTuple):
-    """A quantised tensor of ``n`` elements.
+class Rounded(NamedTuple):
+    """A rounded stretch of memory.
 
     Attributes:
-        codes: uint8; of 4 bits each, a byte holds one of the first and one of the second half of the tensor. Or a row
-            for each group as torch's kernels write it, its range included.
-        low: ``(ceil(n / 64), 1)``, the value of code 0 in each group: bfloat16 for 4 bits, float32 for 8; ``None``
-            where the rows hold it.
-        step: same shape and dtype, from one level to the next.
+        codes: uint8; or a row for each group as torch's kernels write it, its range included.
+        low: ``(groups, 1)``, the value of code 0 in each group; ``None`` where the rows hold it.
+        step: same shape, from one level to the next.
+        elements: how many; the last group is filled up.
+        bits: of a code.
+        group: neighbours that share a range.
+        scale: what the elements were multiplied by, so that float16 holds their ranges.
     """
 
     codes: Tensor
     low: Tensor | None
     step: Tensor | None
+    elements: int
+    bits: int
+    group: int = GROUP
+    scale: float = 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and ranges."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.low, self.step) if tensor is not None)
 
 
-def quantize(values: Tensor, bits: int, owned: bool = True) -> Quantized:
-    """Quantise a tensor in memory order.
-
-    An infinite element makes its whole group infinite or NaN; a NaN does too, or becomes one of the levels.
+def kept_bytes(elements: int, itemsize: int, bits: int | None) -> int:
+    """Bytes of so many elements, rounded where that saves something.
 
     Args:
-        values: float32 or float64, without gaps or overlaps in memory.
-        bits: 4 or 8.
-        owned: whether its memory may be overwritten.
+        elements: number of elements; the last group is filled up.
+        itemsize: bytes of each as it is.
+        bits: 2, 4 or 8; ``None``: as it is. The two numbers of a range have 2 bytes each with 2 and 4 bits, 4 with 8.
     """
-    flat = values.as_strided((values.numel(),), (1,))
-    missing = -flat.numel() % GROUP
-    if missing:
-        flat = F.pad(flat, (0, missing))
-    groups = flat.view(-1, GROUP)
-    if values.dtype == torch.float32 and values.numel() and eager_cpu(values):
-        rows = _rows(groups, bits)
-        if rows is not None:
-            return Quantized(rows, None, None)
-    if torch.compiler.is_compiling() or not (owned or missing):  # the former cannot follow a write through as_strided
-        groups = groups.clone()
+    whole = elements * itemsize
+    if bits is None:
+        return whole
+    return min(whole, -(-elements // GROUP) * (GROUP * bits // 8 + (8 if bits == 8 else 4)))
+
+
+def group_size(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """How many neighbours of a tensor should share a range: about 128, and no more than what belongs together.
+
+    The rows of tokens, and the maps of channels, differ in size; a group that holds the end of one and the beginning of
+    the next has the range of the larger.
+
+    Args:
+        shape: of the tensor.
+        stride: its strides.
+
+    Returns:
+        An even number from 64 to 256.
+    """
+    inner = period = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
+        if step != period:
+            break
+        period *= size
+        if period >= _FEWEST:
+            break
+        inner = period
+    return _group_size(inner, period)
+
+
+@functools.lru_cache(maxsize=1024)
+def _group_size(inner: int, period: int) -> int:
+    """A multiple of what lies innermost and a part of all of it, as near to the usual size as can be."""
+    sizes = (*range(GROUP, _FEWEST - 1, -2), *range(GROUP + 2, _MOST + 1, 2))
+    group: int
+    for group in sizes:
+        if group % inner == 0 and period % group == 0:
+            return group
+    if period < _FEWEST:
+        for group in range(period, _MOST + 1, period):
+            if group >= _FEWEST and group % 2 == 0:
+                return group
+    return next((group for group in sizes if period % group == 0), GROUP)
+
+
+def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int = GROUP) -> Rounded | None:
+    """Round a stretch of memory.
+
+    Args:
+        flat: one axis, contiguous, floating point.
+        bits: 2, 4 or 8.
+        dither: where to start in a table of random numbers, for rounding whose mean is right; ``None``: to the nearest
+            level.
+        group: neighbours that share a range, an even number.
+
+    Returns:
+        ``None`` where an element is infinite, which no range holds. A NaN may become one of the levels.
+    """
+    count = flat.numel()
+    flat = flat.float()
+    missing = -count % group
+    if missing:  # filled with the last element, so that the range of its group stays as it is
+        flat = torch.cat([flat, flat[-1:].expand(missing)])
+    groups = flat.view(-1, group)
+    if dither is None and eager_cpu(groups) and bits > 2:
+        kernels = _kernels(bits)
+        if kernels is not None:
+            return _rows(groups, count, bits, kernels[0])
+    low, high = _ends(groups, bits)
+    if not bool((high - low).isfinite().all()):
+        return None
     levels = 2**bits - 1
-    low, step = _range(groups, bits)
-    scaled = groups.sub_(low).mul_(step.to(groups.dtype).reciprocal())
-    scaled = scaled.add_(0.5).clamp_(0, levels + 0.5)
+    low, step = _range(low, high, levels, bits)
+    if dither is None:
+        codes = _code(groups, low, step, levels, 0.5)
+    else:
+        table = _dither(groups.device)
+        some = _DITHERED // group
+        parts = []
+        for start in range(0, groups.shape[0], some):
+            part = groups[start : start + some]
+            offset = (dither * 7919 + start) % _DITHER_STARTS
+            noise = table[offset : offset + part.numel()].view(part.shape)
+            parts.append(_code(part, low[start : start + some], step[start : start + some], levels, noise))
+        codes = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return Rounded(pack_codes(codes, 8 // bits), low, step, count, bits, group)
+
+
+def _ends(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What the lowest and the highest level of each group stand for.
+
+    Four levels from end to end would lie far apart: what is beyond 1.5 deviations is cut, which has the least error for
+    normal numbers (Max, 1960, table II) and for those cut at 0.
+    """
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    if bits > 2:
+        return low, high
+    deviation, mean = torch.std_mean(groups, dim=-1, keepdim=True, correction=0)
+    return torch.maximum(low, mean - 1.5 * deviation), torch.minimum(high, mean + 1.5 * deviation)
+
+
+def _code(groups: Tensor, low: Tensor, step: Tensor, levels: int, offset: Any) -> Tensor:
+    scaled = groups.sub(low).mul_(step.float().reciprocal()).add_(offset).clamp_(0, levels + 0.5)
     # On the CPU the direct way to uint8 is one element at a time, several times as slow as all the rest.
-    codes = scaled.to(torch.int8).view(torch.uint8) if bits == 4 else scaled.to(torch.int16).to(torch.uint8)
-    return Quantized(_fold(codes.view(-1)) if bits == 4 else codes.view(-1), low, step)
+    codes = scaled.to(torch.int8).view(torch.uint8) if levels < 128 else scaled.to(torch.int16).to(torch.uint8)
+    return codes.view(-1)
 
 
-def _range(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Value of code 0 and step of each group."""
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    levels = 2**bits - 1
+@constant
+def _dither(device: torch.device) -> Tensor:
+    """Uniform random numbers in [0, 1), the same in every process."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.rand(_DITHERED + _DITHER_STARTS, generator=generator).to(device)
+
+
+def _range(low: Tensor, high: Tensor, levels: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Value of code 0 and step of each group, as they are kept."""
     if bits == 8:
-        step, low = (high - low).div_(levels).float(), low.float()
+        step = (high - low).div_(levels)
     else:
         # Rounded outwards, for bfloat16 has eight significant bits: the levels still reach from end to end.
         low = (low - low.abs() * 2**-8).bfloat16()
@@ -86,68 +195,62 @@ def _range(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _kernels(bits: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
-    """Torch's kernels for rows, one to quantise and one for the way back, where they are vectorised."""
+    """Torch's kernels for rows, one to round and one for the way back, where they are vectorised."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return None
-    name = {4: "embedding_bag_4bit", 8: "embedding_bag_byte"}[bits]
+    name = {2: "embedding_bag_2bit", 4: "embedding_bag_4bit", 8: "embedding_bag_byte"}[bits]
     try:
         return getattr(torch.ops.quantized, name + "_prepack"), getattr(torch.ops.quantized, name + "_unpack")
     except AttributeError:
         return None
 
 
-def _rows(groups: Tensor, bits: int) -> Tensor | None:
-    """Each group as a row of torch's kernels; ``None`` where these cannot hold it.
-
-    Their range is a step and an offset in float16 for 4 bits, which large and small numbers leave (for a group without
-    a spread the step is 1), and for 8 bits in float32, but with 1e-8 added to the spread.
-    """
-    kernels = _kernels(bits)
-    if kernels is None:
+def _rows(groups: Tensor, count: int, bits: int, pack: Callable[[Tensor], Tensor]) -> Rounded | None:
+    """Each group as a row of torch's kernels, scaled where their float16 cannot hold a range."""
+    rows = pack(groups)
+    if bits == 8:  # float32, but 1e-8 is added to the spread
+        step = rows[:, -8:].contiguous().view(torch.float32)[:, 0].amax().item()
+        fits = 1e-5 < step < math.inf
+    else:
+        ranges = rows[:, -4:].contiguous().view(torch.int16).bitwise_and(_MAGNITUDE)
+        largest = ranges.amax().item()
+        if largest == _ONE:  # the step of a group without a spread
+            largest = ranges.masked_fill_(ranges == _ONE, 0).amax().item()
+        fits = _SMALLEST <= largest < _INFINITY
+    if fits:
+        return Rounded(rows, None, None, count, bits, groups.shape[1])
+    size = groups.abs().amax().item()
+    if not math.isfinite(size):
         return None
-    rows: Any = kernels[0](groups)
-    if bits == 8:
-        step = rows.view(torch.float32)[:, -2].amax().item()
-        return rows if 1e-5 < step < torch.inf else None
-    ranges = rows.view(torch.int16)[:, -2:].bitwise_and(_MAGNITUDE)
-    largest = ranges.amax().item()
-    if largest == _ONE:
-        largest = ranges.masked_fill_(ranges == _ONE, 0).amax().item()
-    return rows if _SMALLEST <= largest < _INFINITY else None
+    if size == 0.0:
+        return Rounded(rows, None, None, count, bits, groups.shape[1])
+    scale = 2.0 ** (4 - max(math.frexp(size)[1], -110))
+    return Rounded(pack(groups * scale), None, None, count, bits, groups.shape[1], scale)
 
 
-def _fold(codes: Tensor) -> Tensor:
-    """4-bit codes in half as many bytes, eight at a time."""
-    words = codes.view(torch.int64)
-    half = words.numel() // 2
-    return words[half:].bitwise_left_shift(4).bitwise_or_(words[:half]).view(torch.uint8)
-
-
-def _unfold(folded: Tensor) -> Tensor:
-    """Inverse of :func:`_fold`."""
-    words = folded.view(torch.int64)
-    # The shift copies the sign into the highest bits, which the mask takes away.
-    halves = torch.cat([words, words.bitwise_right_shift(4)]).bitwise_and_(_LOW_HALVES)
-    return halves.view(torch.uint8)
-
-
-def dequantize(
-    quantized: Quantized, bits: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """The middle of what every code stands for.
+def expand(rounded: Rounded, dtype: torch.dtype) -> Tensor:
+    """The value of every code.
 
     Args:
-        quantized: what :func:`quantize` returned.
-        bits: as given to it.
-        shape: shape of the tensor.
-        stride: its strides.
-        dtype: dtype of the result, which is computed in float32 at least.
+        rounded: what :func:`round_to_bits` returned.
+        dtype: dtype of the result, which is computed in float32.
+
+    Returns:
+        New tensor ``(elements,)``.
     """
-    codes, low, step = quantized
+    codes, low, step, count, bits, group, scale = rounded
     if low is None or step is None:
         kernels = _kernels(bits)
         assert kernels is not None
-        return kernels[1](codes).to(dtype).as_strided(shape, stride)
-    wide = torch.promote_types(dtype, torch.float32)
-    groups = (_unfold(codes) if bits == 4 else codes).to(wide).view(-1, GROUP)
-    return groups.mul_(step).add_(low).to(dtype).as_strided(shape, stride)
+        flat = kernels[1](codes).view(-1)
+        if scale != 1.0:
+            flat.mul_(1 / scale)
+    else:
+        levels = unpack_codes(codes, _levels(bits, codes.device))[: low.numel() * group].view(-1, group)
+        flat = levels.mul_(step).add_(low).view(-1)
+    return flat[:count].to(dtype)
+
+
+@constant
+def _levels(bits: int, device: torch.device) -> Tensor:
+    return unpacking_table(torch.arange(2.0**bits, device=device), 8 // bits)

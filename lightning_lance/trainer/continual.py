@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -18,8 +19,7 @@ from lightning_lance.compression.isolation import isolated
 from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
 from lightning_lance.errors import CalibrationError, ConfigError, StateError
 from lightning_lance.trainer.callback import LanceCallback, _reduce
-from lightning_lance.trainer.peeking import copied, peek, prepare
-from lightning_lance.trainer.rehearsal import rehearsal
+from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
 
 
 class ContinualCallback(LanceCallback):
@@ -48,10 +48,11 @@ class ContinualCallback(LanceCallback):
         feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
             ``"channel"``, directions of channels, whose bases are smaller and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
-        rank: how far each mode of an input is truncated, see :class:`~lightning_lance.LanceCallback`. Experience by
-            experience, noise in the gradient costs more than in fine-tuning, so that the default is full rank.
-        core_bits: bits in which each element of a kept input is kept: 8 by default, for the same reason; 4, or ``None``
-            for its own dtype.
+        bits: of each element of what is kept: 8 by default, since experience by experience noise in the gradient costs
+            more than in fine-tuning; 4, 2, or ``None``, see :class:`~lightning_lance.LanceCallback`.
+        forward_fn: ``forward_fn(module, batch)``, the forward pass on which the inputs of layers are looked at before
+            and after an experience, without gradients. By default ``module(inputs)``, or ``module(inputs, task
+            labels)`` where its ``forward`` takes two arguments, for batches ``[inputs, classes, task labels ...]``.
         options: see :class:`~lightning_lance.LanceCallback`; ``refresh`` is not among them.
 
     Attributes:
@@ -73,11 +74,12 @@ class ContinualCallback(LanceCallback):
         freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | list[str] | None = None,
-        rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] = "full",
-        core_bits: int | Literal["auto"] | None = 8,
+        bits: int | Literal["auto"] | None = 8,
+        forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(rank=rank, core_bits=core_bits, **options)
+        super().__init__(bits=bits, **options)
+        self.forward_fn = forward_fn or _bare
         if self.config.refresh is not None:
             raise ConfigError(
                 f"refresh={self.config.refresh!r} is not allowed in continual learning: the subspaces are found once "
@@ -166,22 +168,28 @@ class ContinualCallback(LanceCallback):
         self.session = self.stream.compression
         if self.session is None:
             return
+        self._published = None
         self._wrap_training_step(module, self.session)
-        if self.measure:
-            self.session.measure(functools.partial(self._pass, trainer, module, copied(batch)))
-            self._publish(trainer, self.session)
 
     def _pass(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-        # A rehearsal for each pass: what is frozen between two of them stays frozen.
-        with rehearsal(trainer, module, self.forward_fn) as run:
-            return run(copied(batch))
+        with trainer.precision_plugin.train_step_context():
+            return self.forward_fn(module, copied(batch))
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Nothing to do: subspaces stay as they are within an experience."""
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.session is not None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        rewind_loaders(trainer, checkpoint)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.stream.running:
             return
+        super().on_train_end(trainer, pl_module)
         self._unwrap_training_step(pl_module)
         loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
         with isolated(pl_module):
@@ -209,6 +217,16 @@ class ContinualCallback(LanceCallback):
         if self._loaded is not None:
             return self._loaded
         return {"stream": self.stream.state_dict(), "running": self.stream.running_state()}
+
+
+def _bare(module: pl.LightningModule, batch: Any) -> Any:
+    """The network's own forward pass on the inputs of a batch, and its task labels where it takes them."""
+    if isinstance(batch, dict):
+        return module(batch)
+    parts = list(batch) if isinstance(batch, (list, tuple)) else [batch]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+    return module(parts[0], parts[2]) if len(taken) > 1 and len(parts) > 2 else module(parts[0])
 
 
 def _sum_over(trainer: pl.Trainer) -> Any:

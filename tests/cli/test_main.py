@@ -26,25 +26,15 @@ OPTIONS = list(inspect.signature(LanceCallback).parameters)
 VALUES: dict[str, Any] = {
     "rank": {"batch": 8, "spatial": 0.8},
     "batch": "projected",
-    "core_bits": 8,
+    "bits": 8,
     "layers": ["net.0", "net.2"],
-    "companions": False,
     "freeze_norms": True,
     "memory_budget": "4MiB",
     "refresh": "epoch",
     "calibration_batches": 2,
-    "measure": False,
     "verbose": False,
-    "forward_fn": "tests.cli.test_main.forward",
     "seed": 3,
-    "continual": True,
 }
-
-FULL = {"batch": 4, "channel": "full", "spatial": "full"}
-
-
-def forward(module: SmallModule, batch: list[torch.Tensor]) -> torch.Tensor:
-    return module(batch[0])
 
 
 @pytest.fixture(autouse=True)
@@ -89,12 +79,12 @@ class TestSubcommands:
         assert not is_swapped(cli.model)
 
     def test_fit_equals_the_callback_in_python(self, config: Path) -> None:
-        cli = LanceCLI(["fit", "--config", str(config), "--lance.rank=0.8", "--lance.layers=2"])
+        cli = LanceCLI(["fit", "--config", str(config), "--lance.rank=0.8", "--lance.layers=2", "--lance.bits=8"])
         import lightning.pytorch as pl
 
         pl.seed_everything(7, workers=True)
         data, module = SmallData(), SmallModule()
-        callback = LanceCallback(rank=0.8, layers=2, calibration_batches=2, verbose=False)
+        callback = LanceCallback(rank=0.8, layers=2, bits=8, calibration_batches=2, verbose=False)
         pl.Trainer(**QUIET, callbacks=[callback]).fit(module, data)
         for name, weight in cli.model.state_dict().items():
             assert torch.equal(weight, module.state_dict()[name]), name
@@ -182,18 +172,18 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("flag", "wanted"),
         [
-            ("--lance.rank=true", ["lance.rank='true'", "'auto'", "int", "float"]),
-            ("--lance.rank=[3]", ["lance.rank=", "[3]", "'auto'", "int"]),
+            ("--lance.rank=true", ["lance.rank='true'", "'compact'", "int", "float"]),
+            ("--lance.rank=[3]", ["lance.rank=", "[3]", "'compact'", "int"]),
             ("--lance.rank=1.5", ["lance.rank=1.5", "(0, 1]"]),
             ("--lance.rank={bach: 4}", ["bach", "batch", "channel", "spatial"]),
             ("--lance.batch=baised", ["lance.batch='baised'", "'unbiased'", "'projected'"]),
-            ("--lance.companions=all", ["lance.companions='all'", "'approximate'", "True"]),
+            ("--lance.bits=3", ["lance.bits=3", "'auto'", "2, 4, 8", "None"]),
             ("--lance.refresh=0.5", ["lance.refresh=0.5", "'epoch'"]),
             ("--lance.calibration_batches=many", ["lance.calibration_batches='many'", "int"]),
             ("--lance.calibration_batches=0", ["lance.calibration_batches=0", "at least 1"]),
             ("--lance.layers=0", ["lance.layers=0", "at least 1"]),
             ("--lance.memory_budget=4XB", ["lance.memory_budget='4XB'", "'4MiB'"]),
-            ("--lance.measure=perhaps", ["lance.measure=perhaps", "true, false"]),
+            ("--lance.verbose=perhaps", ["lance.verbose=perhaps", "true, false"]),
             ("--lance.seed=x", ["lance.seed=", "x", "int"]),
             ("--lance.rnk=4", ["lance.rnk=4", "memory_budget, rank"]),
             ("--trainer.max_epochs=x", ["trainer.max_epochs=x", "int, null"]),
@@ -213,14 +203,14 @@ class TestMessages:
         ("section", "content", "wanted"),
         [
             ("lance", {"rnk": 3}, ["lance.rnk", "refresh"]),
-            ("lance", {"rank": [3]}, ["lance.rank=[3]", "'auto'"]),
+            ("lance", {"rank": [3]}, ["lance.rank=[3]", "'compact'"]),
             ("lance", {"layers": {"a": 1}}, ["lance.layers={'a': 1}", "int"]),
             ("lnce", {"rank": 3}, ["lnce"]),
             ("trainer", {"max_epochs": "x"}, ["trainer.max_epochs=x", "int"]),
             ("trainer", {"callbacks": [{"class_path": "lightning_lance.LanceCallback", "init_args": {"rank": True}}]},
-             ["trainer.callbacks.rank=True", "'auto'"]),
+             ["trainer.callbacks.rank=True", "'compact'"]),
             ("trainer", {"callbacks": [{"class_path": "lightning_lance.LanceCallback", "init_args": {"rnk": 3}}]},
-             ["trainer.callbacks.rnk", "rank, batch"]),
+             ["trainer.callbacks.rnk", "rank, bits"]),
             ("trainer", {"callbacks": [{"class_path": "lightning_lance.LanceCallbak"}]},
              ["trainer.callbacks", "lightning_lance.LanceCallbak"]),
         ],
@@ -251,7 +241,7 @@ class TestMessages:
 
         monkeypatch.setattr(SmallModule, "configure_optimizers", fail)
         with pytest.raises(ValueError, match="of the user"):
-            main(["fit", "--config", str(config), "--lance.measure=false"])
+            main(["fit", "--config", str(config)])
 
     @pytest.mark.parametrize(
         ("types", "words"),
@@ -270,7 +260,7 @@ class TestProfile:
     def test_table_json_and_plot(self, config: Path, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["profile", "--config", str(config), "--json=found.json", "--plot=found.png", "--top=2"])
         text = capsys.readouterr().out
-        for part in ("kept by operation", "kept by module", "4 more", "net.2", "ReluBackward0"):
+        for part in ("kept by operation", "kept by module", "4 more", "net.3", "relu"):
             assert part in text
         assert (cwd / "found.png").stat().st_size > 1000
         found = json.loads((cwd / "found.json").read_text())
@@ -279,11 +269,12 @@ class TestProfile:
             assert sum(found[key]["by_op"].values()) == found[key]["total"]
             assert sum(found[key]["by_module"].values()) == found[key]["total"]
 
-    def test_trains_nothing_and_writes_nothing(self, config: Path, cwd: Path) -> None:
+    @pytest.mark.parametrize(("rank", "steps"), [("auto", 1), ("compact", 3)])
+    def test_gives_the_weights_back_and_writes_nothing(self, config: Path, cwd: Path, rank: str, steps: int) -> None:
         before = sorted(cwd.rglob("*"))
-        cli = LanceCLI(["profile", "--config", str(config), "--trainer.logger=true"])
+        cli = LanceCLI(["profile", "--config", str(config), "--trainer.logger=true", f"--lance.rank={rank}"])
         assert sorted(cwd.rglob("*")) == before
-        assert cli.trainer.global_step == 0
+        assert cli.trainer.global_step == steps
         assert not is_swapped(cli.model)
         import lightning.pytorch as pl
 
@@ -291,9 +282,10 @@ class TestProfile:
         for name, weight in SmallModule().state_dict().items():
             assert torch.equal(weight, cli.model.state_dict()[name]), name
 
-    def test_equals_a_measurement_by_hand(self, config: Path, cwd: Path) -> None:
-        rank = json.dumps(FULL)
-        main(["profile", "--config", str(config), "--json=found.json", f"--lance.rank={rank}"])
+    @pytest.mark.parametrize("rank", ["auto", {"batch": 4}], ids=str)
+    def test_equals_a_measurement_by_hand(self, config: Path, cwd: Path, rank: Any) -> None:
+        given = rank if isinstance(rank, str) else json.dumps(rank)
+        main(["profile", "--config", str(config), "--json=found.json", f"--lance.rank={given}"])
         found = json.loads((cwd / "found.json").read_text())
         module, data = SmallModule(), SmallData()
         batches = list(data.loader())
@@ -301,14 +293,21 @@ class TestProfile:
         loss = torch.nn.functional.cross_entropy
         plain = measure_saved_bytes(lambda: loss(module(images), labels), module)
         assert found["plain"]["total"] == plain.total
-        assert found["plain"]["by_op"] == plain.by_op()
         assert found["plain"]["by_module"] == plain.by_module()
-        # Full factors, so that the calibration batches do not matter.
-        session = LanceSession(module, LanceConfig(rank=FULL))
-        session.start()
+        if rank == "auto":
+            assert found["plain"]["by_op"] == plain.by_op()
+        session = LanceSession(module, LanceConfig(rank=rank))
+        session.start(observe=False)
         session.calibrate([lambda: module(images)])
-        after = session.measure(lambda: loss(module(images), labels)).compressed
+        assert bool(session.layers) == (rank != "auto")
+        with session.step():
+            held = loss(module(images), labels)
+        session.stop()
+        held.backward()
+        assert session.report is not None
+        after = session.report.compressed
         assert after is not None
+        assert after.total * 4 < plain.total
         assert found["compressed"]["by_op"] == after.by_op()
         assert found["compressed"]["by_module"] == after.by_module()
 

@@ -76,19 +76,18 @@ class TestYaml:
     def test_every_option(self, cwd: Path) -> None:
         options = {
             "batch": "projected",
-            "companions": "approximate",
+            "bits": 2,
             "freeze_norms": True,
             "memory_budget": "1MiB",
             "refresh": 4,
             "calibration_batches": 3,
-            "measure": False,
             "verbose": False,
             "seed": 5,
         }
         [callback] = callbacks(user_cli(written(cwd, [entry(**options)])))
         for name in LanceConfig.__dataclass_fields__:
             assert getattr(callback.config, name) == options.get(name, getattr(LanceConfig(), name))
-        assert (callback.measure, callback.verbose) == (False, False)
+        assert not callback.verbose
 
     def test_one_callback_without_a_list(self, cwd: Path) -> None:
         [callback] = callbacks(user_cli(written(cwd, entry(rank=4))))

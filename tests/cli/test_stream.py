@@ -26,7 +26,7 @@ from lightning_lance.streams import AvalancheDataModule, StreamRunner
 ROOT = Path(__file__).parents[2]
 LANCE = [name for name in inspect.signature(ContinualCallback).parameters if name != "options"]
 OPTIONS = {
-    "lance": [*LANCE, "rank", "batch", "core_bits", "layers", "companions", "memory_budget", "calibration_batches"],
+    "lance": [*LANCE, "rank", "batch", "layers", "memory_budget", "calibration_batches"],
     "data": list(inspect.signature(AvalancheDataModule).parameters),
     "stream": ["root", "forward_transfer", "checkpoint_every", "restart", "progress"],
 }
@@ -175,7 +175,7 @@ class TestResume:
         before = capsys.readouterr().out
         for flag, wanted in (
             ("--plain=true", ["plain=false there, true asked for"]),
-            ("--lance.rank={batch: 2}", ['lance.rank="full" there', '{"batch": 2} asked for']),
+            ("--lance.rank={batch: 2}", ['lance.rank="auto" there', '{"batch": 2} asked for']),
             ("--trainer.max_epochs=3", ["trainer.max_epochs=2 there, 3"]),
         ):
             line = refused(capsys, "--config", str(config), flag, code=1)

@@ -68,7 +68,7 @@ def fit(folder: str, strategy: str, devices: int = WORLD, **options: Any) -> Tas
     """Two epochs; the data is split over the processes by Lightning."""
     torch.set_num_threads(1)
     module = seeded(lambda: Task(network(), lr=0.05))
-    callback = lance(**options)
+    callback = lance(rank="compact", **options)
     loader = DataLoader(images(WORLD * BATCH * STEPS), batch_size=BATCH, shuffle=False)
     trainer = make_trainer([callback, Save(folder, callback)], strategy=strategy, devices=devices)
     trainer.fit(module, loader)
@@ -100,31 +100,38 @@ def leave() -> None:
     os._exit(0)
 
 
-SHARDED = [(rules, before) for rules in ("full", "auto") for before in (False, True)]
-"""Ranks, and whether the layers are swapped before they are sharded."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "exact": {"rank": 10_000, "bits": None},
+    "compact": {"rank": "compact"},
+    "default": {},
+}
+"""Of the session: projections on all of every mode, on some, and none."""
+
+SHARDED = [(options, before) for options in OPTIONS for before in (False, True)]
+"""Options, and whether the session starts before the layers are sharded."""
 
 
-def train_sharded(rank: int, mesh: Any, rules: Any, before: bool) -> dict[str, Any]:
+def train_sharded(rank: int, mesh: Any, options: str, before: bool) -> dict[str, Any]:
     """Each process trains on its half of the batch; the shards are gathered for the comparison."""
     from torch.distributed.fsdp import fully_shard
 
     model = seeded(network)
-    session = LanceSession(model, LanceConfig(rank=rules))
+    session = LanceSession(model, LanceConfig(**OPTIONS[options]))
     if before:
-        session.start()
+        session.start(observe=False)
     for layer in model:
         if list(layer.parameters()):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     classes = [type(module).__name__ for module in model.modules()]
     if not before:
-        session.start()
+        session.start(observe=False)
     x, y = (tensor[rank::WORLD] for tensor in images(WORLD * BATCH).tensors)
     session.calibrate([lambda: model(x)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        with session.functional():
+        with session.step():
             loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from tests.compat.networks import Case
 from tests.compat.rows import data, lance
-from tests.compat.setups import CASE, Setup, resnet
+from tests.compat.setups import CASE, Setup
 from tests.trainers import make_trainer
 
 BATCH = 16
@@ -88,7 +87,7 @@ def step_ratio(setup: Setup, case: Case) -> float:
         turns.wait(side)
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        own = [lance(measure=False)] if side else []
+        own = [lance()] if side else []
         callbacks = [timed[side], *setup.callbacks(), *own, *setup.later()]
         options = {**setup.options, "max_epochs": 1000}
         try:
@@ -116,30 +115,3 @@ def step_ratio(setup: Setup, case: Case) -> float:
 def setup_ratio(setup: Setup) -> float:
     """:func:`step_ratio` on ResNet-18 with larger inputs than those of the tests."""
     return step_ratio(setup, Case(CASE.build, (3, SIZE, SIZE)))
-
-
-def uncalibrated_ratio(companions: bool, pairs: int = 40) -> float:
-    """Processor time of a step of a swapped ResNet-18 that has no subspaces yet, to that of a plain one."""
-    from lightning_lance import LanceConfig, LanceSession
-
-    models = [resnet(), resnet()]
-    session = LanceSession(models[1], LanceConfig(companions=companions))
-    session.start()
-    x, y = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(0, 10, (BATCH,))
-
-    def plain() -> Any:
-        return torch.nn.functional.cross_entropy(models[0](x), y)
-
-    def ours() -> Any:
-        with session.functional():
-            return torch.nn.functional.cross_entropy(models[1](x), y)
-
-    def seconds(loss: Callable[[], Any], model: Any) -> float:
-        model.zero_grad()
-        start = time.process_time()
-        loss().backward()
-        return time.process_time() - start
-
-    found = [(seconds(plain, models[0]), seconds(ours, models[1])) for _ in range(pairs + SKIPPED)][SKIPPED:]
-    session.stop()
-    return statistics.median(after / before for before, after in found)

@@ -181,9 +181,7 @@ class Setup:
         slow: whether it takes more than a few seconds.
         timed: whether its steps are timed: those of a setup that only changes how many there are, are not.
         ignore: key of the snapshot that the setup itself changes.
-        warns: pattern of the warning of ours that it gets.
-        layers: names of layers that must be compressed.
-        left: names of layers that must be left alone, and named.
+        layers: names of layers that must be projected where anything is.
     """
 
     make: Callable[[], Any] = lambda: Task(resnet())
@@ -196,9 +194,7 @@ class Setup:
     slow: bool = False
     timed: bool = True
     ignore: str = ""
-    warns: str = ""
     layers: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
 
 
 def validated(batches: Batches) -> Any:
@@ -218,7 +214,7 @@ def compiled_stage() -> Task:
 
 
 class CompileLate(Callback):
-    """Compiles the network once its layers are swapped."""
+    """Compiles the network after our callback has begun."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.net.compile(backend="aot_eager")
@@ -237,9 +233,7 @@ SETUPS: dict[str, Setup] = {
     "manual optimisation": Setup(make=lambda: ManualTask(resnet())),
     "two optimisers (GAN)": Setup(
         make=lambda: Gan(resnet()),
-        note="the bytes are those of both losses of a step, which are never in memory together",
         layers=("generator.down2.0", "paint", "net.layer4.1.conv2"),
-        left=("generator.up",),
     ),
     "a pass without gradients in the step": Setup(make=lambda: SelfDistilled(resnet())),
     "SWA": Setup(
@@ -261,7 +255,7 @@ SETUPS: dict[str, Setup] = {
     "activation checkpointing, reentrant": Setup(make=lambda: Task(Checkpointed(True))),
     "torch.compile of the network": Setup(make=compiled_network, slow=True),
     "torch.compile of one stage": Setup(make=compiled_stage),
-    "torch.compile after the swap": Setup(callbacks=lambda: [CompileLate()], slow=True, ignore="attributes"),
+    "torch.compile at the start of training": Setup(callbacks=lambda: [CompileLate()], slow=True, ignore="attributes"),
     "trainer.fit(torch.compile(module))": Setup(
         make=lambda: torch.compile(Task(resnet()), backend="aot_eager"), slow=True
     ),
@@ -276,9 +270,7 @@ SETUPS: dict[str, Setup] = {
         options={"limit_train_batches": 2},
         timed=False,
     ),
-    "overfit_batches": Setup(
-        options={"overfit_batches": 1}, note="one batch defines the subspaces", timed=False, warns="has only 1"
-    ),
+    "overfit_batches": Setup(options={"overfit_batches": 1}, timed=False),
     "max_time": Setup(options={"max_time": timedelta(minutes=5)}, timed=False),
     "max_steps": Setup(options={"max_steps": 4, "max_epochs": -1}, timed=False),
     "validation inside the epoch": Setup(val=validated, options={"val_check_interval": 1}),

@@ -77,34 +77,39 @@ def add_times(rows: Sequence[Row]) -> None:
 
 
 def verdict(row: Row) -> str:
-    """What a reader wants to know: works, works with a limit, what was left alone."""
+    """What a reader wants to know: works, or works with a limit."""
     limits = [row["note"]] if row["note"] else []
     if row.get("step", 0) > LIMIT:
         limits.append(f"a step takes {row['step']:.2f} times as long")
-    limits += [f"{count} × {what}" if count > 1 else what for what, count in (row.get("left") or {}).items()]
     return "works" if not limits else "works; " + "; ".join(limits)
 
 
 def cells(row: Row) -> list[str]:
     """One line of either table."""
     if "plain" not in row:
-        return [row["name"], "", "", "", "", verdict(row)]
+        return [row["name"], *[""] * (len(HEADER) - 2), verdict(row)]
     less = row["plain"] / max(row["compressed"], 1)
     step = f"{row['step']:.2f}" if "step" in row else ""
     sizes = [format_bytes(row["plain"]), format_bytes(row["compressed"])]
-    return [row["name"], *sizes, f"{less:.0f}×" if less >= 10 else f"{less:.1f}×", step, verdict(row)]
+    cosines = [f"{row[key]:.4f}" if key in row else "" for key in COSINES]
+    return [row["name"], *sizes, f"{less:.0f}×" if less >= 10 else f"{less:.1f}×", *cosines, step, verdict(row)]
 
 
-HEADER = ["", "plain keeps", "kept", "less", "step", "what to know"]
+COSINES = {"cosine_auto": "cosine", "cosine_2": "2 bits", "cosine_bf16": "bf16"}
+HEADER = ["", "plain keeps", "kept", "less", *COSINES.values(), "step", "what to know"]
 
 
 def markdown(rows: Sequence[Row], first: str) -> str:
     """A table in Markdown."""
     lines = [[first, *HEADER[1:]], ["---"] * len(HEADER), *map(cells, rows)]
+    if not any(key in row for row in rows for key in COSINES):
+        lines = [
+            [cell for cell, title in zip(line, HEADER, strict=True) if title not in COSINES.values()] for line in lines
+        ]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def document(rows: Sequence[Row], overhead: dict[str, float]) -> str:
+def document(rows: Sequence[Row]) -> str:
     """The whole of docs/compatibility.md."""
     import lightning
     import torch
@@ -122,11 +127,13 @@ def document(rows: Sequence[Row], overhead: dict[str, float]) -> str:
         "`LanceCallback()` as it comes, everything trainable. In every row two epochs are trained, the loss stays "
         "finite, fewer bytes are kept than by plain training, and the model comes back as it was.",
         f"*plain keeps* and *kept* are all that autograd holds for one batch of {TESTED}, measured with saved-tensor "
-        "hooks. *step* is the processor time of a training step next to that of a plain one: the median over pairs "
+        "hooks. *cosine* is that of the gradient of all parameters to plain training's, in training mode and from the "
+        "same random state, *2 bits* that with `bits=2`, *bf16* that of autocast to bfloat16 in its place. "
+        "*step* is the processor time of a training step next to that of a plain one: the median over pairs "
         f"that two Trainers take in turn in one process, on one thread, at a batch of {BATCH}. More than {LIMIT} is a "
-        f"limit, and said so in {slower} rows. It comes from what each layer costs however small its input, "
+        f"limit, and said so in {slower} rows. It comes from what each operator costs however small its input, "
         "which these images and networks show most, and from networks of depthwise and pointwise convolutions, which "
-        "compute little on each element that is projected. Rows without a time take the steps of the first row.",
+        "compute little on each element that is rounded. Rows without a time take the steps of the first row.",
         "## Networks",
         markdown(networks, "network"),
         "None of them keeps more than plain training at a batch of 2 either.",
@@ -136,13 +143,6 @@ def document(rows: Sequence[Row], overhead: dict[str, float]) -> str:
     ]
     if others:
         parts += ["## Beside the Trainer", *(f"- {row['name']}: {row['note'] or 'works'}" for row in others)]
-    if overhead:
-        parts += [
-            "## Before calibration",
-            "A layer that is swapped and not calibrated yet runs the stock operator. A step of ResNet-18 takes "
-            + " and ".join(f"{(value - 1) * 100:+.1f}% {name}" for name, value in overhead.items())
-            + " next to a plain one.",
-        ]
     text = "\n\n".join(parts) + "\n"
     return text.replace("\n\n- ", "\n- ").replace("## Beside the Trainer\n- ", "## Beside the Trainer\n\n- ")
 
@@ -164,19 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     start = time.monotonic()
     rows = results(options.only)
-    overhead: dict[str, float] = {}
     if not options.no_time:
         add_times(rows)
-        from tests.compat.pairs import uncalibrated_ratio
-
-        overhead = {"without companions": uncalibrated_ratio(False), "with them": uncalibrated_ratio(True)}
     for kind in ("network", "setup"):
         show(kind, [row for row in rows if row["kind"] == kind])
-    for name, value in overhead.items():
-        say(f"not calibrated yet, {name}: {value:.3f}")
     say(f"{len(rows)} rows in {time.monotonic() - start:.0f} s")
     if options.write:
-        options.write.write_text(document(rows, overhead), encoding="utf-8")
+        options.write.write_text(document(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

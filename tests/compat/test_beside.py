@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import export
 from torch.func import functional_call, grad, jvp, vmap
 
-from lightning_lance import LanceConfig, LanceError, LanceSession, LanceWarning, is_swapped, restore, swap
+from lightning_lance import LanceConfig, LanceError, LanceSession, is_swapped
 from tests.compat.networks import CLASSES, NETWORKS, Case
 from tests.compat.rows import Task, data, lance, write
 from tests.compat.setups import CASE, resnet
@@ -85,10 +86,10 @@ def test_onnx_export_after_fit() -> None:
 
 @pytest.fixture
 def ready() -> Any:
-    """A calibrated network, batch norm in eval mode, in which every layer can be compressed."""
+    """A calibrated network, batch norm in eval mode, in which every layer is projected."""
     net, x = resnet().eval(), CASE.input(8)
-    session = LanceSession(net, LanceConfig())
-    session.start()
+    session = LanceSession(net, LanceConfig(rank="compact"))
+    session.start(observe=False)
     session.calibrate([lambda: net(x)])
     yield net, x, session
     session.stop()
@@ -114,15 +115,17 @@ def test_function_transforms_are_refused_where_they_would_be_wrong(ready: Any) -
     torch.testing.assert_close(several, vmap(loss)(stacked))
     torch.testing.assert_close(forward, jvp(loss, (parameters,), (parameters,)))
     assert grad(loss)(parameters).keys() == parameters.keys()
-    write("other", "torch.func on a swapped model", None, "gradients are refused with an error, and work once restored")
+    write(
+        "other", "torch.func where layers project", None, "gradients are refused with an error, and work once restored"
+    )
 
 
 def test_function_transforms_before_calibration_run_the_stock_path() -> None:
     net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 6)
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
     expected = grad(loss_of(net, x))(parameters)
-    session = LanceSession(net)
-    session.start()
+    session = LanceSession(net, LanceConfig(rank="compact"))
+    session.start(observe=False)
     torch.testing.assert_close(grad(loss_of(net, x))(parameters), expected)
     session.stop()
 
@@ -132,22 +135,36 @@ def test_second_derivatives_are_refused(ready: Any) -> None:
     x = x.clone().requires_grad_()
     with pytest.raises(LanceError, match=r"create_graph=True.*restore\(model\)"):
         torch.autograd.grad(net(x).sum(), x, create_graph=True)
-    write("other", "second derivatives (create_graph=True) of a swapped model", None, "refused with an error")
+    write("other", "second derivatives (create_graph=True) where layers project", None, "refused with an error")
 
 
-@pytest.mark.parametrize("companions", [True, "approximate"])
-def test_second_derivatives_through_companions_alone(companions: Any) -> None:
-    """Uncalibrated, only the companions act. A graph that ends at the weights goes around their inputs."""
-    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 1))
-    x = torch.randn(4, 6, requires_grad=True)
-    swap(net, LanceConfig(companions=companions))
-    with pytest.raises(LanceError, match=r"create_graph=True.*restore\(model\)"):
-        torch.autograd.grad(net(x).sum(), x, create_graph=True)
-    restore(net)
-    torch.autograd.grad(net(x).sum(), x, create_graph=True)
+@pytest.mark.parametrize("bits", ["auto", 8, None])
+def test_second_derivatives_in_a_step_that_projects_nothing(bits: Any) -> None:
+    """The graph of the gradient is whole, and as exact as what is kept."""
+    net = nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, 1)
+    )
+    x = torch.randn(64, 32, requires_grad=True)
+    session = LanceSession(net, LanceConfig(bits=bits))
+    session.start()
+
+    def penalised(step: Any) -> Tensor:
+        torch.manual_seed(0)
+        with step:
+            (first,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            loss = first.square().sum()
+        return torch.cat([found.flatten() for found in torch.autograd.grad(loss, list(net.parameters())[:-1])])
+
+    plain, ours = penalised(nullcontext()), penalised(session.step())
+    session.stop()
+    if bits is None:
+        torch.testing.assert_close(ours, plain)
+    else:
+        assert 1e-5 < float((ours - plain).norm() / plain.norm()) < (0.02 if bits == 8 else 0.2)
+    write("other", "second derivatives (create_graph=True)", None, "as exact as what is kept")
 
 
-def test_a_gradient_penalty_in_the_training_step_is_refused_and_restored() -> None:
+def test_a_gradient_penalty_is_refused_where_layers_project_and_the_model_restored() -> None:
     class Penalised(Task):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x = batch[0].requires_grad_()
@@ -158,12 +175,10 @@ def test_a_gradient_penalty_in_the_training_step_is_refused_and_restored() -> No
             return loss
 
     module = Penalised(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.Linear(16, CLASSES)))
-    with (
-        pytest.warns(LanceWarning, match="could not be measured"),
-        pytest.raises(LanceError, match=r"create_graph=True.*restore\(model\)"),
-    ):
-        make_trainer([lance()]).fit(module, data(CASE))
+    with pytest.raises(LanceError, match=r"create_graph=True.*restore\(model\)"):
+        make_trainer([lance(rank="compact", calibration_batches=1)]).fit(module, data(CASE))
     assert not is_swapped(module)
+    make_trainer([lance()]).fit(module, data(CASE))
 
 
 ACCELERATORS = [

@@ -15,17 +15,21 @@ from lightning_lance.errors import ConfigError
 def test_the_defaults_are_the_documented_ones() -> None:
     config = LanceConfig()
     assert (config.rank, config.batch, config.layers) == ("auto", "unbiased", "trainable")
-    assert (config.companions, config.freeze_norms, config.memory_budget, config.refresh) == (True, False, None, None)
+    assert (config.bits, config.freeze_norms, config.memory_budget, config.refresh) == ("auto", False, None, None)
+    assert config.kept_bits == (4, 4)
     assert config.calibration_batches == 8
     assert config.budget is None
     rules = config.rules().for_layer("any")
-    assert (rules.batch, rules.channel, rules.spatial) == ("auto", "full", "auto")
+    assert (rules.batch, rules.channel, rules.spatial) == ("full", "full", "full")
+    assert LanceConfig(rank=None).rules().for_layer("any") == rules
+    compact = LanceConfig(rank="compact").rules().for_layer("any")
+    assert (compact.batch, compact.channel, compact.spatial) == ("compact", "full", "compact")
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": 0.7, "batch": "projected", "companions": False},
+        {"rank": 0.7, "batch": "projected", "bits": None},
         {"rank": 1, "batch": "projected"},
         {"rank": 2},
         {"rank": 1.0},
@@ -34,7 +38,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
         {"layers": "layer4.*"},
         {"layers": ["layer4", "fc"]},
         {"layers": ("fc",)},
-        {"companions": "approximate", "freeze_norms": True},
+        {"bits": 2, "freeze_norms": True},
+        {"bits": 8, "rank": None},
+        {"rank": "compact"},
         {"refresh": "epoch"},
         {"refresh": 1},
         {"calibration_batches": 1, "seed": -5},
@@ -52,7 +58,7 @@ def test_allowed_values_are_kept_as_given(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
-        ("rank", 0, "'auto', 'full', an int of at least 1"),
+        ("rank", 0, "'auto', None, 'full', 'compact', an int of at least 1"),
         ("rank", 1.01, "a float in (0, 1]"),
         ("rank", "fast", "'auto'"),
         ("rank", {"chanel": 3}, "batch, channel (or feature), spatial (or token)"),
@@ -67,8 +73,8 @@ def test_allowed_values_are_kept_as_given(options: dict[str, Any]) -> None:
         ("layers", [], "['layer4.*', 'fc']"),
         ("layers", ["fc", 3], "['layer4.*', 'fc']"),
         ("layers", "", "name pattern"),
-        ("companions", "all", "True, False, 'approximate'"),
-        ("companions", None, "True, False, 'approximate'"),
+        ("bits", 3, "'auto', 2, 4, 8, None"),
+        ("bits", True, "'auto', 2, 4, 8, None"),
         ("freeze_norms", "yes", "True, False"),
         ("freeze_norms", None, "True, False"),
         ("memory_budget", 0, "a positive int, or a string such as '4MiB'"),

@@ -24,12 +24,15 @@ def report() -> Report:
     net.rnn = nn.LSTM(2, 2)
     net.linear = nn.Linear(5, 5).requires_grad_(False)
     x = torch.randn(BATCH, 3, 8, 8)
-    session = LanceSession(net, LanceConfig(rank={"channel": 0.8, "spatial": 2}))
+    session = LanceSession(net, LanceConfig(rank={"batch": "compact", "channel": 0.8, "spatial": 2}))
     session.start()
     session.calibrate([lambda: net["body"](x)])
-    made = session.measure(lambda: net["body"](x))
+    with session.step():
+        loss = net["body"](x).sum()
+    loss.backward()
     session.stop()
-    return made
+    assert session.report is not None
+    return session.report
 
 
 def test_layers_say_what_was_kept(report: Report) -> None:
@@ -44,8 +47,8 @@ def test_layers_say_what_was_kept(report: Report) -> None:
     assert first.energy["channel"] > 0.8
     assert first.plain_bytes == BATCH * 3 * 8 * 8 * 4
     assert first.core_shape[1] == 3
-    # 72 elements of 4 bits in two groups of 64 with a range each, two factors of 8 x 2, the sample order.
-    assert first.formula_bytes == 2 * (32 + 4) + 4 * (16 + 16 + BATCH)
+    # 72 elements of 4 bits in a group of 128 with a range, two factors of 8 x 2, the sample order.
+    assert first.formula_bytes == (64 + 4) + 4 * (16 + 16 + BATCH)
     assert {item.name for item in report.left} == {"rnn", "spare"}
 
 
@@ -89,18 +92,19 @@ def test_table_names_every_layer_and_what_is_left(
         assert "x".join(map(str, layer.core_shape)) in text
     assert "rnn (LSTM): no variant for LSTM" in text
     assert "spare (Linear): calibration never saw an input of it" in text
-    assert f"({report.ratio:.1f}x less)" in text
+    assert f"({report.ratio:.0f}x less)" in text
     assert ("LANCE: activations kept" in text) is with_rich
 
 
 def test_what_still_holds_memory_is_named_largest_first(report: Report) -> None:
-    lines = report.still_held(50)
-    own = {layer.name for layer in report.layers}
     assert report.compressed is not None
-    others = [holder for holder in report.compressed.holders if holder.module not in own]
-    assert others
-    assert {holder.module for holder in others} == {line.rsplit(" in ", 1)[1] for line in lines}
+    lines = report.still_held(50)
+    assert [line.rsplit(" for ", 1)[1] for line in lines] == list(report.compressed.by_op())
     assert len(report.still_held(1)) == 1
+    header, rows = report.by_operator(2)
+    assert len(header) == 4
+    assert [row[0] for row in rows[:2]] == list(report.plain.by_op())[:2]  # type: ignore[union-attr]
+    assert rows[2][0].endswith(" more")
 
 
 def test_a_report_without_measurement_renders(report: Report) -> None:

@@ -51,9 +51,9 @@ def test_convolution_batch_norm_relu() -> None:
     assert kept.total == image + maps + 2 * 6 * FLOAT + maps
     assert kept.by_module() == {"0": image, "1": maps + 2 * 6 * FLOAT, "2": maps}
     assert kept.by_op() == {
-        "NativeBatchNormBackward0": maps + 2 * 6 * FLOAT,
-        "ReluBackward0": maps,
-        "ConvolutionBackward0": image,
+        "batch_norm": maps + 2 * 6 * FLOAT,
+        "relu": maps,
+        "conv2d": image,
     }
 
 
@@ -160,7 +160,7 @@ def test_a_model_given_as_function_is_found() -> None:
     for function in (model, model.forward):
         kept = measure_saved_bytes(function)
         assert kept.total == 6 * FLOAT  # the result of exp
-    assert kept.holders[0].op == "ExpBackward0"
+    assert kept.holders[0].op == "exp"
 
 
 def test_empty_tensors_count_nothing() -> None:
@@ -202,7 +202,7 @@ def test_a_graph_that_the_model_keeps_beside_its_result_is_kept() -> None:
 
     kept = measured(Auxiliary(), torch.randn(8, 10))
     assert kept.by_module() == {"layer": 8 * 10 * FLOAT, "other": 8 * 10 * FLOAT}
-    assert kept.by_op() == {"AddmmBackward0": 8 * 10 * FLOAT, "elsewhere": 8 * 10 * FLOAT}
+    assert kept.by_op() == {"linear": 2 * 8 * 10 * FLOAT}
 
 
 def test_a_result_without_a_graph_keeps_nothing() -> None:
@@ -255,15 +255,15 @@ def test_holders_name_the_operation_the_module_and_the_shape() -> None:
     found = [(holder.op, holder.module, holder.shape) for holder in kept.holders]
     # The softmax keeps its result, which log keeps as well: it counts for whoever saved it first.
     assert found == [
-        ("ReluBackward0", "body.1", (4, 6, 8, 8)),
-        ("ConvolutionBackward0", "body.0", (4, 3, 8, 8)),
-        ("SoftmaxBackward0", "", (4, 6)),
+        ("relu", "body.1", (4, 6, 8, 8)),
+        ("conv2d", "body.0", (4, 3, 8, 8)),
+        ("softmax", "", (4, 6)),
     ]
     assert [holder.bytes for holder in kept.holders] == sorted([h.bytes for h in kept.holders], reverse=True)
     assert sum(holder.bytes for holder in kept.holders) == kept.total
     text = str(kept)
     assert "autograd keeps 9.31 KB in 3 storages" in text
-    for part in ("6.14 KB  ReluBackward0  4x6x8x8  body.1", "3.07 KB", "96 B  SoftmaxBackward0"):
+    for part in ("6.14 KB  relu  4x6x8x8  body.1", "3.07 KB", "96 B  softmax"):
         assert part in text
 
 
@@ -403,13 +403,13 @@ def test_measuring_twice_gives_the_same() -> None:
 def test_a_swapped_network_against_the_sum_by_hand() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
     input = torch.randn(16, 4, 6, 6)
-    swap(model, LanceConfig(rank={"batch": 4, "channel": 3, "spatial": 2}, core_bits=None))
+    swap(model, LanceConfig(rank={"batch": 4, "channel": 3, "spatial": 2}, bits=None))
     with calibrate(model):
         model(input)
     groups, rotation = 16 * 4, 4 * 4 * FLOAT
     convolution = (4 * 3 * 2 * 2 + 4 * 3 + 6 * 2 + 6 * 2) * FLOAT + groups
     linear = (4 * 3 + 288 * 3) * FLOAT + groups
-    mask = 16 * 8 * 36 // 8
+    mask = 16 * 8 * 36 * FLOAT  # without a store the stock ReLU keeps its output
     kept = measured(model, input)
     assert kept.total == convolution + linear + rotation + mask
     assert {holder.module for holder in kept.holders} == {"0", "1", "3"}

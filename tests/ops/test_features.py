@@ -13,20 +13,16 @@ from torch import Tensor
 
 from lightning_lance.ops import features
 from lightning_lance.ops.features import FeatureSide, feature_rows
-from tests.ops.test_conv import Case, cases
+from tests.ops.table import Case, cases
 
 
 def all_rows(*args: object, **kwargs: object) -> Tensor:
     return torch.cat(list(feature_rows(*args, **kwargs)), 1)  # type: ignore[arg-type]
 
 
-def side_of(case: Case, patch: bool) -> FeatureSide:
-    return FeatureSide(case.groups, case.shape[1] // case.groups, case.kernel, patch)
-
-
 @given(cases(st.integers(1, 4)), st.booleans())
 def test_patches_times_weight_rows_are_the_convolution(case: Case, channels_last: bool) -> None:
-    module, side = case.module(), side_of(case, True)
+    module, side = case.module(), case.side(True)
     module.bias = None
     input = torch.randn(case.shape, dtype=torch.float64)
     if channels_last and input.dim() == 4:
@@ -40,14 +36,14 @@ def test_patches_times_weight_rows_are_the_convolution(case: Case, channels_last
 @given(cases(st.integers(1, 4)))
 def test_channel_vectors_are_the_positions_of_the_input(case: Case) -> None:
     input = torch.randn(case.shape, dtype=torch.float64)
-    rows = all_rows(input, side_of(case, False), case.geometry())
+    rows = all_rows(input, case.side(False), case.geometry())
     expected = input.movedim(1, -1).reshape(-1, case.groups, case.shape[1] // case.groups).transpose(0, 1)
     assert torch.equal(rows, expected)
 
 
 @given(cases(), st.booleans())
 def test_weight_rows_come_back(case: Case, patch: bool) -> None:
-    weight, side = case.module().weight.detach(), side_of(case, patch)
+    weight, side = case.module().weight.detach(), case.side(patch)
     rows = side.rows(weight)
     assert rows.shape == (case.groups, weight.numel() // case.groups // side.width, side.width)
     assert torch.equal(side.weight(rows, weight.shape), weight)
@@ -69,9 +65,9 @@ def test_linear_inputs_of_any_rank(shape: tuple[int, ...]) -> None:
 def test_pieces_are_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case((3, 4, 9, 8), 4, (3, 3), (1, 1), (1, 1), (1, 1), 2, "zeros", False)
     input = torch.randn(case.shape, dtype=torch.float64)
-    whole = all_rows(input, side_of(case, True), case.geometry())
+    whole = all_rows(input, case.side(True), case.geometry())
     monkeypatch.setattr(features, "_CHUNK", 300)
-    pieces = list(feature_rows(input, side_of(case, True), case.geometry()))
+    pieces = list(feature_rows(input, case.side(True), case.geometry()))
     assert max(piece.numel() for piece in pieces) <= 300
     assert torch.equal(torch.cat(pieces, 1), whole)
 
@@ -90,7 +86,7 @@ def test_a_subset_is_random_repeatable_and_leaves_the_global_generator() -> None
     shape = case.geometry()
     before = torch.get_rng_state()
     first, again, other = (
-        all_rows(input, side_of(case, True), shape, 100, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)
+        all_rows(input, case.side(True), shape, 100, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)
     )
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first, again)

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from lightning_lance import LanceSession, measure_saved_bytes
-from lightning_lance.compression.functional import compact_functional
+from lightning_lance import LanceConfig, LanceSession
 from lightning_lance.ops.watching import WatchingMode, unwatched
 
 
@@ -39,7 +37,7 @@ def test_the_mode_is_back_after_the_method_and_after_an_error() -> None:
             raise KeyError
         return _get_current_function_mode()
 
-    with compact_functional() as mode:
+    with CountingOurs() as mode:
         assert inner(False) is None
         with pytest.raises(KeyError):
             inner(True)
@@ -50,41 +48,18 @@ def test_the_mode_is_back_after_the_method_and_after_an_error() -> None:
     assert _get_current_function_mode() is None
 
 
-def test_swapped_layers_run_unseen_by_ours_and_seen_by_others() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+def test_what_a_swapped_layer_projects_is_unseen_by_ours_and_seen_by_others() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
     x = torch.randn(32, 3, 8, 8)
-    session = LanceSession(model)
+    session = LanceSession(model, LanceConfig(rank={"batch": 4, "spatial": 3}))
     session.start()
     session.calibrate([lambda: model(x)])
     with CountingOurs() as ours:
         model(x)
     names = {function.__name__ for function in ours.seen}
-    assert "flatten" in names
-    assert not names & {"conv2d", "linear", "relu", "matmul", "numel", "bool"}
+    assert {"flatten", "relu"} <= names
+    assert not names & {"conv2d", "linear", "matmul", "index_add_"}
     with Counting() as others:
         model(x)
-    assert {function.__name__ for function in others.seen} >= {"conv2d", "linear", "relu", "matmul"}
-    session.stop()
-
-
-def test_functional_calls_between_swapped_layers_are_still_replaced() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(16, 64), nn.Linear(64, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(F.relu(self.first(x)))
-
-    model, x = Net(), torch.randn(32, 16)
-    session = LanceSession(model)
-    session.start()
-    session.calibrate([lambda: model(x)])
-
-    def run() -> Any:
-        with session.functional():
-            return model(x).sum()
-
-    unseen = measure_saved_bytes(lambda: model(x).sum(), model).total
-    assert measure_saved_bytes(run, model).total == unseen - 32 * 64 * 4 + 32 * 64 // 8
+    assert {function.__name__ for function in others.seen} >= {"conv2d", "linear", "matmul"}
     session.stop()

@@ -35,10 +35,14 @@ def reported(budget: int | str | None, **options: Any) -> tuple[Report, int]:
     """The report, and the bytes that the compressed layers keep by measurement."""
     torch.manual_seed(0)
     net, x = convolutions(), inputs()
-    session = LanceSession(net, LanceConfig(memory_budget=budget, **{"core_bits": None, **options}))
+    session = LanceSession(net, LanceConfig(memory_budget=budget, **{"rank": "compact", "bits": None, **options}))
     session.start()
     session.calibrate([lambda: net(x)])
-    report = session.measure(lambda: net(x))
+    with session.step():
+        output = net(x)
+    del output
+    report = session.report
+    assert report is not None
     holders = measure_saved_bytes(lambda: net(x), net).holders
     rotation = (report.layers[0].core_shape[0],) * 2  # one copy for all layers, not in the budget
     measured = sum(holder.bytes for holder in holders if holder.shape not in (rotation, (6, 16, 16)))
@@ -113,7 +117,7 @@ def test_ranks_asked_for_are_never_raised() -> None:
 
 
 def test_int_ranks_stay() -> None:
-    report, _ = reported(9000, rank={"channel": 5, "spatial": 4})
+    report, _ = reported(9000, rank={"batch": "compact", "channel": 5, "spatial": 4})
     assert {layer.core_shape[1:] for layer in report.layers} == {(5, 4, 4)}
     assert {layer.core_shape[0] for layer in report.layers} < {2, 3, 4, 5, 6, 7}
 

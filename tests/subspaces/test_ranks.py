@@ -13,23 +13,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_lance.errors import ConfigError, LanceError
-from lightning_lance.subspaces.ranks import ModeRanks, RankRules, auto_batch_rank, closest, matches, worthwhile
+from lightning_lance.subspaces.ranks import (
+    COMPACT,
+    ModeRanks,
+    RankRules,
+    closest,
+    compact_batch_rank,
+    matches,
+    worthwhile,
+)
 
-AUTO = ModeRanks("auto", "full", "auto")
+WHOLE = ModeRanks("full", "full", "full")
 
 
 @pytest.mark.parametrize(
     ("rank", "expected"),
     [
-        ("auto", AUTO),
-        ("full", ModeRanks("full", "full", "full")),
+        ("auto", WHOLE),
+        (None, WHOLE),
+        ("full", WHOLE),
+        ("compact", ModeRanks("compact", "full", "compact")),
         (3, ModeRanks(3, 3, 3)),
         (0.7, ModeRanks(0.7, 0.7, 0.7)),
         (1.0, ModeRanks(1.0, 1.0, 1.0)),
-        ({"batch": 4}, ModeRanks(4, "full", "auto")),
-        ({"batch": "auto", "channel": "auto", "spatial": "auto"}, AUTO),
-        ({"feature": 0.97, "token": "full"}, ModeRanks("auto", 0.97, "full")),
-        (OrderedDict(spatial=2), ModeRanks("auto", "full", 2)),
+        ({"batch": 4}, ModeRanks(4, "full", "full")),
+        ({"batch": "compact", "channel": "compact", "spatial": "compact"}, COMPACT),
+        ({"feature": 0.97, "token": "compact"}, ModeRanks("full", 0.97, "compact")),
+        (OrderedDict(spatial=2), ModeRanks("full", "full", 2)),
     ],
 )
 def test_a_rule_for_every_layer(rank: Any, expected: ModeRanks) -> None:
@@ -39,19 +49,26 @@ def test_a_rule_for_every_layer(rank: Any, expected: ModeRanks) -> None:
 
 
 def test_rules_by_layer_pattern_take_the_first_that_matches() -> None:
-    rules = RankRules({"layer4.0": {"channel": 0.9}, "layer4": 0.7, "fc": "full", "head*": "auto"})
-    assert rules.for_layer("layer4.0.conv1") == ModeRanks("auto", 0.9, "auto")
+    rules = RankRules({"layer4.0": {"channel": 0.9}, "layer4": 0.7, "fc": "full", "head*": "compact", "tail": None})
+    assert rules.for_layer("layer4.0.conv1") == ModeRanks("full", 0.9, "full")
     assert rules.for_layer("layer4.1.conv1") == ModeRanks(0.7, 0.7, 0.7)
     assert rules.for_layer("fc") == ModeRanks("full", "full", "full")
-    assert rules.for_layer("head2") == AUTO
-    assert rules.for_layer("layer1.0") == AUTO
-    assert len(rules.all_rules()) == 5
+    assert rules.for_layer("head2") == COMPACT
+    assert rules.for_layer("tail") == rules.for_layer("layer1.0") == WHOLE
+    assert len(rules.all_rules()) == 6
+
+
+def test_only_rules_that_project_need_a_swap() -> None:
+    assert not WHOLE.projects
+    assert all(RankRules(rank).default.projects for rank in ("compact", 3, 1.0, {"batch": 4}, {"spatial": 0.9}))
+    assert COMPACT.spatial_rank == 0.9
+    assert ModeRanks(spatial=0.5).spatial_rank == 0.5
 
 
 @pytest.mark.parametrize(
     "rank",
     [
-        *[0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, None, "0.7", "half", b"auto", 3j, [4], (0.7,)],
+        *[0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, "0.7", "half", b"auto", 3j, [4], (0.7,)],
         *[{1, 2}, np.array([1, 2]), torch.ones(2), np.bool_(True), object],
     ],
     ids=repr,
@@ -63,7 +80,8 @@ def test_a_wrong_value_is_named_with_its_place_and_what_is_allowed(rank: Any, pl
         RankRules(given)
     message = str(caught.value)
     assert message.startswith(f"{place}={rank!r} is not a rank")
-    assert "Allowed: 'auto', 'full', an int of at least 1" in message
+    whole = "'auto', None, " if place == "rank" else ""
+    assert f"Allowed: {whole}'full', 'compact', an int of at least 1" in message
     assert isinstance(caught.value, LanceError)
     assert isinstance(caught.value, ValueError)
 
@@ -96,8 +114,8 @@ def test_numbers_of_numpy_become_python_numbers_that_safe_loading_accepts() -> N
 
 
 @given(size=st.integers(1, 4096))
-def test_auto_batch_rank_is_a_sixth_and_at_least_four(size: int) -> None:
-    assert auto_batch_rank(size) == (math.ceil(size / 6) if size > 24 else 4)
+def test_compact_batch_rank_is_a_sixth_and_at_least_four(size: int) -> None:
+    assert compact_batch_rank(size) == (math.ceil(size / 6) if size > 24 else 4)
 
 
 @pytest.mark.parametrize(

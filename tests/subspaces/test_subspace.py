@@ -56,8 +56,8 @@ def test_an_int_batch_rank_is_clipped_to_the_batch(size: int, rank: int, unbiase
 
 
 @pytest.mark.parametrize(("size", "columns"), [(1, 1), (2, 2), (4, 4), (5, 4), (24, 4), (25, 5), (64, 11), (128, 22)])
-def test_the_automatic_batch_rank(size: int, columns: int) -> None:
-    assert BatchRule("auto").columns(size) == columns
+def test_the_compact_batch_rank(size: int, columns: int) -> None:
+    assert BatchRule("compact").columns(size) == columns
     assert BatchRule("full").columns(size) == size
 
 
@@ -171,11 +171,11 @@ def test_ranks_as_wide_as_their_mode_keep_it_whole() -> None:
     assert subspace.any_size
 
 
-def test_auto_leaves_a_spatial_mode_whole_where_it_costs_more_than_it_saves() -> None:
+def test_compact_leaves_a_spatial_mode_whole_where_it_costs_more_than_it_saves() -> None:
     """The energy is spread: more than half of the directions are needed for nine tenths of it."""
     input = torch.randn(16, 3, 12, 12)
     found = {}
-    for rank in ("auto", 0.9):
+    for rank in ("compact", 0.9):
         for work in (9.0, 4608.0):
             statistics = LayerStatistics(ModeRanks("full", "full", rank), 1, "layer", work)
             statistics.update(input)
@@ -183,8 +183,8 @@ def test_auto_leaves_a_spatial_mode_whole_where_it_costs_more_than_it_saves() ->
             found[rank, work] = [factor is not None for factor in subspace.spatial[12, 12]]
             assert (subspace.energy["spatial_0"] < 1.0) == found[rank, work][0]
     assert found == {
-        ("auto", 9.0): [False, False],
-        ("auto", 4608.0): [True, True],
+        ("compact", 9.0): [False, False],
+        ("compact", 4608.0): [True, True],
         (0.9, 9.0): [True, True],
         (0.9, 4608.0): [True, True],
     }
@@ -204,7 +204,7 @@ def test_auto_leaves_a_spatial_mode_whole_where_it_costs_more_than_it_saves() ->
 def test_work_is_the_multiply_adds_on_an_element(layer: nn.Module, shape: tuple[int, ...]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    swap(layer, LanceConfig())
+    swap(layer, LanceConfig(rank="compact"))
     input = torch.randn(shape)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         layer(input)
@@ -292,7 +292,7 @@ def test_stored_statistics_of_other_rules_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("shape", "axis"), [((4, 6, 5), 1), ((4, 1100), -1)])
-@pytest.mark.parametrize("rank", ["auto", 0.7, 3])
+@pytest.mark.parametrize("rank", ["auto", "compact", 0.7, 3])
 def test_values_that_are_not_finite_are_an_error(
     value: float, shape: tuple[int, ...], axis: int, rank: int | float | str
 ) -> None:
@@ -366,6 +366,24 @@ def test_formula_bytes_by_hand() -> None:
     assert subspace.formula_bytes(4, 6, (5, 7), 4) == 4 * (48 + 18 + 10 + 14)
     projected = LayerSubspace(BatchRule(4, False), None, {(5,): (None,)})
     assert projected.formula_bytes(16, 6, (5,), 4) == 4 * 4 * 6 * 5
+
+
+@pytest.mark.parametrize(("bits", "row"), [(8, 128 + 8), (4, 64 + 4), (2, 32 + 4)])
+def test_formula_bytes_of_a_rounded_core_by_hand(bits: int, row: int) -> None:
+    """Every 128 elements of the core: their codes, and the two ends of their range. Factors stay as they are."""
+    subspace = LayerSubspace(BatchRule(4, True), torch.eye(100)[:, :50], any_size=True, bits=bits)
+    elements = 4 * 50 * 3 * 3
+    assert subspace.formula_bytes(16, 100, (3, 3), 4) == math.ceil(elements / 128) * row + 4 * 100 * 50 + 4 * 16
+    tiny = LayerSubspace(BatchRule("full"), any_size=True, bits=bits)
+    assert tiny.formula_bytes(1, 2, (), 4) == 8  # a range would take more than the elements
+
+
+def test_an_input_is_projected_where_core_and_factors_are_no_larger() -> None:
+    whole = LayerSubspace(BatchRule("full"), any_size=True)
+    assert whole.shrinks(16, 6, (5, 7))  # as large as the input: our operator runs, for the gradient it was asked for
+    half = LayerSubspace(BatchRule(4, False), torch.eye(64)[:, :32], any_size=True)
+    for batch in range(1, 200):  # 4 x 32 in the core, 64 x 32 in the factor
+        assert half.shrinks(batch, 64, ()) == (min(batch, 4) * 32 + 64 * 32 <= 64 * batch)
 
 
 def test_sizes_without_factors_have_none() -> None:

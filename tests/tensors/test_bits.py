@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lance.tensors import bits as mask
-from lightning_lance.tensors.bits import expand_bits, flagged_gradient, pack_bits
-from tests.companions import same_bits, special
+from lightning_lance.tensors.bits import expand_bits, pack_bits
 
 
 @given(size=st.integers(0, 200), seed=st.integers(0, 2**16))
@@ -55,19 +54,3 @@ def test_values_of_the_flags(dtype: torch.dtype) -> None:
     flags = torch.tensor([True, False, False, True, True])
     values = expand_bits(pack_bits(flags.clone()), (5,), (1,), -128, 127, dtype)
     assert torch.equal(values, torch.where(flags, torch.tensor(127, dtype=dtype), torch.tensor(-128, dtype=dtype)))
-
-
-def test_no_number_gets_through_a_closed_gate() -> None:
-    grad = special(64)
-    flags = torch.rand(64) < 0.5
-    kernel = torch.ops.aten.threshold_backward
-    stopped = flagged_gradient(kernel, grad, pack_bits(flags.clone()), (1,), 1, 0, 0)
-    assert same_bits(stopped, grad.masked_fill(flags, 0.0))
-
-
-def test_gradient_of_another_layout() -> None:
-    flags = torch.rand(6, 4) < 0.5
-    grad = torch.randn(4, 6).T
-    kernel = torch.ops.aten.leaky_relu_backward
-    scaled = flagged_gradient(kernel, grad, pack_bits(flags.clone()), flags.stride(), -1, 1, 0.5, False)
-    assert torch.equal(scaled, torch.where(flags, 1.0, 0.5) * grad)

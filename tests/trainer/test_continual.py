@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lance import ConfigError, ContinualCallback, LanceCallback
+from lightning_lance import ConfigError, ContinualCallback
 from lightning_lance.continual.layers import reserved_layers
 from tests.trainers import (
     CLASSES,
@@ -74,13 +74,10 @@ def callback(**options: Any) -> Any:
     return ContinualCallback(**{**given, **options})
 
 
-def test_continual_makes_a_continual_callback() -> None:
-    found = LanceCallback(0.7, continual=True, calibration_batches=3)
-    assert type(found) is ContinualCallback
-    assert (found.config.rank, found.config.core_bits, found.config.calibration_batches) == (0.7, 8, 3)
-    assert found.stream.options.threshold == ContinualCallback().stream.options.threshold
-    assert (LanceCallback(continual=True).config.rank, LanceCallback(continual=True).config.core_bits) == ("full", 8)
-    assert type(LanceCallback()) is LanceCallback
+def test_options() -> None:
+    found = callback(rank=0.7, bits=4)
+    assert (found.config.rank, found.config.bits, found.config.calibration_batches) == (0.7, 4, 6)
+    assert (ContinualCallback().config.rank, ContinualCallback().config.bits) == ("auto", 8)
     for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         assert type(other) is ContinualCallback
     with pytest.raises(ConfigError, match="refresh='epoch' is not allowed in continual learning"):

@@ -1,26 +1,27 @@
-"""Compare a companion with the stock module that it stands in for, bit by bit."""
+"""Compare operators inside of a store with the stock ones, bit by bit, and count what the store keeps."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lance import measure_saved_bytes
-from lightning_lance.layers.registry import find, install
+from lightning_lance.compression.operators import Watch
+from lightning_lance.compression.saved_bytes import ModuleNames
+from lightning_lance.compression.store import Bits, Store
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+EXACT = Bits(None, None)
 
 
-def compact(module: nn.Module, approximate: bool = False) -> nn.Module:
-    """A swapped copy of a module."""
-    swapped = copy.deepcopy(module)
-    chosen = [variant for variant in find(swapped) if not variant.compresses and variant.approximate == approximate]
-    install(swapped, chosen[0])
-    return swapped
+def make_store(bits: Bits = EXACT, weights: Iterable[Tensor] = ()) -> Store:
+    """A store with its mode."""
+    store = Store(bits)
+    store.mode = Watch(store)
+    store.protect(weights)
+    return store
 
 
 def same_bits(left: Tensor | None, right: Tensor | None) -> bool:
@@ -33,39 +34,46 @@ def same_bits(left: Tensor | None, right: Tensor | None) -> bool:
     return torch.equal(left.contiguous().view(kind), right.contiguous().view(kind))
 
 
-def run(module: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor | None, seed: int = 0) -> tuple[Tensor, ...]:
+def run(
+    function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor | None, store: Store | None = None, seed: int = 0
+) -> tuple[Tensor, ...]:
     """Output, input gradient and parameter gradients; the input is a copy in the same memory layout."""
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    parameters = [p for p in function.parameters() if p.requires_grad] if isinstance(function, nn.Module) else []
     torch.manual_seed(seed)
-    output = module(leaf * 1)  # not a leaf, so that in-place modules may write on it
+    if store is None:
+        output = function(leaf * 1)  # not a leaf, so that operators in place may write on it
+    else:
+        store.protect([*parameters, *(function.buffers() if isinstance(function, nn.Module) else [])])
+        with store:
+            output = function(leaf * 1)
     grad = torch.ones_like(output) if grad is None else grad
-    parameters = [p for p in module.parameters() if p.requires_grad] if isinstance(module, nn.Module) else []
     return (output.detach(), *torch.autograd.grad(output, [leaf, *parameters], grad))
 
 
-def assert_same(stock: Any, ours: Any, x: Tensor, grad: Tensor | None = None) -> None:
-    """Outputs, all gradients and the layout of both are those of the stock module, from the same random state."""
-    expected, state = run(stock, x, grad), torch.get_rng_state()
-    found = run(ours, x, grad)
+def assert_same(function: Any, x: Tensor, grad: Tensor | None = None) -> None:
+    """Outputs and all gradients are those of plain training, from the same random state."""
+    expected, state = run(function, x, grad), torch.get_rng_state()
+    found = run(function, x, grad, make_store())
     assert torch.equal(torch.get_rng_state(), state), "the random state differs afterwards"
+    assert len(found) == len(expected)
     for name, left, right in zip(
         ("output", "input gradient", *["parameter gradient"] * 9), found, expected, strict=False
     ):
         assert same_bits(left, right), f"{name} differs"
-        assert _layout(left) == _layout(right), f"{name} has another layout: {left.stride()}, stock {right.stride()}"
-    assert len(found) == len(expected)
 
 
-def _layout(tensor: Tensor) -> list[int]:
-    # The stride of an axis of one element means nothing, nor does any in an empty tensor.
-    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and tensor.numel()]
-
-
-def kept(module: Any, x: Tensor) -> int:
-    """Bytes that a module keeps, without those that the input needs by itself."""
+def kept(function: Any, x: Tensor, bits: Bits = EXACT) -> tuple[int, int]:
+    """Bytes that plain training and a store keep for one call, without those that the input needs by itself."""
+    store = make_store(bits, function.parameters() if isinstance(function, nn.Module) else ())
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    owner = module if isinstance(module, nn.Module) else None
-    return measure_saved_bytes(lambda: module(leaf + 0), owner).total
+    store.ledger, store.names = [], ModuleNames()
+    with store:
+        output = function(leaf + 0)
+    alive = [(saved, held) for saved in store.ledger if (held := saved.kept()) is not None]
+    del output
+    plain = {saved.reference.cdata: saved.nbytes for saved, _ in alive}
+    return sum(plain.values()), sum({key: size for _, held in alive for key, size in held.parts()}.values())
 
 
 def special(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

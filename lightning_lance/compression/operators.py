@@ -1,0 +1,316 @@
+"""What single operators keep that their backward pass reads in part only, and which of their arguments are weights.
+
+A function mode sees every call of a torch function, from modules and from anybody's own forward, and says to the store
+what is about to be saved. The stock operator runs, and later its stock backward kernel, on a stand-in that leads to the
+same gradient bit for bit: one bit for ReLU and its like and for dropout, the place in its window for a maximum, nothing
+but the shape for an averaged input, for a normalisation with fixed statistics and a frozen weight, and for a frozen
+convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lance.compression.store import Kept, Shape, Store
+from lightning_lance.ops.saving import Rule, saving
+from lightning_lance.ops.watching import WatchingMode
+from lightning_lance.tensors import places
+
+_RULES: dict[Any, Callable[..., Rule | None]] = {}
+"""Torch function -> what makes a rule from the arguments of a call."""
+
+LOSS_BITS = 8
+"""Of log-probabilities, from which a loss's gradient comes by exponentiation."""
+
+
+def _keeps(*functions: Any) -> Callable[[Callable[..., Rule | None]], Callable[..., Rule | None]]:
+    """Decorator: makes the rule for calls of these functions, from the same arguments."""
+
+    def decorate(make: Callable[..., Rule | None]) -> Callable[..., Rule | None]:
+        for function in functions:
+            _RULES[function] = make
+        return make
+
+    return decorate
+
+
+def _always(*functions: Any) -> Callable[[Rule], Rule]:
+    """Decorator: the rule for every call of these functions."""
+
+    def decorate(rule: Rule) -> Rule:
+        for function in functions:
+            _RULES[function] = lambda *_, **__: rule
+        return rule
+
+    return decorate
+
+
+class Watch(WatchingMode):
+    """The mode of one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # The mode is off inside of this method: what the stock function calls is not seen.
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or saving.store is None:
+            return func(*args, **kwargs)
+        make = _RULES.get(func)
+        before = saving.rule, saving.arguments, saving.name
+        saving.rule = None if make is None else _made(make, args, kwargs)
+        saving.arguments, saving.name = args, getattr(func, "__name__", "")
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            saving.rule, saving.arguments, saving.name = before
+        if make is None and args and type(result) is Tensor and self._from_weights(args):
+            self.store.derive(result)
+        return result
+
+    def _from_weights(self, args: tuple[Any, ...]) -> bool:
+        """Whether all tensors among the arguments are weights."""
+        if type(args[0]) is not nn.Parameter and not (type(args[0]) is Tensor and self.store.is_derived(args[0])):
+            return False
+        return all(self.store.is_weight(other) for other in args[1:] if isinstance(other, Tensor))
+
+
+def _made(make: Callable[..., Rule | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | None:
+    try:
+        return make(*args, **kwargs)
+    except TypeError:  # wrong arguments; the stock function has the better message
+        return None
+
+
+# Activations with two derivatives -------------------------------------------------------------------------------------
+
+
+@_always(F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_)
+def _positive(output: Tensor, store: Store) -> Any:
+    return store.flags(output, output.bool(), 0, 1)  # positive or NaN: several times as fast as a comparison
+
+
+@_always(F.leaky_relu, F.leaky_relu_)
+def _sign(input: Tensor, store: Store) -> Any:
+    return store.flags(input, input > 0, -1, 1)
+
+
+@_always(F.hardsigmoid)
+def _between_threes(input: Tensor, store: Store) -> Any:
+    return store.flags(input, input.gt(-3).logical_and_(input.lt(3)), 4, 0)
+
+
+@_keeps(F.relu6)
+def _relu6(input: Tensor, inplace: bool = False) -> Rule | None:
+    return _clamped(0.0, 6.0)
+
+
+@_keeps(F.hardtanh, F.hardtanh_)
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Rule | None:
+    return _clamped(float(min_val), float(max_val))
+
+
+def _clamped(low: float, high: float) -> Rule | None:
+    inside = next((n for n in (0.0, 1.0, (low + high) / 2) if low < n < high), None)
+    if inside is None or not (math.isfinite(low) and math.isfinite(high)):
+        return None
+
+    def rule(input: Tensor, store: Store) -> Any:
+        # Compared as the kernel does: in half precision the thresholds would be rounded.
+        wide = input.float() if input.dtype.itemsize == 2 else input
+        return store.flags(input, wide.gt(low).logical_and_(wide.lt(high)).logical_or_(wide.isnan()), low, inside)
+
+    return rule
+
+
+@_keeps(F.dropout, torch.dropout, torch.dropout_)
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Rule | None:
+    def rule(noise: Tensor, store: Store) -> Any:
+        if not noise.is_floating_point():
+            return NotImplemented
+        # The stock operator divides ones by 1 - p in the dtype of the input.
+        return store.flags(noise, noise.bool(), 0, float(torch.ones((), dtype=noise.dtype).div_(1 - p)))
+
+    return rule
+
+
+# Pooling --------------------------------------------------------------------------------------------------------------
+
+
+def _max_pool(axes: int) -> Callable[..., Rule | None]:
+    def make(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Rule | None:
+        def rule(saved: Tensor, store: Store) -> Any:
+            if saved.is_floating_point():
+                return Shape(saved)
+            sizes = tuple(input.shape[-axes:])
+            window = places.window(axes, kernel_size, stride, padding, dilation)
+            if axes == 1:  # the stock operator adds an axis
+                sizes, window = (1, *sizes), window.with_axis()
+            return Places(saved, sizes, window)
+
+        return rule
+
+    return make
+
+
+class Places(Kept):
+    """Indices of maxima, as places in their windows."""
+
+    __slots__ = ("codes", "device", "shape", "sizes", "stride", "window")
+
+    def __init__(self, index: Tensor, sizes: tuple[int, ...], window: places.Window) -> None:
+        self.shape, self.stride, self.device = index.shape, index.stride(), index.device
+        self.sizes, self.window = sizes, window
+        self.codes = places.pack(index, sizes, window)
+
+    def restore(self) -> Tensor:
+        return places.unpack(self.codes, self.shape, self.stride, self.sizes, self.window)
+
+    def parts(self) -> list[tuple[int, int]]:
+        return [(id(self), self.codes.nbytes)]
+
+
+_MAX_POOL = ((F.max_pool1d, torch.max_pool1d), (F.max_pool2d, torch.max_pool2d), (F.max_pool3d, torch.max_pool3d))
+for _axes, _functions in enumerate(_MAX_POOL, start=1):
+    _keeps(*_functions)(_max_pool(_axes))
+
+
+@_always(
+    F.pad,  # by reflection or replication
+    torch.gather,
+    Tensor.gather,
+    F.avg_pool1d,
+    F.avg_pool2d,
+    F.avg_pool3d,
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+)
+def _shape_only(input: Tensor, store: Store) -> Any:
+    return Shape(input) if input.is_floating_point() else NotImplemented
+
+
+@_always(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
+def _shape_and_indices(saved: Tensor, store: Store) -> Any:
+    return Shape(saved) if saved.is_floating_point() else NotImplemented
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+class _WithWeight:
+    """Of an operator that multiplies an input by a weight: the input is kept for the weight's gradient alone."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, saved: Tensor, store: Store) -> Any:
+        weight = self.weight
+        if saved.untyped_storage()._cdata == weight.untyped_storage()._cdata:
+            return saved
+        if saved.dtype != weight.dtype and saved.shape in (weight.shape, weight.shape[::-1]):
+            return store.whole(saved)  # cast by autocast
+        if not saved.is_floating_point():
+            return NotImplemented
+        if not weight.requires_grad:
+            return Shape(saved)  # a convolution saves it all the same
+        return store.rounded(saved, store.bits.weight)
+
+
+@_keeps(
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
+def _with_weight(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Rule | None:
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
+    return _WithWeight(weight) if plain else None
+
+
+@_keeps(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def _product(input: Tensor, other: Tensor, *_: Any, **__: Any) -> Rule | None:
+    def rule(saved: Tensor, store: Store) -> Any:
+        if store.is_weight(other) and saved.is_floating_point():
+            return _WithWeight(other)(saved, store)
+        return NotImplemented
+
+    return rule
+
+
+@_keeps(torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
+def _factors(input: Any, other: Any, *_: Any, **__: Any) -> Rule | None:
+    """The smaller factor of a product, such as a gate of each channel, is little to keep, and scales all the rest."""
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor) or input.numel() == other.numel():
+        return None
+    least = min(input.numel(), other.numel())
+    return lambda saved, store: store.whole(saved) if saved.numel() == least else NotImplemented
+
+
+# Norms and losses -----------------------------------------------------------------------------------------------------
+
+
+@_keeps(F.batch_norm)
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Rule | None:
+    fixed = not training and running_mean is not None and (weight is None or not weight.requires_grad)
+
+    def rule(saved: Tensor, store: Store) -> Any:
+        if saved.dim() == 1:  # statistics
+            return store.whole(saved)
+        return Shape(saved) if fixed else store.normalised(saved)
+
+    return rule
+
+
+@_always(
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.huber_loss,
+    F.kl_div,
+    F.l1_loss,
+    F.mse_loss,
+    F.smooth_l1_loss,
+    F.gaussian_nll_loss,
+    F.poisson_nll_loss,
+    F.ctc_loss,
+)
+def _difference(saved: Tensor, store: Store) -> Any:
+    """Prediction and target: the gradient is their difference, which rounding would drown."""
+    return store.whole(saved) if saved.is_floating_point() else NotImplemented
+
+
+@_always(F.cross_entropy, F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+def _log_probabilities(saved: Tensor, store: Store) -> Any:
+    if not saved.is_floating_point():
+        return NotImplemented
+    return store.rounded(saved, None if store.bits.other is None else LOSS_BITS)

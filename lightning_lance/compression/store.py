@@ -1,0 +1,509 @@
+"""What autograd keeps of a training step: every stretch of memory once, in few bits, whichever operator saves it.
+
+A pair of saved-tensor hooks sees each tensor that autograd saves between :meth:`Store.__enter__` and
+:meth:`Store.__exit__`. Weights stay as they are, in any guise; so do integers, row statistics and what is tiny. Of what
+the stock operator reads in part only, such as the sign of an activation, that part is kept, and the stock backward
+kernel runs on a stand-in: the gradient is exact (:mod:`lightning_lance.compression.operators`). All else is rounded, in
+memory order, with a range for about every 128 neighbours.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_lance.compression import transforms
+from lightning_lance.errors import StateError
+from lightning_lance.ops.saving import OurRule, saving
+from lightning_lance.tensors.bits import expand_bits, pack_bits
+from lightning_lance.tensors.rounding import Rounded, expand, group_size, round_to_bits
+
+FEWEST = 256
+"""Tensors of fewer elements stay whole."""
+
+STATISTICS = 8
+"""So much smaller than the largest argument of its operator, a tensor holds row statistics, and stays whole."""
+
+VIEWED = 4
+"""A view of at least one element in so many of its storage is rounded with all of it, which other views share."""
+
+_CASTS = ("ToCopyBackward0", "TBackward0", "ViewBackward0", "TransposeBackward0", "UnsafeViewBackward0")
+
+
+class Bits(NamedTuple):
+    """Bits of an element of what is rounded; ``None``: nothing is.
+
+    Attributes:
+        weight: of what is kept for the gradient of a weight alone, which no other gradient depends on.
+        other: of all else.
+    """
+
+    weight: int | None
+    other: int | None
+
+
+class Kept:
+    """Stands in the graph for a saved tensor; alive as long as autograd keeps it."""
+
+    __slots__ = ("__weakref__",)
+
+    def restore(self) -> Tensor:
+        """The tensor, or what the backward kernel takes for it."""
+        raise NotImplementedError
+
+    def parts(self) -> list[tuple[int, int]]:
+        """What holds memory: what identifies it, since it may be shared, and its bytes."""
+        raise NotImplementedError
+
+
+class Whole(Kept):
+    """A tensor as it is."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def restore(self) -> Tensor:
+        return self.tensor
+
+    def parts(self) -> list[tuple[int, int]]:
+        return [_storage(self.tensor)]
+
+
+class Stretch:
+    """A stretch of memory, rounded once for all who save it."""
+
+    __slots__ = ("__weakref__", "_flat", "bits", "dtype", "reference", "rounded")
+
+    def __init__(self, rounded: Rounded, bits: int, dtype: torch.dtype, reference: Any) -> None:
+        self.rounded = rounded
+        self.bits = bits
+        self.dtype = dtype
+        self.reference = reference  # weak; while it lives, no other storage has the same address
+        self._flat: Any = None
+
+    def restore(self) -> Tensor:
+        """What was rounded, on one axis; not expanded again while it lives."""
+        flat = None if self._flat is None else self._flat()
+        if flat is None:
+            flat = expand(self.rounded, self.dtype)
+            self._flat = weakref.ref(flat)
+        return flat
+
+
+class View(Kept):
+    """A tensor in a stretch of memory."""
+
+    __slots__ = ("offset", "shape", "stretch", "stride")
+
+    def __init__(self, stretch: Stretch, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
+        self.stretch, self.shape, self.stride, self.offset = stretch, shape, stride, offset
+
+    def restore(self) -> Tensor:
+        return self.stretch.restore().as_strided(self.shape, self.stride, self.offset)
+
+    def parts(self) -> list[tuple[int, int]]:
+        return [(id(self.stretch), self.stretch.rounded.nbytes)]
+
+
+class Normalised(View):
+    """A tensor in a stretch of memory, of mean 0 and deviation 1 in each channel there."""
+
+    __slots__ = ("deviation", "mean")
+
+    def __init__(self, stretch: Stretch, tensor: Tensor, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__(stretch, tensor.shape, tensor.stride(), 0)
+        self.mean, self.deviation = mean, deviation
+
+    def restore(self) -> Tensor:
+        return super().restore().mul_(self.deviation).add_(self.mean)
+
+    def parts(self) -> list[tuple[int, int]]:
+        return [*super().parts(), (id(self.mean), self.mean.nbytes + self.deviation.nbytes)]
+
+
+class Flags(Kept):
+    """One bit an element, and the two values that stand for it in the backward kernel."""
+
+    __slots__ = ("bits", "dtype", "off", "on", "own_stride", "shape", "stride", "whole")
+
+    def __init__(self, flags: Tensor, own_stride: tuple[int, ...], dtype: torch.dtype, off: float, on: float) -> None:
+        self.shape, self.stride, self.own_stride = flags.shape, flags.stride(), own_stride
+        self.bits: Tensor | None = pack_bits(flags)
+        self.dtype, self.off, self.on = dtype, off, on
+        self.whole: Tensor | None = None
+
+    def restore(self) -> Tensor:
+        if self.bits is None:
+            assert self.whole is not None
+            return self.whole.as_strided(self.shape, self.own_stride)
+        if float(self.off).is_integer() and float(self.on).is_integer() and abs(self.off) < 128 and abs(self.on) < 128:
+            return expand_bits(self.bits, self.shape, self.stride, int(self.off), int(self.on), self.dtype)
+        one = expand_bits(self.bits, self.shape, self.stride, 0, 1, self.dtype)
+        return one.mul_(self.on - self.off).add_(self.off) if self.off else one.mul_(self.on)
+
+    def parts(self) -> list[tuple[int, int]]:
+        if self.bits is not None:
+            return [(id(self), self.bits.nbytes)]
+        assert self.whole is not None
+        return [_storage(self.whole)]
+
+    def read_from(self, whole: Tensor) -> None:
+        """Another operator keeps the tensor itself: no flags are needed beside it."""
+        self.bits, self.whole = None, whole
+
+
+class Booleans(Flags):
+    """A tensor of booleans."""
+
+    __slots__ = ()
+
+    def restore(self) -> Tensor:
+        assert self.bits is not None
+        return expand_bits(self.bits, self.shape, self.stride, 0, 1, torch.bool)
+
+
+class Shape(Kept):
+    """A tensor whose shape and strides alone are read."""
+
+    __slots__ = ("device", "dtype", "shape", "stride")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    def restore(self) -> Tensor:
+        # Untouched memory; on the CPU none of it is resident.
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def parts(self) -> list[tuple[int, int]]:
+        return []
+
+
+class Saved(NamedTuple):
+    """One line of a ledger.
+
+    Attributes:
+        kept: weak reference to what stands in the graph; ``None`` for what plain training alone would keep.
+        ours: whether an operator of ours saved it, which plain training would not run.
+        reference: weak reference to the storage of the tensor.
+        nbytes: size of that storage.
+        operator: name of the operator that saved it.
+        module: name of the module that ran it.
+        shape: shape of the tensor.
+        dtype: its dtype.
+    """
+
+    kept: Any
+    ours: bool
+    reference: Any
+    nbytes: int
+    operator: str
+    module: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Store:
+    """Hooks for the forward passes of one model.
+
+    Args:
+        bits: of what is rounded.
+
+    Attributes:
+        draws: tensors rounded with dither so far; part of the state of a run.
+        ledger: what was saved since it was set to an empty list; ``None``: nobody asks.
+        names: says which module runs, while a ledger is written.
+    """
+
+    def __init__(self, bits: Bits) -> None:
+        self.bits = bits
+        self.draws = 0
+        self.ledger: list[Saved] | None = None
+        self.names: Any = None
+        self._weights: dict[int, Any] = {}
+        self._derived: dict[int, Any] = {}
+        self._stretches: dict[Any, Any] = {}
+        self._flags: dict[Any, Any] = {}
+        self.on_backward: Any = None
+        self.mode: Any = nullcontext()
+        self._contexts = threading.local()
+
+    def __enter__(self) -> Store:
+        if saving.store is not None:
+            raise StateError("a step began inside of another one in the same thread: end the first one before.")
+        self._open()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._close()
+
+    def _open(self) -> None:
+        saving.store, saving.rule, saving.arguments = self, None, ()
+        hooks = self._contexts.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        hooks.__enter__()
+        self.mode.__enter__()
+        transforms.allow(self)
+
+    def _close(self) -> None:
+        transforms.refuse(self)
+        saving.store = None
+        self.mode.__exit__(None, None, None)
+        self._contexts.hooks.__exit__(None, None, None)
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Inside the block this thread saves tensors as they are. Nothing changes where hooks of others lie on ours."""
+        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: (self.pack, None))(False)
+        if top is None or top[0] != self.pack:
+            yield
+            return
+        saving.store = None
+        self._contexts.hooks.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            saving.store = self
+            hooks = self._contexts.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+            hooks.__enter__()
+
+    def protect(self, tensors: Iterable[Tensor]) -> None:
+        """Leave these tensors, and views of them, as they are: parameters, buffers, factors of subspaces."""
+        self._weights = {t.untyped_storage()._cdata: t for t in tensors if type(t) in _PLAIN}
+        self._derived = {}
+
+    def derive(self, tensor: Tensor) -> None:
+        """Leave a tensor that was computed from weights alone as it is, until :meth:`protect` is called again."""
+        if type(tensor) is Tensor:
+            reference: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            self._derived[reference.cdata] = reference
+
+    def is_derived(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from weights alone."""
+        return bool(self._derived) and tensor.untyped_storage()._cdata in self._derived
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a weight, a view of one, or computed from weights alone."""
+        if type(tensor) is nn.Parameter or tensor.layout is not torch.strided:
+            return True
+        key = tensor.untyped_storage()._cdata
+        return key in self._weights or key in self._derived
+
+    def pack(self, tensor: Tensor) -> Any:
+        """The hook that autograd calls for each tensor it saves."""
+        with torch._C.DisableTorchFunction():
+            kept = self._keep(tensor)
+            if self.ledger is not None and kept is not tensor:
+                if isinstance(kept, Tensor):
+                    kept = Whole(kept)
+                self._note(tensor, kept)
+            return kept
+
+    def unpack(self, kept: Any) -> Tensor:
+        """The hook that autograd calls for each saved tensor that a backward pass reads."""
+        if self.on_backward is not None:
+            self.on_backward()
+        if isinstance(kept, Tensor):
+            return kept
+        with torch._C.DisableTorchFunction():
+            return kept.restore()  # type: ignore[no-any-return]
+
+    def instead_of(self, input: Tensor, module: str) -> None:
+        """A layer of ours keeps less than an input, which plain training would keep."""
+        if self.ledger is not None:
+            storage = input.untyped_storage()
+            reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            shape = tuple(input.shape)
+            self.ledger.append(Saved(None, False, reference, storage.nbytes(), "input", module, shape, input.dtype))
+
+    def _note(self, tensor: Tensor, kept: Kept) -> None:
+        assert self.ledger is not None
+        storage = tensor.untyped_storage()
+        reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        name = saving.name or (tensor.grad_fn.name() if tensor.grad_fn is not None else "")
+        ours = isinstance(saving.rule, OurRule)
+        shape = tuple(tensor.shape)
+        self.ledger.append(
+            Saved(weakref.ref(kept), ours, reference, storage.nbytes(), name, self.names.current, shape, tensor.dtype)
+        )
+
+    def _keep(self, tensor: Tensor) -> Any:
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return tensor
+        count = tensor.numel()
+        if self.is_weight(tensor):
+            return tensor.detach() if self.is_derived(tensor) else tensor
+        if count < FEWEST:
+            return tensor.detach()
+        rule = saving.rule
+        if rule is not None:
+            kept = rule(tensor, self)
+            if kept is not NotImplemented:
+                return kept
+        if tensor.dtype is torch.bool:
+            return self.booleans(tensor)
+        if not tensor.is_floating_point():
+            return tensor.detach()
+        if _cast_of_weight(tensor) or _for_recomputation() or self._is_statistics(count):
+            return self.whole(tensor)
+        return self.rounded(tensor, self.bits.other)
+
+    def _is_statistics(self, count: int) -> bool:
+        """Whether so few elements are row statistics of what the operator works on."""
+        return any(
+            count * STATISTICS <= other.numel() and not self.is_weight(other)
+            for other in saving.arguments
+            if isinstance(other, Tensor)
+        )
+
+    def whole(self, tensor: Tensor) -> Any:
+        """Keep a tensor as it is; flags of it are not needed beside it."""
+        key = _key(tensor)
+        flags = self._flags.get(key)
+        flags = None if flags is None else flags()
+        if flags is not None:
+            flags.read_from(tensor.detach())
+        return tensor.detach()  # an output would keep its own node alive
+
+    def booleans(self, tensor: Tensor) -> Any:
+        """Keep a tensor of booleans."""
+        return Booleans(tensor.clone(), tensor.stride(), torch.bool, 0, 1)
+
+    def flags(self, tensor: Tensor, flags: Tensor, off: float, on: float) -> Any:
+        """Keep one bit an element of a tensor.
+
+        Args:
+            tensor: as it was saved.
+            flags: new tensor of booleans of its shape.
+            off: value that the backward kernel gets where the flag is not set.
+            on: value where it is.
+        """
+        key = _key(tensor)
+        kept = Flags(flags, tensor.stride(), tensor.dtype, off, on)
+        if self.bits.other is None:
+            self._flags[key] = weakref.ref(kept, lambda _: self._flags.pop(key, None))
+        return kept
+
+    def rounded(self, tensor: Tensor, bits: int | None) -> Any:
+        """Keep a tensor in few bits, in the stretch of memory that others save too."""
+        if bits is None:
+            return self.whole(tensor)
+        storage = tensor.untyped_storage()
+        size = storage.nbytes() // tensor.element_size()
+        if tensor.numel() * VIEWED >= size:
+            stretch = self._stretch(tensor, storage, 0, size, bits)
+            if stretch is not None:
+                return View(stretch, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        elif _dense(tensor):
+            stretch = self._stretch(tensor, storage, int(tensor.storage_offset()), tensor.numel(), bits)
+            if stretch is not None:
+                return View(stretch, tensor.shape, tensor.stride(), 0)
+        rounded = round_to_bits(
+            tensor.reshape(-1), bits, self._dither(bits), group_size(tensor.shape, _contiguous(tensor.shape))
+        )
+        if rounded is None or rounded.nbytes >= storage.nbytes():
+            return self.whole(tensor)
+        return View(Stretch(rounded, bits, tensor.dtype, None), tensor.shape, _contiguous(tensor.shape), 0)
+
+    def normalised(self, tensor: Tensor) -> Any:
+        """Keep the input ``(B, C, ...)`` of a normalisation of channels.
+
+        What is normalised is divided by its deviation: where neighbours in memory are of several channels, the range of
+        the largest would drown the smaller ones. Then it is rounded after it was normalised.
+        """
+        bits = self.bits.other
+        if bits is None:
+            return self.whole(tensor)
+        channel = tensor.numel() // (tensor.shape[0] * tensor.shape[1])
+        if tensor.is_contiguous() and channel % group_size(tensor.shape, tensor.stride()) == 0:
+            return self.rounded(tensor, bits)
+        axes = [axis for axis in range(tensor.dim()) if axis != 1]
+        deviation, mean = torch.std_mean(tensor, axes, correction=0, keepdim=True)
+        deviation.clamp_(min=torch.finfo(deviation.dtype).tiny)
+        centred = (tensor - mean).div_(deviation)
+        rounded = None
+        if _dense(centred):
+            flat = centred.as_strided((centred.numel(),), (1,))
+            rounded = round_to_bits(flat, bits, self._dither(bits), group_size(centred.shape, centred.stride()))
+        if rounded is None:
+            return self.rounded(tensor, bits)
+        return Normalised(Stretch(rounded, bits, tensor.dtype, None), centred, mean, deviation)
+
+    def _stretch(self, tensor: Tensor, storage: Any, offset: int, size: int, bits: int) -> Stretch | None:
+        key = (storage._cdata, offset, size, tensor.dtype, tensor._version)
+        found: Stretch | None = self._stretches[key]() if key in self._stretches else None
+        if found is not None and found.bits >= bits:
+            return found
+        group = group_size(tensor.shape, tensor.stride())
+        rounded = round_to_bits(tensor.as_strided((size,), (1,), offset), bits, self._dither(bits), group)
+        if rounded is None:
+            return None
+        if found is not None:
+            found.rounded, found.bits = rounded, bits
+            return found
+        made = Stretch(rounded, bits, tensor.dtype, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+        self._stretches[key] = weakref.ref(made, lambda _: self._stretches.pop(key, None))
+        return made
+
+    def _dither(self, bits: int) -> int | None:
+        if bits > 2:
+            return None
+        self.draws += 1
+        return self.draws
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.nbytes()
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _key(tensor: Tensor) -> Any:
+    return (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel(), tensor._version)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory once, in any order of the axes."""
+    expected = 1
+    for stride, size in sorted((n, size) for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _cast_of_weight(tensor: Tensor) -> bool:
+    """Whether autocast has made a tensor from a parameter: a cast, perhaps transposed, of a leaf."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    node: Any = tensor.grad_fn
+    while node is not None and node.name() in _CASTS:
+        node = node.next_functions[0][0] if node.next_functions else None
+    return (
+        node is not None
+        and node.name() == "torch::autograd::AccumulateGrad"
+        and isinstance(node.variable, nn.Parameter)
+    )
+
+
+def _for_recomputation() -> bool:
+    """Whether a checkpointed segment saves its inputs, from which it computes everything again."""
+    frame = sys._getframe(3)  # pack's caller
+    module = frame.f_globals.get("__name__", "")
+    if module == "torch.autograd.function":  # in between, with some versions of torch
+        module = getattr(frame.f_locals.get("cls"), "__module__", "")
+    return "checkpoint" in module

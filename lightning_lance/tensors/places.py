@@ -1,0 +1,120 @@
+"""Indices of maxima, as max pooling returns them, kept as places in their windows: a few bits instead of 8 bytes."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lance.tensors.cached import constant
+from lightning_lance.tensors.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
+
+
+class Window(NamedTuple):
+    """Static arguments of a pooling operator, one number for each spatial axis.
+
+    Attributes:
+        kernel: window sizes.
+        stride: strides.
+        padding: symmetric padding.
+        dilation: dilations.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def with_axis(self) -> Window:
+        """The same window on inputs with one more axis before the others, of size 1."""
+        return Window((1, *self.kernel), (1, *self.stride), (0, *self.padding), (1, *self.dilation))
+
+
+def window(axes: int, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1) -> Window:
+    """Window from the arguments of a stock pooling operator, with any kind of integers, and ``axes`` spatial axes."""
+
+    def numbers(value: Any) -> tuple[int, ...]:
+        try:
+            found: tuple[int, ...] = (operator.index(value),)
+        except TypeError:
+            found = tuple(map(operator.index, value))
+        return found * axes if len(found) == 1 else found
+
+    kernel = numbers(kernel_size)
+    given = stride is not None and not (isinstance(stride, (tuple, list)) and not stride)
+    return Window(kernel, numbers(stride) if given else kernel, numbers(padding), numbers(dilation))
+
+
+class _Tables(NamedTuple):
+    """Between indices into the input and places in the window.
+
+    Attributes:
+        start: int64, index of the first element of every window, broadcastable to the output.
+        code: the place at each distance from the start of a window, in uint8 where that is enough.
+        distance: int64, the distance of each place; those of all places in a byte where one holds several.
+        per_byte: how many places one byte holds: 4, 2 or 1; 0 where a place takes more than a byte.
+    """
+
+    start: Tensor
+    code: Tensor
+    distance: Tensor
+    per_byte: int
+
+
+@constant
+def _tables(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, device: torch.device) -> _Tables:
+    start = distance = torch.zeros((), dtype=torch.int64, device=device)
+    longest = 0
+    for axis, size in enumerate(sizes):
+        first = torch.arange(out_sizes[axis], device=device) * window.stride[axis] - window.padding[axis]
+        place = torch.arange(window.kernel[axis], device=device) * window.dilation[axis]
+        start = start.unsqueeze(-1) * size + first
+        distance = distance.unsqueeze(-1) * size + place
+        longest = longest * size + (window.kernel[axis] - 1) * window.dilation[axis]
+    distance = distance.flatten()
+    count = math.prod(window.kernel)
+    dtype = torch.uint8 if count <= 256 else torch.int16 if count <= 2**15 else torch.int32
+    code = torch.zeros(longest + 1, dtype=dtype, device=device)
+    # Where the window is wider than the input two places can lie at one distance; either code leads back to it.
+    code[distance] = torch.arange(count, device=device).to(dtype)
+    per_byte = codes_per_byte(count) if count <= 256 else 0
+    return _Tables(start, code, unpacking_table(distance, per_byte) if per_byte else distance, per_byte)
+
+
+def pack(index: Tensor, sizes: tuple[int, ...], window: Window) -> Tensor:
+    """Places of maxima.
+
+    Args:
+        index: int64 ``(..., *out)``, without gaps in memory: of each maximum in the spatial axes of the input.
+        sizes: spatial sizes of the input.
+        window: static arguments.
+
+    Returns:
+        Codes on one axis, in the memory order of the indices.
+    """
+    tables = _tables(sizes, tuple(index.shape[-len(sizes) :]), window, index.device)
+    distance = index - tables.start
+    codes = tables.code.index_select(0, distance.as_strided((index.numel(),), (1,)))
+    return pack_codes(codes, tables.per_byte) if tables.per_byte else codes
+
+
+def unpack(
+    codes: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], sizes: tuple[int, ...], window: Window
+) -> Tensor:
+    """Indices of maxima, from what :func:`pack` returned.
+
+    Args:
+        codes: places.
+        shape: of the indices.
+        stride: of the indices.
+        sizes: spatial sizes of the input.
+        window: static arguments.
+
+    Returns:
+        int64, new.
+    """
+    tables = _tables(sizes, tuple(shape[-len(sizes) :]), window, codes.device)
+    return unpack_codes(codes, tables.distance).as_strided(shape, stride).add_(tables.start)

@@ -1,0 +1,411 @@
+"""The store: every stretch of memory once, weights whole in any guise, and gradients next to plain training."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lance import LanceConfig, LanceSession, StateError
+from lightning_lance.compression.store import Bits
+from tests.stock import EXACT, kept, make_store
+
+FOUR, EIGHT = Bits(4, 4), Bits(8, 8)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> Tensor:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None]).double()
+
+
+def both(model: nn.Module, call: Callable[[], Tensor], bits: Bits = FOUR, **options: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of plain training and of a step in a store, from the same random state and buffers."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    plain = gradients(model, call())
+    model.load_state_dict(state)
+    store = make_store(bits, [*model.parameters(), *model.buffers()])
+    torch.manual_seed(0)
+    with store:
+        loss = call()
+    return plain, gradients(model, loss)
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    return float(F.cosine_similarity(left, right, dim=0))
+
+
+def test_two_who_save_one_tensor_share_one_copy() -> None:
+    x = torch.randn(16, 10, 64, requires_grad=True)
+    layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def qkv(x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in layers], -1)
+
+    plain, ours = _kept(qkv, x, layers)
+    assert plain == x.nbytes
+    assert ours <= x.numel() * 4.5 / 8
+
+
+def _kept(function: Any, x: Tensor, model: nn.Module, bits: Bits = FOUR) -> tuple[int, int]:
+    model.forward = function  # type: ignore[method-assign]
+    return kept(model, x, bits)
+
+
+@pytest.mark.parametrize("view", ["flatten", "transpose", "slices", "expand"])
+def test_views_of_one_storage_share_one_copy(view: str) -> None:
+    def call(x: Tensor) -> Tensor:
+        if view == "flatten":
+            return (x.flatten(1) * x.flatten(1)).sum() + (x * x).sum()
+        if view == "transpose":
+            return (x * x.transpose(0, 1).transpose(0, 1)).sum() + (x.mT * x.mT).sum()
+        if view == "slices":
+            q, k, v = x.chunk(3, -1)
+            return (q * q).sum() + (k * k).sum() + (v * v).sum()
+        return (x[:1].expand(32, -1, -1) * x).sum() + (x * x).sum()
+
+    plain, ours = kept(call, torch.randn(32, 12, 96), FOUR)
+    assert plain == 32 * 12 * 96 * 4
+    assert ours <= plain / 7
+
+
+def test_what_was_written_in_place_is_another_tensor() -> None:
+    """Plain training refuses it; the gradient is that of the value at the time of the call."""
+    x = torch.randn(64, 64, requires_grad=True)
+    with make_store(EIGHT):
+        y = x * 1
+        first = y.square()
+        y.mul_(-3)
+        second = y.square()
+    (found,) = torch.autograd.grad((first + second).sum(), x)
+    assert float((found - (2 + 18) * x.detach()).abs().max()) < 1.0
+
+
+class Plain(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(48, 48), layer, nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.layer(torch.tanh(self.first(x)))))
+
+
+class Standardised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean(1, True)) / (self.weight.std(1, keepdim=True) + 1e-5)
+        return F.linear(x, weight, self.bias)
+
+
+class LoRA(nn.Linear):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.a, self.b = nn.Parameter(torch.randn(8, width) / 7), nn.Parameter(torch.randn(width, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + 0.5 * (self.b @ self.a), self.bias)
+
+
+class Matmul(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+WEIGHTS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Linear(48, 48),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(48, 48)),
+    "weight norm, by a hook": lambda: nn.utils.weight_norm(nn.Linear(48, 48)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(48, 48)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(48, 48)),
+    "standardised": lambda: Standardised(48, 48),
+    "LoRA": lambda: LoRA(48),
+    "matmul": lambda: Matmul(48, 48),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_stay_whole_in_any_guise(name: str, autocast: bool, frozen: bool) -> None:
+    """The input gradient of a layer depends on its weight alone, so that it is exact where that is whole."""
+    torch.manual_seed(0)
+    layer = WEIGHTS[name]()
+    layer.requires_grad_(not frozen)
+    x = torch.randn(64, 48, requires_grad=True)
+    model = nn.Sequential(layer)
+    model.eval()  # spectral norms stay as they are
+
+    def call() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return layer(x).float().sum()
+
+    (plain,) = torch.autograd.grad(call(), x)
+    store = make_store(FOUR, [*model.parameters(), *model.buffers()])
+    with store:
+        loss = call()
+    (ours,) = torch.autograd.grad(loss, x)
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("bits", [EXACT, EIGHT, FOUR, Bits(2, 4)])
+def test_gradients_next_to_plain_training(name: str, bits: Bits) -> None:
+    torch.manual_seed(0)
+    model = Plain(WEIGHTS[name]()).eval()
+    x = torch.randn(64, 48)
+    plain, ours = both(model, lambda: model(x).square().mean(), bits)
+    if bits == EXACT:
+        assert torch.equal(plain, ours)
+    assert cosine(plain, ours) > {EIGHT: 0.9999, FOUR: 0.99, EXACT: 0.999999}.get(bits, 0.9)
+
+
+def test_row_statistics_stay_whole() -> None:
+    q = torch.randn(2, 3, 40, 16, requires_grad=True)
+    x = torch.randn(20, 30, 64, requires_grad=True)
+    for call, whole in (
+        (lambda: F.scaled_dot_product_attention(q + 0, q + 1, q + 2).sum(), 2 * 3 * 40 * 4),
+        (lambda: F.layer_norm(x + 0, (64,)).square().sum(), 2 * 20 * 30 * 4),
+    ):
+        store = make_store(FOUR)
+        seen: list[Tensor] = []
+        pack = store.pack
+
+        def record(tensor: Tensor, pack: Any = pack, seen: Any = seen) -> Any:
+            found = pack(tensor)
+            if isinstance(found, Tensor) and found.is_floating_point():
+                seen.append(found)
+            return found
+
+        store.pack = record  # type: ignore[method-assign]
+        with store:
+            loss = call()
+        assert sum(tensor.nbytes for tensor in seen) >= whole
+        del loss
+
+
+def test_the_gate_of_a_product_stays_whole() -> None:
+    x, gate = torch.randn(8, 64, 3, 3, requires_grad=True), torch.rand(8, 64, 1, 1, requires_grad=True)
+    store = make_store(FOUR)
+    with store:
+        loss = ((x + 0) * (gate + 0)).sum()
+    (found,) = torch.autograd.grad(loss, x)
+    assert torch.equal(found, gate.detach().expand_as(found))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inputs_of_checkpointed_segments_stay_whole(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 4))
+    x = torch.randn(64, 48)
+
+    def call() -> Tensor:
+        y = checkpoint(model[:2], x.requires_grad_(), use_reentrant=reentrant)
+        y = checkpoint(model[2:4], y, use_reentrant=reentrant)
+        return model[4:](y).sum()  # its input is rounded, for the gradient of its own weight alone
+
+    found = []
+    for store in (None, make_store(FOUR, model.parameters())):
+        model.zero_grad()
+        with store or nullcontext():
+            loss = call()
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    plain, ours = found
+    assert all(torch.equal(one, other) for one, other in zip(plain[:4], ours[:4], strict=True))
+    assert not torch.equal(plain[4], ours[4])
+
+
+def test_losses_are_exact_next_to_their_targets() -> None:
+    target = torch.randn(64, 48)
+    prediction = (target + 1e-3 * torch.randn(64, 48)).requires_grad_()
+    for loss in (F.mse_loss, F.smooth_l1_loss, F.l1_loss, F.huber_loss):
+        (plain,) = torch.autograd.grad(loss(prediction, target), prediction)
+        with make_store(FOUR):
+            ours = loss(prediction * 1, target)
+        (found,) = torch.autograd.grad(ours, prediction)
+        assert torch.equal(plain, found), loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@given(
+    shape=st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple),
+    scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e5, 1e30]),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_size_and_scale(dtype: torch.dtype, shape: tuple[int, ...], scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    if dtype == torch.float16:
+        scale = min(max(scale, 1e-2), 1e2)
+    x = (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    with make_store(EIGHT):
+        y = (x * 1).square()
+    (found,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    expected = 2 * x.detach()
+    assert found.dtype == dtype
+    size = float(expected.double().abs().max())
+    assert float((found.double() - expected.double()).abs().max()) <= 0.02 * size
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_what_no_range_holds_is_kept_whole(value: float) -> None:
+    x = torch.randn(40, 40)
+    x[3, 5] = value
+    x.requires_grad_()
+    with make_store(FOUR):
+        y = (x * 1).square()
+    (found,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(found.nan_to_num(7.0), (2 * x.detach()).nan_to_num(7.0))
+
+
+def test_gradient_penalty() -> None:
+    torch.manual_seed(0)
+    for activation in (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus):
+        model = nn.Sequential(nn.Linear(32, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 1))
+        x = torch.randn(64, 32)
+
+        def call(model: nn.Module = model, x: Tensor = x) -> Tensor:
+            x = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            return (slope.norm(dim=1) - 1).square().mean()
+
+        exact, none = both(model, call, EXACT)
+        assert torch.equal(exact, none)
+        plain, ours = both(model, call, FOUR)
+        assert cosine(plain, ours) > 0.98, activation
+        plain, ours = both(model, call, EIGHT)
+        assert cosine(plain, ours) > 0.999, activation
+
+
+def test_several_backward_passes_and_a_step_between() -> None:
+    x = torch.randn(64, 64)
+    layer = nn.Linear(64, 8)
+    session = LanceSession(layer)
+    session.start()
+    with session.step():
+        y = layer(x)
+        loss = y.square().mean()
+    y.sum().backward(retain_graph=True)
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    loss.backward()
+    session.stop()
+
+
+@pytest.mark.filterwarnings("ignore:a transform of torch.func")
+def test_transforms_of_torch_func_run_plainly() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    parameters = dict(model.named_parameters())
+    x = torch.randn(32, 64)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    expected = torch.func.grad(loss)(parameters)
+    stock = torch.autograd.graph.disable_saved_tensors_hooks
+    store = make_store(FOUR, model.parameters())
+    with store:
+        before = (model(x) * 1).square().mean()
+        found = torch.func.grad(loss)(parameters)
+        jacobian = torch.func.vmap(torch.func.grad(lambda row: model(row).square().mean()))(x)
+        after = model(x).square().mean()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert jacobian.shape == x.shape
+    assert torch.autograd.graph.disable_saved_tensors_hooks is stock
+    (before + after).backward()
+
+
+def test_nothing_outlives_its_graph() -> None:
+    store = make_store(FOUR)
+    x = torch.randn(64, 64, requires_grad=True)
+    references = []
+    for _ in range(3):
+        with store:
+            y = torch.tanh(torch.sigmoid((x * 1).relu()).exp())
+            references.append(weakref.ref(y))
+        del y  # no backward pass frees it
+        gc.collect()
+    assert all(reference() is None for reference in references)
+    assert not store._stretches
+
+
+def test_two_threads_have_steps_of_their_own() -> None:
+    models = [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)) for _ in range(2)]
+    sessions = [LanceSession(model) for model in models]
+    barrier, errors = threading.Barrier(2), []
+
+    def train(index: int) -> None:
+        try:
+            sessions[index].start()
+            for _ in range(20):
+                barrier.wait()
+                with sessions[index].step():
+                    loss = models[index](torch.randn(32, 64)).square().mean()
+                    barrier.wait()
+                loss.backward()
+            sessions[index].stop()
+        except BaseException as error:  # a thread's error is seen by nobody
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=train, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for session in sessions:
+        assert session.report is not None
+        assert session.report.ratio > 4
+
+
+def test_a_step_inside_of_a_step_is_an_error() -> None:
+    session = LanceSession(nn.Linear(8, 8), LanceConfig())
+    with pytest.raises(StateError, match=r"start\(\)"), session.step():
+        pass
+    session.start()
+    with session.step():
+        with pytest.raises(StateError, match="inside of a step"):
+            session.begin_step()
+        other = LanceSession(nn.Linear(8, 8))
+        other.start()
+        with pytest.raises(StateError, match="inside of another"), other.step():
+            pass
+    session.stop()
+    with pytest.raises(StateError, match="start"):
+        session.begin_step()
+
+
+def test_hooks_of_the_user_win_in_their_block() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+    seen: list[Tensor] = []
+
+    def call() -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+            return model(x).sum()
+
+    x = torch.randn(32, 64)
+    plain, ours = both(model, call, FOUR)
+    assert torch.equal(plain, ours)
+    assert seen
+
+
+@pytest.mark.parametrize("bits", [EXACT, FOUR])
+def test_kept_is_never_above_plain(bits: Bits) -> None:
+    for shape in [(2, 4), (64, 64), (3, 300)]:
+        for expanded in (False, True):
+            x = torch.randn(1, shape[1]).expand(shape) if expanded else torch.randn(shape)
+            model = nn.Sequential(nn.Linear(shape[1], 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 64), nn.ReLU6())
+            plain, ours = kept(model, x, bits)
+            assert ours <= plain
