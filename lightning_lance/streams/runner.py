@@ -32,6 +32,7 @@ from lightning_lance.streams.store import (
     InsideCheckpoint,
     StreamStore,
     check_same,
+    check_version,
     said_once,
 )
 from lightning_lance.trainer.callback import LanceCallback
@@ -173,7 +174,8 @@ class StreamRunner:
         found = None if self.restart and _rank() else self.store.latest()
         if found is None:
             return -1
-        state = found["stream"]
+        state: Any = found.get("stream")
+        check_version(state, self.store.root)
         other = self.differing(state["described"])
         if other is not None:
             if self.store.trained():

@@ -70,7 +70,7 @@ class StreamStore:
         checkpoints = [path for path in found if path.suffix == ".ckpt"]
         if found and not any(_sealed(path) for path in checkpoints):
             for path in checkpoints:
-                _check_version(_older(path), self.root)
+                _refuse_older(path)
             told = ", ".join(str(path.relative_to(self.root)) for path in found[:4])
             raise StateError(
                 f"{self.root} holds {told}, which this stream has not written and would overwrite. Give an empty "
@@ -90,13 +90,12 @@ class StreamStore:
         """The newest whole checkpoint between two experiences.
 
         Raises:
-            StateError: it is of another version.
+            StateError: it is of a version before checksums.
         """
         found = self._boundaries()
         for path in [*(found[experience] for experience in sorted(found, reverse=True)), self.root / START]:
             checkpoint = _read(path)
             if checkpoint is not None:
-                _check_version(checkpoint, self.root)
                 return checkpoint
         return None
 
@@ -165,9 +164,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = load_sealed(path)
     except Exception as error:
-        older = _older(path) if isinstance(error, DamagedFileError) else None
-        if older is not None:
-            return older
+        if isinstance(error, DamagedFileError):
+            _refuse_older(path)
         warnings.warn(f"{path} is damaged ({_why(error)}); an earlier checkpoint is used.", LanceWarning, 2)
         return None
     return found
@@ -177,23 +175,26 @@ def _why(error: Exception) -> str:
     return "its checksum differs" if isinstance(error, DamagedFileError) else f"{type(error).__name__}"
 
 
-def _older(path: Path) -> dict[str, Any] | None:
-    """A whole checkpoint of a stream that a version before checksums has written."""
+def _refuse_older(path: Path) -> None:
+    """Refuse a whole checkpoint of a stream that a version before checksums has written."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.comment or archive.testzip() is not None:
-                return None
+                return
         found = torch.load(path, map_location="cpu", weights_only=True)
         version = found["stream"]["version"]
     except Exception:
-        return None
-    return found if isinstance(version, int) and version < STREAM_STATE_VERSION else None
-
-
-def _check_version(checkpoint: dict[str, Any] | None, root: Path) -> None:
-    if checkpoint is None:
         return
-    stream = checkpoint.get("stream")
+    if isinstance(version, int) and version < STREAM_STATE_VERSION:
+        check_version(found["stream"], path.parent)
+
+
+def check_version(stream: Any, root: Path) -> None:
+    """Refuse what a stream of another version has stored of itself.
+
+    Raises:
+        StateError: its version is another, or it has none.
+    """
     version = stream.get("version") if isinstance(stream, dict) else None
     if version != STREAM_STATE_VERSION:
         raise StateError(
