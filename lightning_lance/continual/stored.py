@@ -117,8 +117,8 @@ def read_stream(state: Any, version: int, feature_side: str) -> StoredStream:
     (found,) = stored.fields("version")
     if isinstance(found.value, bool) or not isinstance(found.value, int) or found.value != version:
         raise StateError(
-            f"the stored state has version {described(found.value)}; this package reads {version}. What it protected cannot "
-            "be rebuilt: continue with the version that wrote it."
+            f"the stored state has version {described(found.value)}; this package reads {version}. What it protected "
+            "cannot be rebuilt: continue with the version that wrote it."
         )
     side, experience, memories, known, said = stored.fields("feature_side", "experience", "memories", "known", "said")
     if side.text() != feature_side:
