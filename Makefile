@@ -12,10 +12,10 @@ export OMP_NUM_THREADS
 CONTINUAL_ARGS ?= --streams glyphs --methods naive ewc replay gpm lance --seeds 0 --threads 1 --output runs/continual.json
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test oldest demo continual dist clean
+.PHONY: help venv lint format test test-all soak oldest demo continual dist clean
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## .venv with the package and all its extras, editable
 
@@ -35,9 +35,20 @@ format: $(STAMP)  ## rewrite the files as ruff wants them
 	$(BIN)/ruff format .
 
 # One thread in each of up to four processes: the tests are many small things.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: export OMP_NUM_THREADS = 1
-test: $(STAMP)  ## all tests and docstring examples
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+test: $(STAMP)  ## tests and docstring examples of the package; without the compatibility matrix and the examples
+	@$(PYTEST) --ignore=tests/compat --ignore=tests/examples $(PYTEST_ARGS)
+
+test-all: export OMP_NUM_THREADS = 1
+test-all: $(STAMP)  ## all tests and docstring examples
+	@$(PYTEST) $(PYTEST_ARGS)
+
+# For the night: kills, hooks, networks and fits by the hundred; docs/reliability.md has its figures.
+soak: export OMP_NUM_THREADS = 1
+soak: $(STAMP)  ## the long forms of the tests in tests/soak, half an hour on two cores
+	@$(BIN)/python -m pytest tests/soak -m soak --numprocesses 2 -rP $(PYTEST_ARGS)
 
 # What pyproject.toml allows at the lowest; on a Python of which all of these have builds.
 OLDEST := torch==2.6.0 torchvision==0.21.0 lightning==2.5.0 torchmetrics==1.4.0 tensorly==0.8.0

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from avalanche import checkpointing as stock
 
+from lightning_lance.tensors.files import written_aside
+
 T = TypeVar("T")
 
 
@@ -51,14 +53,8 @@ def save_checkpoint(strategy: Any, fname: Any, exclude: Collection[str] | None =
         with _importable_optimizers():
             stock.save_checkpoint(strategy, fname, exclude)
         return
-    part = f"{os.fspath(fname)}.part"
-    try:
-        with _importable_optimizers():
-            stock.save_checkpoint(strategy, part, exclude)
-        os.replace(part, fname)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
+    with written_aside(os.fspath(fname)) as aside, _importable_optimizers():
+        stock.save_checkpoint(strategy, os.fspath(aside), exclude)
 
 
 def maybe_load_checkpoint(

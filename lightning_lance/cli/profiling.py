@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json as jsonlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_lance.compression.report import Report, plain_table
 from lightning_lance.errors import ConfigError, StateError
+from lightning_lance.tensors.files import write_whole
 from lightning_lance.tensors.units import format_bytes
 from lightning_lance.trainer.callback import LanceCallback
 
@@ -78,10 +80,12 @@ def profile(
     if trainer.is_global_zero:
         print(_text(report, top))  # noqa: T201 - what the command is for
         if json is not None:
-            Path(json).write_text(jsonlib.dumps(as_dict(report), indent=2) + "\n")
+            write_whole(json, jsonlib.dumps(as_dict(report), indent=2) + "\n")
         if plot is not None:
             try:
-                report.plot(plot)
+                drawing = io.BytesIO()
+                report.plot().savefig(drawing, dpi=120, format=Path(plot).suffix[1:] or None)
+                write_whole(plot, drawing.getvalue())
             except ImportError:
                 raise ConfigError(
                     f"plot={plot!r} needs matplotlib; pip install 'lightning-lance[plot]' installs it."

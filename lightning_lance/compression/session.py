@@ -29,11 +29,13 @@ from lightning_lance.compression.surgery import (
     restore,
     swap,
 )
-from lightning_lance.errors import CalibrationError, LanceWarning, PlanError, StateError
+from lightning_lance.errors import CalibrationError, ConfigError, LanceWarning, PlanError, StateError
 from lightning_lance.layers.compressed import Compressed
-from lightning_lance.layers.registry import base_class, uninstall
+from lightning_lance.layers.registry import base_class, find, uninstall
 from lightning_lance.layers.sharing import link
-from lightning_lance.subspaces.subspace import CapturedEnergy, LayerSubspace
+from lightning_lance.subspaces.budget import gathering_ranks
+from lightning_lance.subspaces.stored import StoredRun, check_session_state
+from lightning_lance.subspaces.subspace import CapturedEnergy, LayerStatistics, LayerSubspace
 
 STATE_VERSION = 2
 
@@ -356,7 +358,8 @@ class LanceSession:
         self._dropped |= {item.name: item for item in calibration.left}
         self.left += calibration.left
         if share is not None:
-            self._assign(share(self._subspaces()))
+            shared = share(self._subspaces())
+            self._assign({name: LayerSubspace.from_state_dict(found) for name, found in shared.items()})
 
     def _subspaces(self) -> dict[str, Any]:
         return {
@@ -365,11 +368,11 @@ class LanceSession:
             if layer._lance.subspace is not None
         }
 
-    def _assign(self, subspaces: dict[str, Any]) -> None:
+    def _assign(self, subspaces: Mapping[str, LayerSubspace]) -> None:
         for name, layer in self.layers.items():
             if name in subspaces:
                 module: Any = layer
-                found = LayerSubspace.from_state_dict(subspaces[name])
+                found = subspaces[name]
                 factor = next(found.factors(), None)
                 dtype = module.weight.dtype if factor is None else factor.dtype
                 layer._lance.subspace = found.to(module.weight.device, dtype)
@@ -410,47 +413,71 @@ class LanceSession:
         Raises:
             StateError: the state is of another version, or does not fit the model.
         """
-        found: Any = state
-        version = found.get("version") if isinstance(found, dict) else None
-        if version != STATE_VERSION:
-            raise StateError(
-                f"the stored state has version {version!r}; this package reads version {STATE_VERSION}. "
-                "Resume without the callback's state to begin anew."
-            )
         if self.stage is Stage.IDLE:
             raise StateError("load_state_dict() before start(): call start() first.")
-        stored, asked = state["config"], self._options()
-        if stored != asked:
+        stored, config = self._checked(state)
+        if stored.config != self._options():
             _warn(
-                f"the resumed run continues with its stored options ({_text(stored)}); {_text(asked)} was asked for "
-                "and is ignored. Start a new fit to use it."
+                f"the resumed run continues with its stored options ({_text(stored.config)}); "
+                f"{_text(self._options())} was asked for and is ignored. Start a new fit to use it."
             )
-            self.config = replace(self.config, **stored)
+            self.config = config
             self.start()
         self.join()
         layers = self.layers
-        self._dropped = {item[0]: LeftAlone(*item) for item in state["dropped"]}
+        self._dropped = {item[0]: LeftAlone(*item) for item in stored.dropped}
         self.left += self._dropped.values()
         for name in self._dropped:
             if name in layers:
                 module: Any = layers.pop(name)
                 uninstall(module)
-        missing = sorted(set(state["subspaces"]) - set(layers))
+        missing = sorted(set(stored.subspaces) - set(layers))
         if missing:
             _warn(f"stored subspaces of {', '.join(missing)} are not used: these layers are not projected in this run.")
         self._observing, self.stage = None, Stage.STEADY
-        self._assign(state["subspaces"])
-        if layers and state["order"]:
-            next(iter(layers.values()))._lance.order.state.copy_(torch.tensor(state["order"], dtype=torch.int64))
-        watched = set(state["observing"] or ()) & set(layers)
+        self._assign(stored.subspaces)
+        if layers and stored.order is not None:
+            next(iter(layers.values()))._lance.order.state.copy_(torch.tensor(stored.order, dtype=torch.int64))
+        observed = stored.observing or {}
+        watched = set(observed) & set(layers)
         if watched:
             self.observe(watched)
             observing: Any = self._observing
             for name, statistics in observing.statistics.items():
-                if name in state["observing"]:
-                    device = observing.layers[name].weight.device
-                    statistics.load_state_dict(state["observing"][name], device)
-        self.observed, self.steps, self._store.draws = state["observed"], state["steps"], state["draws"]
+                if name in observed:
+                    statistics.load_state_dict(observed[name], observing.layers[name].weight.device)
+        self.observed, self.steps, self._store.draws = stored.observed, stored.steps, stored.draws
+
+    def _checked(self, state: Any) -> tuple[StoredRun, LanceConfig]:
+        """A stored state that is whole and fits the model, and the options that it asks for; nothing is changed."""
+        modules = {
+            name: (module, variant)
+            for name, module in self.model.named_modules()
+            if (variant := find(module)) is not None and issubclass(variant, Compressed)
+        }
+        widths = {name: _width(module) for name, (module, _) in modules.items()}
+        stored = check_session_state(state, STATE_VERSION, widths)
+        try:
+            config = replace(self.config, **stored.config)
+            rules = config.rules()
+        except (TypeError, ConfigError) as error:
+            raise StateError(
+                f"the stored state has options that this package does not read ({error}). "
+                "Resume without the callback's state to begin anew."
+            ) from error
+        statistics = {}
+        for name in stored.observing or ():
+            if name in modules:
+                ranks = rules.for_layer(name)
+                ranks = ranks if config.budget is None else gathering_ranks(ranks)
+                statistics[name] = LayerStatistics(ranks, modules[name][1].channel_axis, name)
+        check_session_state(state, STATE_VERSION, widths, statistics)
+        return stored, config
+
+
+def _width(module: Any) -> int:
+    """Channels or features of the input of a supported layer."""
+    return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)
 
 
 class _Ledger:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_lance.continual.basis import Moments, complement, grow_and_rest, lead, reserve, shrink
 from lightning_lance.continual.leftover import Leftover, energy_along, inside, outside, step_sizes
 from lightning_lance.continual.moments import FeatureMoments
+from lightning_lance.continual.stored import read_memory
 from lightning_lance.errors import StateError
 
 
@@ -326,21 +327,16 @@ class LayerMemory:
             "reserved": None if self.reserved is None else self.reserved.detach().cpu(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a stored state.
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from a stored state; nothing is changed on an error.
 
         Raises:
-            StateError: it is of a layer with another feature side.
+            StateError: it is damaged, or of a layer with another feature side.
         """
-        shape = tuple(state["basis"].shape[:2])
-        if shape != (self.groups, self.width):
-            raise StateError(
-                f"{self.label}: the stored basis is for {shape[0]} groups of width {shape[1]}, the layer has "
-                f"{self.groups} of width {self.width}. Load it with the model and feature_side that it was made with."
-            )
-        self.stage = Stage(state["stage"])
-        self._basis, self._is_free = state["basis"].to(self._basis), state["is_free"]
-        self.counts, self._rest = list(state["counts"]), list(state["rest"])
-        self._soft, self._energies = state["soft"].to(self._basis), state["energies"].clone()
-        reserved = state["reserved"]
-        self.reserved = None if reserved is None else reserved.to(self._basis)
+        found = read_memory(state, self.label, self.groups, self.width, self.dtype, [stage.value for stage in Stage])
+        self.stage = Stage(found.stage)
+        self._basis, self._is_free = found.basis.to(self._basis), found.is_free
+        self.counts, self._rest = found.counts, found.rest
+        self._soft, self._energies = found.soft.to(self._basis), found.energies.clone()
+        self.reserved = None if found.reserved is None else found.reserved.to(self._basis)
+        self.steps = None

@@ -26,6 +26,7 @@ from lightning_lance.continual.layers import (
 )
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
+from lightning_lance.continual.stored import read_stream
 from lightning_lance.errors import LanceWarning, PlanError, StateError
 from lightning_lance.layers import registry
 from lightning_lance.layers.compressed import Compressed
@@ -514,32 +515,24 @@ class ContinualSession:
             "said": sorted(self._said),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Continue a stored stream between two experiences.
 
         Raises:
-            StateError: an experience is running, or the state is of another version or feature side.
+            StateError: an experience is running, or the state is damaged, of another version or feature side. Nothing
+                is changed then.
         """
         if self._run is not None:
             raise StateError(
                 "load_state_dict() while an experience is running: call end_experience() or abandon() first."
             )
-        if state.get("version") != CONTINUAL_STATE_VERSION:
-            raise StateError(
-                f"the stored state has version {state.get('version')!r}; this package reads {CONTINUAL_STATE_VERSION}. "
-                "What it protected cannot be rebuilt: continue with the version that wrote it."
-            )
-        if state["feature_side"] != self.options.feature_side:
-            raise StateError(
-                f"the stored stream protects feature_side={state['feature_side']!r}, asked for is "
-                f"{self.options.feature_side!r}. Give the stored one."
-            )
-        self.memories = {}
-        for name, (width, groups, dtype, stored) in state["memories"].items():
-            memory = self.memories[name] = LayerMemory(width, groups, name, getattr(torch, dtype))
+        found = read_stream(state, CONTINUAL_STATE_VERSION, self.options.feature_side)
+        memories = {}
+        for name, (width, groups, dtype, stored) in found.memories.items():
+            memory = memories[name] = LayerMemory(width, groups, name, dtype)
             memory.load_state_dict(stored)
-        self.experience = state["experience"]
-        self._known, self._said = set(state["known"]), set(state["said"])
+        self.memories, self.experience = memories, found.experience
+        self._known, self._said = found.known, found.said
 
 
 class _Run:

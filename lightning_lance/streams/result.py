@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lance.tensors.files import write_whole
 from lightning_lance.tensors.units import format_bytes
 from lightning_lance.trainer.metrics import ContinualMetrics
 
@@ -100,7 +102,9 @@ class StreamResult:
         axis.set(xlabel="trained up to experience", ylabel="accuracy (%)", xticks=range(count), ylim=(lowest, 101))
         figures[1][1].legend(loc="outside right center", fontsize="small")
         for path, figure in figures:
-            figure.savefig(path, dpi=120)
+            drawing = io.BytesIO()
+            figure.savefig(drawing, dpi=120, format=path.suffix[1:])
+            write_whole(path, drawing.getvalue())
         return [path for path, _ in figures]
 
 

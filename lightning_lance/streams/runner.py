@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,18 @@ from lightning_lance.streams.evaluation import Evaluation, Predict
 from lightning_lance.streams.progress import ExperienceProgress, StreamBars
 from lightning_lance.streams.randomness import random_state, set_random_state
 from lightning_lance.streams.result import StreamResult
-from lightning_lance.streams.store import InsideCheckpoint, StreamStore, check_same, said_once
+from lightning_lance.streams.store import (
+    RESULTS,
+    STREAM_STATE_VERSION,
+    InsideCheckpoint,
+    StreamStore,
+    check_same,
+    check_version,
+    said_once,
+)
 from lightning_lance.trainer.callback import LanceCallback
 from lightning_lance.trainer.continual import ContinualCallback
 from lightning_lance.trainer.metrics import ContinualMetrics, continual_metrics
-
-STREAM_STATE_VERSION = 1
 
 OWN = ("enable_progress_bar", "enable_checkpointing", "fast_dev_run", "default_root_dir")
 """Trainer arguments that the runner sets."""
@@ -71,6 +77,9 @@ class StreamRunner:
 
     Attributes:
         metrics: the accuracy matrix so far.
+        described: plain containers that say what else the stream depends on; stored in its checkpoints.
+        differing: ``differing(stored)``: why a stream described so cannot go on here, or ``None``. Where nothing is
+            trained yet, it begins anew instead.
 
     Raises:
         ConfigError: ``trainer`` holds an argument that the runner sets.
@@ -117,6 +126,8 @@ class StreamRunner:
         self.trainer_class = trainer_class
         self.store = StreamStore(root)
         self.metrics = ContinualMetrics(data.num_experiences)
+        self.described: Any = None
+        self.differing: Callable[[Any], str | None] = lambda stored: None
         self._logger: Any = None
         self._bars: StreamBars | None = None
         self._launched = False
@@ -131,11 +142,14 @@ class StreamRunner:
             The accuracy matrix and its summaries.
 
         Raises:
-            StateError: the folder holds a stream with other settings, or the Trainer's strategy starts its processes
-                anew for each fit.
+            StateError: the folder holds a stream with other settings or of another version, or files that no stream
+                has written and this one would overwrite; or the Trainer's strategy starts its processes anew for each
+                fit.
         """
-        if self.restart and _rank() == 0:
-            self.store.clear()
+        if _rank() == 0:
+            self.store.claim()
+            if self.restart:
+                self.store.clear()
         self._logger = self._shared_logger()
         first = self._resume()
         enabled = self.progress and _rank() == 0
@@ -151,6 +165,8 @@ class StreamRunner:
                     self._learn(experience)
         finally:
             self._bars.close()
+        if _rank() == 0:  # also where a finished stream has lost them
+            self.store.write_json(RESULTS, self.result().as_dict())
         return self.result()
 
     def _resume(self) -> int:
@@ -158,7 +174,13 @@ class StreamRunner:
         found = None if self.restart and _rank() else self.store.latest()
         if found is None:
             return -1
-        state = found["stream"]
+        state: Any = found.get("stream")
+        check_version(state, self.store.root)
+        other = self.differing(state["described"])
+        if other is not None:
+            if self.store.trained():
+                raise StateError(other)
+            return -1
         check_same(state["settings"], self._settings(), self.store.root)
         following = state["experience"] + 1
         self._replay(following)
@@ -202,7 +224,7 @@ class StreamRunner:
                     LanceWarning,
                     stacklevel=2,
                 )
-        inside = InsideCheckpoint(self.store.attempt(experience), self.checkpoint_every)
+        inside = InsideCheckpoint(self.store.within(experience), self.checkpoint_every)
         title = f"experience {experience}"
         trainer = self._trainer(title, callbacks, [inside])
         _continue_steps(trainer, self._steps)
@@ -351,12 +373,13 @@ class StreamRunner:
                     "lance": None if self.lance is None else self.lance.state_dict(),
                     "random": ranks,
                     "settings": self._settings(),
+                    "described": self.described,
                 },
             }
             if self.model.hparams:
                 checkpoint[self.model.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.model.hparams)
             self.store.save(experience, checkpoint)
-            self.store.write_json("results.json", self.result().as_dict())
+            self.store.write_json(RESULTS, self.result().as_dict())
         _barrier()
 
 

@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lance.errors import CalibrationError, StateError
+from lightning_lance.errors import CalibrationError
 from lightning_lance.subspaces.ranks import ModeRank, ModeRanks, compact_batch_rank, worthwhile
+from lightning_lance.tensors.checked import FLOATS, LARGEST, Stored
 from lightning_lance.tensors.gram import GramMatrix, NystromSketch, mode_statistics
 from lightning_lance.tensors.linalg import contrast_scale, energy_rank, mode_product, orthonormalize
 from lightning_lance.tensors.rounding import kept_bytes
+
+ROUNDING = 0.01
+"""How far a stored fraction of an energy may be above 1: both sums were rounded."""
+
+CORE_BITS = (2, 4, 8)
+"""Bits that an element of a core may be kept in."""
 
 Sizes = tuple[int, ...]
 """Lengths of the spatial (or token) axes of an input."""
@@ -145,16 +152,66 @@ class LayerSubspace:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> LayerSubspace:
-        try:
-            spatial = {tuple(sizes): tuple(group) for sizes, group in state["spatial"]}
-            rule, energy = BatchRule(*state["batch"]), dict(state["energy"])
-            return cls(rule, state["channel"], spatial, energy, state["any_size"], state["bits"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(
-                f"a stored subspace cannot be read ({error!r}); it was not written by this version of the package. "
-                "Resume without the callback's state to calibrate anew."
-            ) from error
+    def from_state_dict(
+        cls, state: Any, place: str = "a stored subspace", channels: int | None = None
+    ) -> LayerSubspace:
+        """What :meth:`state_dict` returned, checked.
+
+        Args:
+            state: plain containers and tensors.
+            place: names it in messages.
+            channels: of the layer's input, if known.
+
+        Raises:
+            StateError: a value is missing, of another type, shape or dtype, not finite, out of range, or a factor's
+                columns are not orthonormal.
+        """
+        advice = (
+            f"{place} cannot be read; it was damaged, or not written by this version of the package for this model. "
+            "Resume without the callback's state to calibrate anew."
+        )
+        batch, channel, spatial, energy, any_size, bits = Stored(state, place, advice).fields(
+            "batch", "channel", "spatial", "energy", "any_size", "bits"
+        )
+        rank, unbiased, constant = batch.items(3)
+        rule = BatchRule(_stored_rank(rank), unbiased.flag(), constant.number(0.0, 1.0 + ROUNDING))
+        factor = _stored_factor(channel, channels)
+        groups: dict[Sizes, tuple[Tensor | None, ...]] = {}
+        for item in spatial.items():
+            lengths, group = item.items(2)
+            sizes = lengths.integers(0)
+            if sizes in groups:
+                lengths.refuse("sizes that differ from one another", f"{list(sizes)} for the second time")
+            factors = zip(group.items(len(sizes)), sizes, strict=True)
+            groups[sizes] = tuple(_stored_factor(found, size) for found, size in factors)
+        held = {name: value.number(0.0, 1.0 + ROUNDING) for name, value in energy.named()}
+        if bits.value is not None and not (isinstance(bits.value, int) and bits.value in CORE_BITS):
+            bits.refuse(f"None, {', '.join(map(str, CORE_BITS))}")
+        found = cls(rule, factor, groups, held, any_size.flag(), bits.value)
+        if len({factor.dtype for factor in found.factors()}) > 1:
+            spatial.refuse("factors of one dtype", "a list with factors of several dtypes")
+        return found
+
+
+def _stored_rank(rank: Stored) -> ModeRank:
+    value = rank.value
+    if isinstance(value, str) and value in ("full", "compact"):
+        return value  # type: ignore[return-value]
+    whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
+    if not whole and not (isinstance(value, float) and 0.0 < value <= 1.0):
+        rank.refuse("'auto', 'full', an int of at least 1, a float in (0, 1]")
+    return value  # type: ignore[no-any-return]
+
+
+def _stored_factor(stored: Stored, size: int | None) -> Tensor | None:
+    """A factor ``(size, r)`` with orthonormal columns, or ``None``."""
+    if stored.value is None:
+        return None
+    found = stored.tensor((size, None))
+    if not 1 <= found.shape[1] <= found.shape[0]:
+        stored.refuse("a factor with at least one column and no more than rows")
+    stored.orthonormal(found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -346,23 +403,69 @@ class LayerStatistics:
         tensors = [tensor.detach().cpu().clone() for tensor in self.tensors()]
         return {"signature": self.signature(), "calls": self.calls, "shape": list(self.shape), "tensors": tensors}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continue from what :meth:`state_dict` returned, before any update."""
-        if not state["tensors"]:
-            return
-        self.extend(state["signature"], device)
-        self.calls, self.shape = state["calls"], tuple(state["shape"])
-        self._restore(state["tensors"])
+    def load_state_dict(self, state: Any, device: torch.device, channels: int | None = None) -> None:
+        """Continue from what :meth:`state_dict` returned, before any update; nothing is changed on an error.
 
-    def _restore(self, tensors: list[Tensor]) -> None:
-        own = self.tensors()
-        if [t.shape for t in own] != [t.shape for t in tensors]:
-            raise StateError(
-                f"{self.label}: the stored statistics do not fit its rank rules. "
-                "Resume with the options of the stored run."
-            )
-        for target, saved in zip(own, tensors, strict=True):
-            target.copy_(saved)
+        What was accumulated may hold NaN: so did the run that stored it.
+
+        Args:
+            state: plain containers and tensors.
+            device: device of the accumulators.
+            channels: of the layer's input, if known.
+
+        Raises:
+            StateError: the state is damaged, or of other rank rules or another layer.
+        """
+        advice = (
+            f"{self.label}: the stored statistics do not fit its rank rules or its inputs, or are damaged. "
+            "Resume with the model and options of the stored run."
+        )
+        signature, calls, shape, tensors = Stored(state, f"{self.label}: the stored statistics", advice).fields(
+            "signature", "calls", "shape", "tensors"
+        )
+        called, lengths, saved = calls.integer(0), shape.integers(0), tensors.items()
+        if not saved:
+            return
+        made = self._made_for(signature, [item.value for item in saved], device, channels)
+        own = made.tensors()
+        if len(own) != len(saved):
+            tensors.refuse(f"a list of {len(own)}")
+        for target, item in zip(own, saved, strict=True):
+            target.copy_(item.tensor(tuple(target.shape), (target.dtype,), finite=False))
+        _check_energies(own, tensors)
+        axis = self.channel_axis % len(lengths) if len(lengths) > 1 else 1
+        sizes = tuple(size for dim, size in enumerate(lengths) if dim not in (0, axis))
+        if len(lengths) < 2 or lengths[axis] != made.channels or sizes not in made._spatial:
+            shape.refuse(f"the shape of a batch with {made.channels} channels and sizes of the signature")
+        made.calls, made.shape = called, lengths
+        self.__dict__.update(made.__dict__)
+
+    def _made_for(
+        self, signature: Stored, tensors: list[Any], device: torch.device, channels: int | None
+    ) -> LayerStatistics:
+        """New accumulators for a stored signature, which is checked against the stored tensors before any is made."""
+        width, every, dtype, widths = signature.items(4)
+        seen = [item.integers(0) for item in every.items()]
+        if len(set(seen)) != len(seen):
+            every.refuse("sizes that differ from one another")
+        width.integer(1)
+        if channels is not None and width.value != channels:
+            width.refuse(f"{channels}, the channels of the layer")
+        name = dtype.text(FLOATS)
+        learned = set() if _whole(self.ranks.channel) else {width.value}
+        spatial = self.ranks.spatial_rank
+        if not isinstance(spatial, str) and not _whole(spatial):
+            learned |= {size for sizes in seen for size in sizes}
+        present = {found.shape[0] for found in tensors if isinstance(found, Tensor) and found.dim() == 2}
+        if learned - present:  # a damaged size must not make a matrix that does not fit into memory
+            signature.refuse("widths of the stored tensors", f"one of modes {sorted(learned - present)} wide")
+        made = LayerStatistics(self.ranks, self.channel_axis, self.label, self.work)
+        for sizes in seen:
+            made._accumulators(width.value, sizes, getattr(torch, name), device)
+        sketches = list(made._sketches(seen))
+        for sketch, columns in zip(sketches, widths.items(len(sketches)), strict=True):
+            sketch.agree(columns.integer(1, sketch.sample.shape[0]))
+        return made
 
     def tensors(self) -> list[Tensor]:
         """Every accumulator, in an order that is equal on all processes, for a sum in place."""
@@ -402,6 +505,24 @@ class LayerStatistics:
                 else tuple(Spectrum(*statistics.eigh(), statistics.trace) for statistics in group)
             )
         return LayerSpectra(self.channels, channel, spatial, constant / total, self._input_dtype, device, self.work)
+
+
+def _check_energies(accumulated: list[Tensor], stored: Stored) -> None:
+    """Refuse sums of squares that no inputs have; NaN and Inf are found when they are used."""
+    if not all(bool(tensor.isfinite().all()) for tensor in accumulated):
+        return
+    total, constant = accumulated[0].tolist()
+    most = total * (1.0 + ROUNDING)
+    if not 0.0 <= constant <= most:
+        stored.refuse("energies of at least 0, of the mean no more than of all", f"a list that begins with {total:g}")
+    for tensor in accumulated[1:]:
+        diagonal = tensor.diagonal().double() if tensor.dim() == 2 and len(tensor) == tensor.shape[1] else None
+        # A sketch says nothing by itself; its trace is the next one.
+        trace = float(tensor) if tensor.dim() == 0 else 0.0 if diagonal is None else float(diagonal.sum())
+        if not 0.0 <= trace <= most or (diagonal is not None and bool((diagonal < 0.0).any())):
+            stored.refuse(
+                f"modes with energies from 0 to {total:g}, that of the input", f"a list with one of {trace:g}"
+            )
 
 
 class ZeroInputError(CalibrationError):

@@ -160,7 +160,7 @@ class TestResume:
         command = [sys.executable, "-W", "ignore", "-m", "lightning_lance", "stream", "--config", str(config)]
         command.append("--trainer.callbacks+=tests.cli.test_stream.KillOnce")
         assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
-        assert list((cwd / "run" / "inside" / "experience_001").glob("*/step=*.ckpt"))
+        assert list((cwd / "run" / "inside" / "experience_001").glob("step=*.ckpt"))
         for root in ("run", "whole"):
             again = [*command, f"--stream.root={cwd / root}"]
             done = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
@@ -193,6 +193,75 @@ class TestResume:
         assert (cwd / "run" / "start.ckpt").is_file()
         main(["stream", "--config", str(config)])
         assert "ACC" in capsys.readouterr().out
+
+
+class TestConfigFile:
+    """The options as run lie in the folder; a file of the user's is never written to."""
+
+    def test_it_holds_the_options_and_loads_back(self, config: Path, cwd: Path) -> None:
+        main(["stream", "--config", str(config), "--lance.threshold=0.9"])
+        path = cwd / "run" / "config.yaml"
+        content, changed = path.read_bytes(), path.stat().st_mtime_ns
+        assert yaml.safe_load(content)["lance"]["threshold"] == 0.9
+        main(["stream", "--config", str(path)])
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, changed)
+        main(["stream", "--config", str(path), "--lance.threshold=0.8", "--stream.restart=true"])
+        assert yaml.safe_load(path.read_bytes())["lance"]["threshold"] == 0.8
+
+    def test_the_one_given_in_the_same_folder_stays(self, config: Path, cwd: Path) -> None:
+        own = cwd / "run" / "config.yaml"
+        own.parent.mkdir()
+        own.write_text("# mine\n" + config.read_text())
+        content = own.read_bytes()
+        for _ in range(2):
+            main(["stream", "--config", str(own)])
+        assert own.read_bytes() == content
+        beside = yaml.safe_load((cwd / "run" / "config_as_run.yaml").read_bytes())
+        assert beside["data"]["batch_size"] == 8
+        assert beside["lance"]["threshold"] == 0.97  # defaults too
+
+    @pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "edited"])
+    def test_a_damaged_or_edited_one_does_not_stop_the_stream(self, config: Path, cwd: Path, damage: str) -> None:
+        main(["stream", "--config", str(config)])
+        path = cwd / "run" / "config.yaml"
+        whole = path.read_bytes()
+        left = {
+            "empty": b"",
+            "cut": whole[:200],
+            "zeros": whole[:50] + bytes(100) + whole[150:],
+            "edited": whole.replace(b"seed_everything: 3", b"seed_everything: 4"),
+        }[damage]
+        assert left != whole
+        path.write_bytes(left)
+        main(["stream", "--config", str(config)])
+        assert path.read_bytes() == left
+        assert yaml.safe_load((cwd / "run" / "config_as_run.yaml").read_bytes())["seed_everything"] == 3
+
+    def test_where_both_are_the_users_it_is_said(self, config: Path, cwd: Path) -> None:
+        (cwd / "run").mkdir()
+        for name in ("config.yaml", "config_as_run.yaml"):
+            (cwd / "run" / name).write_text("mine: [")
+        with pytest.warns(LanceWarning, match="are not as this command wrote them"):
+            main(["stream", "--config", str(config)])
+        for name in ("config.yaml", "config_as_run.yaml"):
+            assert (cwd / "run" / name).read_text() == "mine: ["
+
+    def test_other_options_are_refused_whatever_became_of_the_file(
+        self, config: Path, cwd: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        main(["stream", "--config", str(config)])
+        (cwd / "run" / "config.yaml").unlink()
+        line = refused(capsys, "--config", str(config), "--lance.threshold=0.5", code=1)
+        assert "lance.threshold=0.97 there, 0.5 asked for" in line
+
+    def test_a_folder_of_the_users_is_refused_in_one_line(
+        self, config: Path, cwd: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (cwd / "run").mkdir()
+        (cwd / "run" / "results.json").write_text("{}")
+        line = refused(capsys, "--config", str(config), code=1)
+        assert "holds results.json, which this stream has not written" in line
+        assert [path.name for path in (cwd / "run").iterdir()] == ["results.json"]
 
 
 class TestOptions:

@@ -301,7 +301,7 @@ class TestKilled:
         [inside] = (root / "inside").rglob("*.ckpt")
         for path in (inside, root / "experience_000.ckpt"):
             path.write_bytes(path.read_bytes()[:2000])
-        with pytest.warns(UserWarning, match="cannot be read"):
+        with pytest.warns(UserWarning, match="is damaged"):
             runner(root).run()
         assert_same(root, uninterrupted())
 
@@ -363,7 +363,12 @@ class TestStore:
         done = runner(cwd / "run")
         result = done.run()
         names = sorted(path.name for path in (cwd / "run").iterdir())
-        assert names == [*(f"experience_{index:03d}.ckpt" for index in range(3)), "results.json", "start.ckpt"]
+        assert names == [
+            *(f"experience_{index:03d}.ckpt" for index in range(3)),
+            "results.json",
+            "start.ckpt",
+            "stream.json",
+        ]
         result.plot()
         assert sorted(path.name for path in (cwd / "run" / "plots").iterdir()) == ["accuracy.png", "matrix.png"]
 
