@@ -22,7 +22,9 @@ SCALE = 10.0
 
 
 class Scaled(Rule):
-    """A step along the protected direction ``m`` is multiplied with ``1 - λ``, its importance in [0, 1].
+    """A step along the protected direction ``m`` is multiplied with ``1 - λ``, ``λ`` its importance in [0, 1].
+
+    The gradient and the step are both projected, so that plain gradient descent moves by the square of that.
 
     Of an experience with singular values ``σ``, the importance is ``(α + 1) σ / (α σ + max σ)`` (eq. 6); those of all
     experiences are summed, up to 1. What an experience may have forgotten afterwards is what ``λ < 1`` lets through.
