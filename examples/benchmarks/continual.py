@@ -234,8 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
         recipe = RECIPES[name]
         for optimizer_name in args.optimizers:
             own: dict[str, dict[str, Any]] = {key: dict(recipe.method.get(key, {})) for key in METHODS}
-            if recipe.damping is not None and OPTIMIZERS[optimizer_name].make is not torch.optim.SGD:
-                own["lance"]["damping"] = recipe.damping
+            if args.threshold is not None:
+                own["lance"]["threshold"] = args.threshold
             for seed in args.seeds:
                 scenario = recipe.stream(seed)
                 for method in args.methods:

@@ -63,7 +63,7 @@ class Settings:
         epochs: over each experience; joint training sees all data this often.
         batch_size: samples of a training step.
         eval_batch_size: samples of an evaluation step.
-        threshold: energy protected after an experience, in GPM, scaled GPM and LANCE.
+        threshold: energy protected after an experience, in GPM and scaled GPM; LANCE has its own default.
         threshold_growth: added to it after each experience.
         samples: samples that define the directions of an experience, in the same methods.
         memory_per_experience: samples that replay, A-GEM and GEM keep of each experience.
@@ -184,7 +184,6 @@ def make_strategy(
     }
     if name in LANCE:
         defaults = {
-            "threshold": settings.threshold,
             "threshold_growth": settings.threshold_growth,
             "calibration_batches": max(1, settings.samples // settings.batch_size),
             "seed": settings.seed,

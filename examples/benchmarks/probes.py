@@ -169,8 +169,8 @@ def tensor_bytes(root: Any, model: nn.Module | None = None) -> int:
             if len(item):
                 values = [value for value in item[0] if isinstance(value, Tensor)]
                 total += len(item) * sum(value.numel() * value.element_size() for value in values)
-        elif isinstance(item, torch.utils.data.DataLoader):
-            continue  # its dataset is counted where it belongs
+        elif isinstance(item, (torch.utils.data.DataLoader, torch.optim.Optimizer)):
+            continue  # its dataset is counted where it belongs, and the optimiser's state is no method's
         elif isinstance(item, Mapping):
             queue += [*item.keys(), *item.values()]
         elif isinstance(item, (list, tuple, set, frozenset)):

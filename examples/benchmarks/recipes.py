@@ -41,8 +41,7 @@ class Recipe:
         epochs: over each experience.
         lr: learning rate of plain SGD.
         batch_size: samples of a training step.
-        threshold: energy protected after an experience, in GPM, scaled GPM and LANCE.
-        damping: of LANCE's steps with optimisers other than gradient descent; `None` for its default.
+        threshold: energy protected after an experience, in GPM and scaled GPM; LANCE has its own default.
         method: options of single methods on this stream.
     """
 
@@ -52,16 +51,12 @@ class Recipe:
     lr: float
     batch_size: int = 32
     threshold: float = 0.97
-    damping: float | None = None
     method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 RECIPES: dict[str, Recipe] = {
     "split-mnist": Recipe(lambda seed: split_mnist(seed), "mlp", epochs=3, lr=0.05),
-    "permuted-mnist": Recipe(lambda seed: permuted_mnist(seed=seed), "mlp", epochs=5, lr=0.05, damping=2.0),
+    "permuted-mnist": Recipe(lambda seed: permuted_mnist(seed=seed), "mlp", epochs=5, lr=0.05),
     "rotated-digits": Recipe(lambda seed: rotated_digits(seed=seed), "conv", epochs=3, lr=0.05),
-    # Nearly all directions are taken at the end, and what is left of earlier experiences in the others is felt.
-    "glyphs": Recipe(
-        lambda seed: split_glyphs(seed=seed), "alexnet-quarter", epochs=8, lr=0.05, threshold=0.975, damping=3.0
-    ),
+    "glyphs": Recipe(lambda seed: split_glyphs(seed=seed), "alexnet-quarter", epochs=8, lr=0.05, threshold=0.975),
 }

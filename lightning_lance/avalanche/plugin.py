@@ -8,12 +8,14 @@ from itertools import islice
 from typing import Any, Literal
 
 from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import ReplayPlugin
+from torch import Tensor
 
-from lightning_lance.avalanche.heads import find_heads
+from lightning_lance.avalanche.heads import find_heads, own_name, task_names
 from lightning_lance.compression.config import LanceConfig, Layers, Rank
 from lightning_lance.compression.isolation import isolated
 from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
-from lightning_lance.errors import LanceWarning
+from lightning_lance.errors import LanceWarning, StateError
 
 
 class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
@@ -39,9 +41,11 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         memory_budget: bytes for the cores and factors of all compressed layers.
         calibration_batches: batches of the experience that define the subspaces, before and after it.
         seed: seed of the random sample orders.
-        threshold: see :class:`~lightning_lance.continual.ContinualConfig`, as ``threshold_growth``, ``reserved``,
-            ``feature_side`` and ``heads``.
+        rule: see :class:`~lightning_lance.continual.ContinualConfig`, as all that follow. Where the model has a head
+            for each task, each has columns of its own, and is evaluated with them.
+        threshold: fraction of an experience's input energy that is protected after it, or ``"auto"``.
         threshold_growth: added to the threshold after each experience.
+        columns: fraction of the protected weights that an experience may have as columns of its own.
         reserved: directions that an experience may change: ``"full"``, an int or a float.
         damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
         freeze_above: fraction of a layer's directions from which on its weight is frozen.
@@ -65,8 +69,10 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         memory_budget: int | str | None = None,
         calibration_batches: int = 8,
         seed: int = 0,
-        threshold: float = 0.97,
+        rule: str = "columns",
+        threshold: float | Literal["auto"] = "auto",
         threshold_growth: float = 0.003,
+        columns: float = 1 / 64,
         reserved: int | float | Literal["full"] = "full",
         damping: float | Literal["auto"] = "auto",
         freeze_above: float = 0.95,
@@ -84,8 +90,10 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
             seed=seed,
         )
         options = ContinualConfig(
+            rule=rule,
             threshold=threshold,
             threshold_growth=threshold_growth,
+            columns=columns,
             reserved=reserved,
             damping=damping,
             freeze_above=freeze_above,
@@ -94,6 +102,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         )
         self.session = ContinualSession(config, options)
         self._said: set[str] = set()
+        self._mixed: _Mixed | None = None
 
     @property
     def capacity(self) -> dict[str, Capacity]:
@@ -103,10 +112,16 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Swap, calibrate, freeze and reserve. The model is adapted to the experience already."""
         self.restore()  # what an interrupted run has left
+        self._end_evaluation(strategy.model)
+        _refuse_replay(strategy)
         own, shared = find_heads(strategy.model)
         self._say_unprotected(shared)
         self.session.begin_experience(
-            strategy.model, self._passes(strategy), [strategy.optimizer], heads=[*own, *shared]
+            strategy.model,
+            self._passes(strategy),
+            [strategy.optimizer],
+            heads=[*own, *shared],
+            own=own_name(strategy.model, strategy.experience, bool(self.session.options.heads)),
         )
 
     def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -120,6 +135,27 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Restore the model and protect what the experience needs."""
         self.session.end_experience(strategy.model, self._passes(strategy))
+
+    def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Evaluate with what the experience has for itself."""
+        names = task_names(strategy.experience)
+        self._mixed = _Mixed(strategy, self.session) if len(names) > 1 and self.session.rule.names else None
+        if len(names) == 1:
+            self.session.select(strategy.model, names[0])
+
+    def after_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Back to what all experiences share, or to the one in training."""
+        self._end_evaluation(strategy.model)
+
+    def before_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """What an evaluation that failed has left."""
+        self._end_evaluation(strategy.model)
+
+    def _end_evaluation(self, model: Any) -> None:
+        mixed, self._mixed = self._mixed, None
+        if mixed is not None:
+            mixed.end()
+        self.session.select(model, None)
 
     def restore(self) -> None:
         """Give the model its own layers back after an error in training. Does nothing where there is nothing to do.
@@ -155,4 +191,51 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
                 "linear classifier is protected.",
                 LanceWarning,
                 stacklevel=2,
+            )
+
+
+class _Mixed:
+    """Batches of several tasks, evaluated task by task: as many forward passes as a batch has tasks."""
+
+    def __init__(self, strategy: Any, session: ContinualSession) -> None:
+        self._strategy = strategy
+        self._session = session
+        self._forward = strategy.forward
+        strategy.forward = self.forward
+
+    def forward(self) -> Any:
+        strategy = self._strategy
+        labels = strategy.mb_task_id
+        result: Tensor | None = None
+        batch = strategy.mbatch
+        try:
+            for label in labels.unique():
+                rows = (labels == label).nonzero().flatten()
+                strategy.mbatch = [part[rows] for part in batch]
+                self._session.select(strategy.model, str(int(label)))
+                found = self._forward()
+                if result is None:
+                    result = found.new_zeros(len(labels), *found.shape[1:])
+                result[rows] = found
+        finally:
+            strategy.mbatch = batch
+            self._session.select(strategy.model, None)
+        return result
+
+    def end(self) -> None:
+        del self._strategy.forward
+
+
+def _refuse_replay(strategy: Any) -> None:
+    """Replay and protection work against each other.
+
+    Old samples would have to move the directions that they need, and these are what is protected; what they do move,
+    heads and free directions, fits them to features that they are not evaluated with.
+    """
+    for plugin in strategy.plugins:
+        if isinstance(plugin, ReplayPlugin):
+            raise StateError(
+                f"{type(plugin).__name__} beside LANCE is not supported: the directions that replayed samples train "
+                "are those that are protected, and the heads of earlier tasks would follow features of the present "
+                "one. Use one of the two."
             )

@@ -32,8 +32,10 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         memory_budget: bytes for the cores and factors of all compressed layers.
         calibration_batches: batches that define the subspaces of an experience.
         seed: seed of the random sample orders.
-        threshold: fraction of an experience's input energy that is protected after it.
+        rule: which directions an experience may move and what is stored afterwards.
+        threshold: fraction of an experience's input energy that is protected after it, or ``"auto"``.
         threshold_growth: added to the threshold after each experience.
+        columns: fraction of the protected weights that an experience may have as columns of its own.
         reserved: directions that an experience may change: ``"full"``, an int or a float.
         damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
         freeze_above: fraction of a layer's directions from which on its weight is frozen.
@@ -58,8 +60,10 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         memory_budget: int | str | None = None,
         calibration_batches: int = 8,
         seed: int = 0,
-        threshold: float = 0.97,
+        rule: str = "columns",
+        threshold: float | Literal["auto"] = "auto",
         threshold_growth: float = 0.003,
+        columns: float = 1 / 64,
         reserved: int | float | Literal["full"] = "full",
         damping: float | Literal["auto"] = "auto",
         freeze_above: float = 0.95,
@@ -75,8 +79,10 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
             memory_budget=memory_budget,
             calibration_batches=calibration_batches,
             seed=seed,
+            rule=rule,
             threshold=threshold,
             threshold_growth=threshold_growth,
+            columns=columns,
             reserved=reserved,
             damping=damping,
             freeze_above=freeze_above,

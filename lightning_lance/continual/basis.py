@@ -228,6 +228,20 @@ def complement(basis: Tensor) -> Tensor:
     return orthonormalize(found, as_double(basis)).to(basis).contiguous() if count < width else found.to(basis)
 
 
+def sharpen(columns: Tensor) -> Tensor:
+    """Orthonormal basis of columns that are orthonormal but for rounding, shape ``(K, m)``, float64 on the CPU.
+
+    Gram-Schmidt as a Cholesky decomposition, which is exact here: the products of the columns are close to the
+    identity. The first columns of the result depend on the first of the given ones alone.
+    """
+    exact = as_double(columns)
+    if exact.shape[1] == 0:
+        return exact
+    root = torch.linalg.cholesky(exact.T @ exact)
+    found: Tensor = torch.linalg.solve_triangular(root, exact.T, upper=False)
+    return found.T.contiguous()
+
+
 def as_double(tensor: Tensor) -> Tensor:
     """In float64 on the CPU, where all of this is computed."""
     return tensor.detach().to("cpu", torch.float64)

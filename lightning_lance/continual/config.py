@@ -10,10 +10,17 @@ from typing import Any, Literal
 import torch
 
 from lightning_lance.continual.moments import ROWS_PER_UPDATE
+from lightning_lance.continual.rules import RULES
 from lightning_lance.errors import ConfigError
 
 HIGHEST_THRESHOLD = 0.999
 """A growing threshold stops here: protecting all energy would protect every direction."""
+
+THRESHOLD = 0.97
+"""Where all experiences share everything."""
+
+THRESHOLD_OF_COLUMNS = 0.90
+"""Where each has columns of its own."""
 
 AUTO_DAMPING = 0.5
 """With optimisers whose steps are as long in all directions."""
@@ -24,10 +31,16 @@ class ContinualConfig:
     """What to protect.
 
     Attributes:
+        rule: which directions an experience may move and what is stored afterwards, a name in
+            :data:`lightning_lance.continual.rules.RULES`. ``"columns"``: what is protected does not move, but that each
+            experience whose name is given has a few columns of its own; without names it is ``"threshold"``.
+            ``"scaled"``: a protected direction closes as far as it mattered (SGP).
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
-            more of what was learned, and leaves less to learn in.
+            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and .90 where experiences have
+            columns of their own.
         threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
             .003 for ten experiences of CIFAR-100).
+        columns: fraction of the protected layers' weights that an experience may have as columns of its own.
         reserved: directions that an experience may change. ``"full"``: everything that is not protected. An int: that
             many leading directions of the experience outside of what is protected; a float in (0, 1]: those that hold
             that energy. Then only ``rows x directions`` numbers of a layer are trained, with gradients and optimiser
@@ -35,9 +48,9 @@ class ContinualConfig:
         damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
             energy all the same: a step is multiplied with ``b / (b + damping * a)``, where ``b`` is the share of the
             present experience's energy in a direction and ``a`` the sum of the shares of earlier ones. ``"auto"``: 0
-            with :class:`torch.optim.SGD`, whose steps are short there by themselves, and .5 with other optimisers,
-            such as Adam, whose steps are as long in all directions. With damping a layer stores the directions outside
-            of what is protected in which earlier experiences have energy.
+            with :class:`torch.optim.SGD`, whose steps are short there by themselves, and where experiences have columns
+            of their own, and .5 with other optimisers, such as Adam, whose steps are as long in all directions. With
+            damping a layer stores the directions outside of what is protected in which earlier experiences have energy.
         feature_side: of convolutions. ``"patch"``: unfolded patches; ``"channel"``: channels, whose bases are smaller
             by the number of kernel positions squared, and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
@@ -51,8 +64,10 @@ class ContinualConfig:
         ConfigError: a value is not allowed.
     """
 
-    threshold: float = 0.97
+    rule: str = "columns"
+    threshold: float | Literal["auto"] = "auto"
     threshold_growth: float = 0.003
+    columns: float = 1 / 64
     reserved: int | float | Literal["full"] = "full"
     damping: float | Literal["auto"] = "auto"
     feature_side: Literal["patch", "channel"] = "patch"
@@ -66,9 +81,15 @@ class ContinualConfig:
             object.__setattr__(self, "heads", (self.heads,))
         if not all(isinstance(pattern, str) for pattern in self.heads):
             raise ConfigError(f"heads={self.heads!r} is not a list of name patterns such as ['classifier', 'heads.*'].")
-        if not 0.0 < self.threshold <= 1.0:
+        if self.rule not in RULES:
+            raise ConfigError(f"rule={self.rule!r} is not allowed. Allowed: {', '.join(map(repr, RULES))}.")
+        if not _is_threshold(self.threshold):
             raise ConfigError(
-                f"threshold={self.threshold!r} is not allowed. Allowed: a fraction in (0, 1], such as 0.97."
+                f"threshold={self.threshold!r} is not allowed. Allowed: 'auto', or a fraction in (0, 1], such as 0.97."
+            )
+        if isinstance(self.columns, bool) or not 0.0 <= self.columns <= 1.0:
+            raise ConfigError(
+                f"columns={self.columns!r} is not allowed. Allowed: a fraction in [0, 1], such as 0.015; 0 for none."
             )
         if not 0.0 <= self.threshold_growth < 1.0:
             raise ConfigError(
@@ -92,16 +113,27 @@ class ContinualConfig:
         if isinstance(self.max_rows, bool) or self.max_rows < 1:
             raise ConfigError(f"max_rows={self.max_rows!r} is not allowed. Allowed: an int of at least 1.")
 
-    def threshold_of(self, experience: int) -> float:
-        """Threshold after an experience, counted from 0."""
-        grown = self.threshold + self.threshold_growth * experience
-        return max(self.threshold, min(grown, HIGHEST_THRESHOLD))
+    def threshold_of(self, experience: int, own: bool = False) -> float:
+        """Threshold after an experience, counted from 0; ``own``: it has columns of its own."""
+        if isinstance(self.threshold, str):
+            threshold = THRESHOLD_OF_COLUMNS if own and self.rule == "columns" else THRESHOLD
+        else:
+            threshold = self.threshold
+        return max(threshold, min(threshold + self.threshold_growth * experience, HIGHEST_THRESHOLD))
 
-    def damping_of(self, optimizers: Iterable[torch.optim.Optimizer]) -> float:
-        """Damping with the given optimisers."""
+    def damping_of(self, optimizers: Iterable[torch.optim.Optimizer], own: bool = False) -> float:
+        """Damping with the given optimisers; ``own``: the experience has columns of its own."""
         if not isinstance(self.damping, str):
             return float(self.damping)
+        if own and self.rule == "columns":
+            return 0.0
         return 0.0 if all(isinstance(found, torch.optim.SGD) for found in optimizers) else AUTO_DAMPING
+
+
+def _is_threshold(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return bool(value == "auto")
+    return 0.0 < value <= 1.0
 
 
 def _is_damping(value: Any) -> bool:

@@ -19,12 +19,18 @@ from lightning_lance.layers.linear import CompressedLinear
 from lightning_lance.ops.conv import Geometry, geometry
 from lightning_lance.ops.factors import WHOLE
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.reserved import Form, Parts, effective_weight, reserved_conv, reserved_linear
+from lightning_lance.ops.reserved import Form, Parts, effective_weight, precision, reserved_conv, reserved_linear
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.tensors.orders import SampleOrder
 
 WATCH_STEPS = 32
 """A steady reservation is looked at every so many steps."""
+
+ROUNDED_PASSES = 3
+"""Along a basis in bfloat16: each pass leaves less than 1% of the last one, so that three reach float32."""
+
+EXACT_PASSES = 6
+"""The same for float64."""
 
 STEADY_TOLERANCE = 1e-4
 """Relative to the weight. Independent roundings of ten thousand steps in float32 add up to some 2e-6."""
@@ -42,22 +48,37 @@ class Reservation:
         steady: the optimiser's steps on the weight are sums of gradients (:func:`steps_are_sums`), so that projecting
             these is enough. It is looked after: where something else moves the weight inside of the protected basis,
             the reservation goes on with the form that holds for any steps.
+        flat: the weight is the one that the layer works with after every step, for :meth:`flatten` is called then. So
+            it may be averaged, or exchanged for an average, by whoever knows the parameter only.
 
     Attributes:
         form: parametrisation in use.
+        shown: a weight to work with for the time being, such as that of an earlier experience; ``None``: one's own.
         update: ``V``, the trained parameter of a truncated reservation; ``None``: the weight itself is trained.
     """
 
-    def __init__(self, weight: Tensor, memory: LayerMemory, side: FeatureSide, steady: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, memory: LayerMemory, side: FeatureSide, steady: bool = False, flat: bool = False
+    ) -> None:
         whole = memory.reserved is None
+        self.flat = flat and whole
         # In half precision what rounding leaves in M is no longer small.
-        steady = steady and whole and memory.steps is None and weight.dtype == memory.dtype
-        self.form = Form(side, weight.shape, whole, steady)
+        steady = steady and whole and not memory.scaled and weight.dtype == memory.dtype
+        steady = steady or self.flat
+        rounded = whole and memory.rounded and not memory.scaled
+        self.form = Form(side, weight.shape, whole, steady, ROUNDED_PASSES if rounded else 1)
         self._version, self._steps = weight._version, 0
         self._start = fingerprint(weight)
-        self._scaled = memory.steps is not None
-        basis = memory.closed() if whole else memory.opened()
+        self._scaled = memory.scaled
+        self.shown: Tensor | None = None
+        if rounded:
+            basis = memory.stored  # as it is: not twice in memory
+        else:
+            basis = memory.closed() if whole else memory.directions()
         self.basis = Parameter(basis.to(weight.device).contiguous(), requires_grad=False)
+        self.mask: Parameter | None = None
+        if rounded and memory.opened is not None:
+            self.mask = Parameter(memory.is_closed().to(weight.device), requires_grad=False)
         self.anchor: Parameter | None = None
         self.update: Parameter | None = None
         if whole:
@@ -67,12 +88,13 @@ class Reservation:
             self.update = Parameter(weight.new_zeros(rows, self.basis.shape[2]))
 
     def _anchored(self, weight: Tensor) -> Tensor:
-        return (self.form.side.rows(exact(weight)) @ exact(self.basis)).to(self.basis)
+        found = self.form.side.rows(exact(weight)) @ exact(self.basis)
+        return found.to(self.basis.device, precision(self.basis, weight))
 
     @property
     def _damped(self) -> bool:
         """Whether dropping what is outside of the reservation twice is not the same as dropping it once."""
-        return self._scaled and self.update is None
+        return self._scaled and self.update is None and not self.flat
 
     @property
     def written_out(self) -> bool:
@@ -82,7 +104,7 @@ class Reservation:
     @torch.no_grad()
     def watch(self, weight: Tensor) -> None:
         """Before a training step: see whether a steady reservation still is, after 1, 2, 4 … and every 32 steps."""
-        if not self.form.steady or weight._version == self._version:
+        if not self.form.steady or self.flat or weight._version == self._version:
             return
         self._version = weight._version
         self._steps += 1
@@ -98,9 +120,10 @@ class Reservation:
         if count == 0:
             return True
         signs = 1.0 - 2.0 * (torch.arange(count, device=weight.device) % 2)
-        signs = signs.to(self.basis).div_(math.sqrt(count)).view(-1, 1)
+        signs = signs.to(self.anchor).div_(math.sqrt(count)).expand(self.basis.shape[0], count).unsqueeze(2)
+        signs = signs if self.mask is None else signs * self.mask.unsqueeze(2).to(signs)
         expected = self.anchor @ signs
-        excess = torch.baddbmm(expected, rows.to(self.basis.dtype), self.basis @ signs, beta=-1)
+        excess = torch.baddbmm(expected, rows.to(signs.dtype), self.basis.to(signs.dtype) @ signs, beta=-1)
         size = torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(rows) / math.sqrt(self.form.side.width)
         return bool(torch.linalg.vector_norm(excess) <= STEADY_TOLERANCE * size)
 
@@ -108,14 +131,53 @@ class Reservation:
         """Tensors of the parametrisation, given the layer's weight as it is now."""
         if self.update is None:
             assert self.anchor is not None
-            return Parts(weight, self.basis, self.anchor)
+            return Parts(weight, self.basis, self.anchor, self.mask)
         return Parts(self.update, self.basis, weight)
+
+    @torch.no_grad()
+    def flatten(self, weight: Tensor) -> None:
+        """After a step on the weight: drop of it what may not move, and go on from the result."""
+        assert self.anchor is not None
+        parts = self.parts(weight)
+        weight.copy_(effective_weight(parts, self.form._replace(steady=False)))
+        self._anchor_loose(weight)
+
+    @torch.no_grad()
+    def adopt(self, weight: Tensor, before: Tensor) -> None:
+        """Go on from a weight that somebody has put in the place of the one that the layer works with.
+
+        What of it differs inside of the protected basis is dropped, then or at the end.
+
+        Args:
+            weight: the layer's weight, with the new values.
+            before: its values before.
+        """
+        if self.update is None:
+            self._anchor_loose(weight)
+            if self.form.steady and not self.flat and not self._is_steady(weight):
+                self.form = self.form._replace(steady=False)
+            return
+        # Along the normalised columns of U: where step sizes are 0, nothing may move.
+        size = torch.linalg.vector_norm(exact(self.basis), dim=1, keepdim=True)
+        basis = exact(self.basis) / size.clamp(min=torch.finfo(torch.float32).tiny)
+        rows = self.form.side.rows(exact(before))
+        change = self.form.side.rows(exact(weight)) - rows
+        weight.data.copy_(self.form.side.weight(rows + (change @ basis) @ basis.mT, self.form.shape))
+        self.update.data.zero_()
+
+    def _anchor_loose(self, weight: Tensor) -> None:
+        """Where columns are closed in part, steps count from this weight on."""
+        if self._scaled and self.anchor is not None:
+            loose = torch.linalg.vector_norm(self.basis, dim=1, keepdim=True) < 1.0 - 1e-5
+            self.anchor.data.copy_(torch.where(loose, self._anchored(weight), self.anchor))
 
     @torch.no_grad()
     def effective(self, weight: Tensor) -> Tensor:
         """The weight that the layer works with, computed in float64 and rounded once."""
-        parts = Parts(*map(exact, self.parts(weight)))
-        return effective_weight(parts, self.form).to(weight)
+        trained, basis, anchor, mask = self.parts(weight)
+        parts = Parts(exact(trained), exact(basis), exact(anchor), mask)
+        passes = EXACT_PASSES if self.form.passes > 1 else 1
+        return effective_weight(parts, self.form._replace(passes=passes)).to(weight)
 
     def state_dict(self, weight: Tensor) -> dict[str, Any]:
         """What does not follow from the memory, on the CPU; the weight too where a state dict holds another one."""
@@ -130,6 +192,7 @@ class Reservation:
             "update": stored(self.update),
             "weight": stored(weight) if self.written_out else None,
             "steady": [self.form.steady, self._steps],
+            "flat": self.flat,
         }
 
     @torch.no_grad()
@@ -137,9 +200,11 @@ class Reservation:
         """Go on with stored tensors; the weight gets its stored values where there are any."""
         self._start, self._scaled = state["start"], state["basis"] is not None
         steady, self._steps = state.get("steady", (False, 0))
+        self.flat = state.get("flat", False)
         self.form, self._version = self.form._replace(steady=steady), weight._version
         if self._scaled:
-            self.basis = Parameter(state["basis"].to(self.basis), requires_grad=False)
+            self.basis = Parameter(state["basis"].to(weight.device), requires_grad=False)
+            self.form, self.mask = self.form._replace(passes=1), None
         if self.anchor is not None:
             self.anchor = Parameter(state["anchor"].to(self.anchor), requires_grad=False)
         for own, name in ((self.update, "update"), (weight.data, "weight")):
@@ -221,13 +286,20 @@ class Reserved(Compressed):
         """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.reservation.watch(self.weight)
-        trained = self.reservation.parts(self.weight).trained
+        trained = self.lance_parts()[0].trained
         return torch.is_grad_enabled() and trained.requires_grad
 
     def lance_form(self) -> Form:
         """Parametrisation of a call. A compiled graph cannot look after a steady one."""
         form = self.reservation.form
         return form._replace(steady=False) if torch.compiler.is_compiling() else form
+
+    def lance_parts(self) -> tuple[Parts, Form]:
+        """What a call works with."""
+        found, form = self.reservation, self.lance_form()
+        if found.shown is None:
+            return found.parts(self.weight), form
+        return Parts(found.shown, found.basis, found.shown), form._replace(complement=True, steady=True)
 
     def lance_leave(self) -> None:
         self.reservation.fold(self.weight)
@@ -247,6 +319,13 @@ class Reserved(Compressed):
         if self.reservation.written_out:
             destination[prefix + "weight"] = self.reservation.effective(self.weight)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        before = self.weight.detach().clone()
+        stock: Any = super()
+        stock._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict:
+            self.reservation.adopt(self.weight, before)
+
 
 class ReservedLinear(Reserved, CompressedLinear):
     """:class:`torch.nn.Linear` in a reserved subspace."""
@@ -264,7 +343,7 @@ class ReservedLinear(Reserved, CompressedLinear):
             return self.forward(input.unsqueeze(0)).squeeze(0)
         self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
-        parts, form = self.reservation.parts(self.weight), self.lance_form()
+        parts, form = self.lance_parts()
         return self.lance_run(reserved_linear, input, factors or WHOLE, parts, self.bias, form, factors)
 
 
@@ -287,7 +366,7 @@ class ReservedConv(Reserved, CompressedConv):
             return self._conv_forward(input.unsqueeze(0), weight, bias).squeeze(0)
         self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
-        parts, form = self.reservation.parts(weight), self.lance_form()
+        parts, form = self.lance_parts()
         where = self.lance_geometry()
         return self.lance_run(reserved_conv, input, factors or WHOLE, parts, bias, where, form, factors)
 

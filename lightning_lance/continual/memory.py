@@ -10,11 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lance.continual.basis import Moments, complement, grow_and_rest, lead, reserve, shrink
+from lightning_lance.continual.basis import (
+    Moments,
+    as_double,
+    complement,
+    grow_and_rest,
+    lead,
+    reserve,
+    sharpen,
+    shrink,
+)
 from lightning_lance.continual.leftover import Leftover, energy_along, inside, outside, step_sizes
 from lightning_lance.continual.moments import FeatureMoments
-from lightning_lance.continual.stored import read_memory
 from lightning_lance.errors import StateError
+from lightning_lance.tensors.linalg import orthonormalize
 
 
 class Stage(str, Enum):
@@ -66,13 +75,20 @@ class LayerMemory:
         label: names the layer in messages.
         dtype: dtype of the bases.
         device: device of the bases.
-        compact: store the free directions where they are fewer; ``False``: always ``M``.
+        compact: store the free directions where they are fewer; ``False``: always ``M``, whose columns then never
+            change.
+        stored: dtype that ``M`` is stored in, where it is not compact; ``None``: ``dtype``. What is protected is the
+            span of the stored numbers, made orthonormal wherever it is used, so that few bits leave out a little of an
+            experience's energy and nothing of the promise.
 
     Attributes:
         stage: the state.
         compact: as given.
         counts: directions protected in each group.
-        reserved: ``U``, shape ``(groups, K, r)``, zero columns alike; ``None``: everything outside of ``M``.
+        opened: columns of ``M`` in each group that the running experience may move all the same; ``None``: none.
+        importance: how far each column of ``M`` is closed, in [0, 1], shape ``(groups, m)``; ``None``: altogether.
+        reserved: ``U``, shape ``(groups, K, r)``, zero columns alike; ``None``: everything outside of ``M``, and what
+            is opened.
         steps: where steps are damped, their sizes in [0, 1] along the columns of ``U``; with everything outside of
             ``M`` along the stored directions outside of it, shape ``(groups, r)``. Else ``None``.
 
@@ -98,14 +114,18 @@ class LayerMemory:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         compact: bool = True,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.width = width
         self.groups = groups
         self.label = label
         self.stage = Stage.EMPTY
         self.compact = compact
-        self._basis = torch.empty(groups, width, 0, dtype=dtype, device=device)
+        self._dtype = dtype
+        self._basis = torch.empty(groups, width, 0, dtype=dtype if compact else stored or dtype, device=device)
         self._is_free = False
+        self.opened: list[list[int]] | None = None
+        self.importance: Tensor | None = None
         self.counts = [0] * groups
         # What is left of earlier experiences outside of M: beside a stored M some directions of their own, beside the
         # free ones nothing but the energies along them.
@@ -121,7 +141,9 @@ class LayerMemory:
 
         Written out anew where the free directions are stored.
         """
-        return self._stack([complement(basis) for basis in self._bases()]) if self._is_free else self._basis
+        if self._is_free:
+            return self._stack([complement(basis) for basis in self._bases()])
+        return self._basis if self._basis.dtype == self._dtype else self._stack(self._bases())
 
     @property
     def free(self) -> Tensor | None:
@@ -131,7 +153,12 @@ class LayerMemory:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the bases."""
-        return self._basis.dtype
+        return self._dtype
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the columns of ``M`` are what is stored, so that single ones can be named."""
+        return not self._is_free and any(self.counts)
 
     def to(self, device: torch.device) -> None:
         """Move the bases."""
@@ -164,7 +191,7 @@ class LayerMemory:
             StateError: the state is neither empty nor consolidated, or a rank or damping is given without moments.
         """
         self._require("reserve", Stage.EMPTY, Stage.CONSOLIDATED)
-        self.reserved = self.steps = None
+        self.reserved = self.steps = self.opened = self.importance = None
         damped = damping > 0.0 and any(self.counts)
         if gram is None and (damped or not isinstance(rank, str)):
             given = f"damping={damping!r}" if damped else f"rank={rank!r}"
@@ -182,20 +209,109 @@ class LayerMemory:
                     basis = self.reserved[group]
                     past = left.along(basis)
                 sizes.append(step_sizes(past, energy_along(seen, basis), damping if seen.total > 0.0 else 0.0))
-            self.steps = torch.stack(sizes).to(self._basis)
+            self.steps = torch.stack(sizes).to(self._basis.device, self._dtype)
         self.stage = Stage.CALIBRATED
         return self.reserved
+
+    def open(self, columns: list[list[int]]) -> None:
+        """Let the coming experience move some columns of ``M`` too, in steps of full length.
+
+        Args:
+            columns: their indices, in each group.
+
+        Raises:
+            StateError: the state is not calibrated, or ``M`` is not what is stored.
+        """
+        self._require("open", Stage.CALIBRATED)
+        if not any(columns):
+            return
+        if self._is_free:
+            raise StateError(f"{self.label}: its free directions are stored, so that no column of M can be opened.")
+        self.opened = [list(found) for found in columns]
+        if self.reserved is not None:
+            extra = self._stack([orthonormalize(found).to(self._basis.device) for found in self.duals(self.opened)])
+            self.reserved = torch.cat([extra, self.reserved], 2)
+            if self.steps is not None:
+                self.steps = torch.cat([self.steps.new_ones(self.groups, extra.shape[2]), self.steps], 1)
+
+    def scale(self, importance: Tensor) -> None:
+        """Close the columns of ``M`` in part: a step along one is multiplied with 1 minus its importance.
+
+        Args:
+            importance: in [0, 1], shape ``(groups, m)``.
+
+        Raises:
+            StateError: the state is not calibrated.
+        """
+        self._require("scale", Stage.CALIBRATED)
+        self.importance = importance
+
+    @property
+    def scaled(self) -> bool:
+        """Whether some directions are closed in part."""
+        return self.steps is not None or self.importance is not None
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the stored columns span ``M`` and are orthonormal but for their rounding."""
+        return not self._is_free and self._basis.dtype != self._dtype
+
+    @property
+    def stored(self) -> Tensor:
+        """What is stored of ``M``, shape ``(groups, K, m)``."""
+        return self._basis
+
+    def is_closed(self) -> Tensor:
+        """1 for each column of ``M`` that the running experience may not move, else 0; shape ``(groups, m)``."""
+        flags = torch.ones(self.groups, self._basis.shape[2], dtype=self._dtype, device=self._basis.device)
+        for group, found in enumerate(self.opened or []):
+            flags[group, found] = 0.0
+        return flags
+
+    def columns(self, indices: list[list[int]]) -> list[Tensor]:
+        """Some stored columns of ``M``, for each group ``(K, j)`` in float64 on the CPU."""
+        return [as_double(basis[:, found]) for basis, found in zip(self._basis, indices, strict=True)]
+
+    def duals(self, indices: list[list[int]], counts: Sequence[int] | None = None) -> list[Tensor]:
+        """For some columns of ``M`` the vectors ``D`` in its span with ``Dᵀ M`` the rows of the identity.
+
+        With an orthonormal ``M`` they are the columns themselves.
+
+        Args:
+            indices: of the columns, in each group.
+            counts: of the leading columns that ``M`` is taken to have; ``None``: all.
+
+        Returns:
+            For each group ``(K, j)`` in float64 on the CPU.
+        """
+        result = []
+        for basis, found, count in zip(self._basis, indices, counts or self.counts, strict=True):
+            exact = as_double(basis[:, :count])
+            chosen = torch.eye(count, dtype=torch.float64)[:, found]
+            if found:
+                chosen = torch.cholesky_solve(chosen, torch.linalg.cholesky(exact.T @ exact))
+            result.append(exact @ chosen)
+        return result
 
     def closed(self) -> Tensor:
         """``B`` such that the change of a weight is one in all directions times ``I - B Bᵀ``, ``(groups, K, m)``.
 
-        ``M``, and where steps are damped the stored directions outside of it times ``sqrt(1 - s)``.
+        ``M`` without what is opened, and where steps are damped the stored directions outside of it times
+        ``sqrt(1 - s)``.
         """
+        closed = self.protected
+        if self.opened is not None:
+            parts = []
+            for basis, count, flags in zip(self._basis, self.counts, self.is_closed(), strict=True):
+                parts.append(sharpen(basis[:, :count][:, flags[:count] > 0]).to(basis.device))
+            closed = self._stack(parts)
+        if self.importance is not None:
+            closed = closed * self.importance.to(closed).sqrt().unsqueeze(1)
         if self.steps is None:
-            return self.protected
-        return torch.cat([self.protected, self._open() * (1.0 - self.steps).sqrt().unsqueeze(1)], 2)
+            return closed
+        return torch.cat([closed, self._open() * (1.0 - self.steps).sqrt().unsqueeze(1)], 2)
 
-    def opened(self) -> Tensor:
+    def directions(self) -> Tensor:
         """``U``, times the step sizes where steps are damped, ``(groups, K, r)``."""
         assert self.reserved is not None
         return self.reserved if self.steps is None else self.reserved * self.steps.unsqueeze(1)
@@ -241,19 +357,25 @@ class LayerMemory:
                 self._is_free = True
                 self._store_free([inside(left, complement(b)) for b, left in zip(grown, lefts, strict=True)])
             else:
-                self.counts = [basis.shape[1] for basis in grown]
-                self._basis = self._stack(grown)
+                self._append(grown)
                 self._soft = self._stack([left.directions for left in lefts])
                 self._store_energies(lefts)
-        self.reserved = self.steps = None
+        self.reserved = self.steps = self.opened = self.importance = None
         self.stage = Stage.CONSOLIDATED
         return sum(self.counts) - before
+
+    def _append(self, grown: list[Tensor]) -> None:
+        """Store what is new of ``M``; what is there stays bit for bit."""
+        raw = [basis[:, :count] for basis, count in zip(self._basis, self.counts, strict=True)]
+        bases = [torch.cat([old, new[:, old.shape[1] :].to(old)], 1) for old, new in zip(raw, grown, strict=True)]
+        self.counts = [basis.shape[1] for basis in bases]
+        self._basis = self._stack(bases, self._basis.dtype)
 
     def _store_free(self, lefts: list[Leftover]) -> None:
         """Store the free directions, turned into eigenvectors of what earlier experiences have in them."""
         self.counts = [self.width - left.directions.shape[1] for left in lefts]
         self._basis = self._stack([left.directions for left in lefts])
-        self._soft = self._basis.new_empty(self.groups, self.width, 0)
+        self._soft = self._soft.new_empty(self.groups, self.width, 0)
         self._store_energies(lefts)
 
     def _store_energies(self, lefts: list[Leftover]) -> None:
@@ -265,7 +387,10 @@ class LayerMemory:
 
     def _open(self) -> Tensor:
         """The stored directions outside of ``M``."""
-        return self._basis if self._is_free else self._soft
+        if self._is_free or self._basis.dtype == self._dtype or self._soft.shape[2] == 0:
+            return self._basis if self._is_free else self._soft
+        protected = self.protected  # which rounding has turned a little since
+        return self._soft - protected @ (protected.mT @ self._soft)
 
     def _leftovers(self) -> list[Leftover]:
         """What is left of earlier experiences outside of ``M``, in each group."""
@@ -274,7 +399,7 @@ class LayerMemory:
     def abandon(self) -> None:
         """End an experience that failed: ``M`` stays as it was. Does nothing outside of one."""
         if self.stage in (Stage.CALIBRATED, Stage.TRAINING):
-            self.reserved = self.steps = None
+            self.reserved = self.steps = self.opened = self.importance = None
             self.stage = Stage.CONSOLIDATED if any(self.counts) else Stage.EMPTY
 
     def basis(self) -> Tensor:
@@ -295,7 +420,10 @@ class LayerMemory:
     def _bases(self) -> list[Tensor]:
         """The stored basis of each group."""
         counts = [self.width - count for count in self.counts] if self._is_free else self.counts
-        return [basis[:, :count] for basis, count in zip(self._basis, counts, strict=True)]
+        bases = [basis[:, :count] for basis, count in zip(self._basis, counts, strict=True)]
+        if self._basis.dtype != self._dtype:
+            bases = [sharpen(basis).to(self._basis.device, self._dtype) for basis in bases]
+        return bases
 
     def _moments(self, gram: Tensor | FeatureMoments) -> Sequence[Tensor | Moments]:
         if isinstance(gram, FeatureMoments):
@@ -307,9 +435,9 @@ class LayerMemory:
             )
         return list(gram.reshape(self.groups, self.width, self.width))
 
-    def _stack(self, bases: list[Tensor]) -> Tensor:
+    def _stack(self, bases: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         widest = max(basis.shape[1] for basis in bases)
-        stacked = self._basis.new_zeros(self.groups, self.width, widest)
+        stacked = self._basis.new_zeros(self.groups, self.width, widest, dtype=dtype or self._dtype)
         for target, basis in zip(stacked, bases, strict=True):
             target[:, : basis.shape[1]] = basis
         return stacked
@@ -320,6 +448,7 @@ class LayerMemory:
             "stage": self.stage.value,
             "basis": self._basis.detach().cpu(),
             "is_free": self._is_free,
+            "compact": self.compact,
             "counts": list(self.counts),
             "soft": self._soft.detach().cpu().contiguous(),
             "energies": self._energies.clone(),
@@ -333,10 +462,31 @@ class LayerMemory:
         Raises:
             StateError: it is damaged, or of a layer with another feature side.
         """
-        found = read_memory(state, self.label, self.groups, self.width, self.dtype, [stage.value for stage in Stage])
-        self.stage = Stage(found.stage)
-        self._basis, self._is_free = found.basis.to(self._basis), found.is_free
-        self.counts, self._rest = found.counts, found.rest
-        self._soft, self._energies = found.soft.to(self._basis), found.energies.clone()
-        self.reserved = None if found.reserved is None else found.reserved.to(self._basis)
-        self.steps = None
+        try:
+            basis, soft, reserved = state["basis"], state["soft"], state["reserved"]
+            shape = tuple(basis.shape[:2])
+            if basis.dim() == 3 and shape != (self.groups, self.width):
+                raise StateError(
+                    f"{self.label}: the stored basis is for {shape[0]} groups of width {shape[1]}, the layer has "
+                    f"{self.groups} of width {self.width}. Load it with the model and feature_side that it was made "
+                    "with."
+                )
+            tensors = [found for found in (basis, soft, reserved) if found is not None]
+            if not all(found.dim() == 3 and bool(found.isfinite().all()) for found in tensors):
+                raise ValueError("a basis that is not finite or not of three axes")
+            stage, counts, rest = Stage(state["stage"]), list(state["counts"]), list(state["rest"])
+            energies, is_free, compact = state["energies"].clone(), state["is_free"], state["compact"]
+            basis = basis.to(self._basis.device)
+            soft = soft.to(self._soft)
+            reserved = None if reserved is None else reserved.to(self._soft)
+        except StateError:
+            raise
+        except Exception as error:
+            raise StateError(
+                f"{self.label}: its stored memory is damaged ({type(error).__name__}: {error}). What it protected "
+                "cannot be rebuilt: load another checkpoint."
+            ) from error
+        self.stage, self.counts, self._rest = stage, counts, rest
+        self._basis, self._is_free, self.compact = basis, is_free, compact
+        self._soft, self._energies, self.reserved = soft, energies, reserved
+        self.steps = self.opened = self.importance = None

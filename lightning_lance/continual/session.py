@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from lightning_lance.continual.config import ContinualConfig
 from lightning_lance.continual.layers import (
     Reservation,
     Reserved,
+    exact,
     fingerprint,
     install_reservation,
     reserved_variant,
@@ -26,14 +28,14 @@ from lightning_lance.continual.layers import (
 )
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
-from lightning_lance.continual.stored import read_stream
+from lightning_lance.continual.rules import RULES, Layer, Now
 from lightning_lance.errors import LanceWarning, PlanError, StateError
 from lightning_lance.layers import registry
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.subspaces.ranks import closest, matches
 from lightning_lance.tensors.orders import SampleOrder
 
-CONTINUAL_STATE_VERSION = 2
+CONTINUAL_STATE_VERSION = 3
 
 SumOver = Callable[[Sequence[Tensor]], None]
 """Sums tensors over processes, in place."""
@@ -53,6 +55,9 @@ class ContinualSession:
     protected; from then on the weight of a layer changes only outside of them, and everything of the shared layers that
     cannot be protected in this way is frozen: biases, affine parameters and running statistics of norms, and layers of
     other types. Heads train freely. A module that was not there before trains as in a first experience.
+
+    An experience that is given a name, ``own``, has a few columns of its own in addition, with which it is evaluated:
+    :meth:`select` makes the model that of one experience, :meth:`export` copies it.
 
     Args:
         config: what to compress, and how far.
@@ -87,9 +92,16 @@ class ContinualSession:
         self.options = options or ContinualConfig()
         self.experience = 0
         self.memories: dict[str, LayerMemory] = {}
+        self.rule = RULES[self.options.rule](self.options)
         self._known: set[str] = set()
         self._said: set[str] = set()
         self._run: _Run | None = None
+        # The experience whose columns are in the model, and the weights without them.
+        self._selected: str | None = None
+        self._shared: dict[str, Tensor] = {}
+        self._merged: dict[str, float] = {}
+        # Of a state that was taken within an experience: what its weights have that is not shared.
+        self._pending: dict[str, Any] | None = None
 
     @property
     def running(self) -> bool:
@@ -129,6 +141,8 @@ class ContinualSession:
         reduce: Reduce | None = None,
         sum_over: SumOver | None = None,
         whole: bool = False,
+        own: str | None = None,
+        flat: bool = False,
     ) -> None:
         """Swap, calibrate, freeze and reserve; then train.
 
@@ -142,6 +156,10 @@ class ContinualSession:
             reduce: sums calibration accumulators over processes.
             sum_over: sums moments over processes.
             whole: train the weights themselves in any case, as DDP needs, which knows no other parameters.
+            own: name of what this experience alone is evaluated with, such as the label of its task: it gets columns of
+                its own under it. ``None``: it is evaluated as all others are.
+            flat: after every step of the optimisers the weights are what the layers work with, as averages of weights
+                need; with ``whole``.
 
         Raises:
             StateError: an experience is running, or an optimiser does not hold a weight that it should train.
@@ -151,10 +169,13 @@ class ContinualSession:
         if self._run is not None:
             raise StateError("begin_experience() while one is running: call end_experience() or abandon() first.")
         self._check_heads(model)
+        self.select(model, None)
+        self._drop_pending(model)
         run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
         try:
             optimizers = list(optimizers)
-            run.optimizers, run.damping = optimizers, self.options.damping_of(optimizers)
+            run.optimizers, run.flat = optimizers, flat
+            run.now = Now(self.experience, own, self.options.damping_of(optimizers, own is not None))
             self._begin(run, passes, [] if whole else optimizers, reduce, sum_over)
         except BaseException:
             self.abandon()
@@ -174,11 +195,10 @@ class ContinualSession:
                 f"no layer of {type(run.model).__name__} can be protected. Supported, with a weight that requires grad "
                 f"and outside of heads: {', '.join(registry.supported())}."
             )
-        self._freeze(run, layers)
-        trained = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
-        self._add_memories(trained)
+        trained = self._freeze(run, layers)
+        self._add_memories(trained, run.now)
         moments = {}
-        if self.options.reserved != "full" or run.damping:
+        if self.rule.needs_moments(run.now):
             moments = self._moments({name: layer for name, layer in trained.items() if name in self._reservable()})
         compression = LanceSession(run.model, self.config)
         try:
@@ -201,16 +221,20 @@ class ContinualSession:
         if sum_over is not None:
             _sum(moments, sum_over)
         order = _order(run.model, self.config.seed)
+        run.views = {
+            name: self._view(
+                name, layer, moments.get(name), any(self.memories[name].counts) and _holds(optimizers, layer.weight)
+            )
+            for name, layer in trained.items()
+        }
+        self.rule.directions(run.views, run.now)
+        run.views = {name: view._replace(moments=None) for name, view in run.views.items()}
         for name, layer in trained.items():
-            memory = self.memories[name]
-            if any(memory.counts):
-                memory.reserve(moments.get(name), self.options.reserved, run.damping)
-            else:
-                memory.reserve()
-            if memory.reserved is None and memory.free is not None and _holds(optimizers, layer.weight):
-                # All that is free, and fewer directions than are protected: fewer numbers to train, and to keep.
-                memory.reserved = memory.free
+            if self.rule.freezes(run.views[name], run.now):
+                self._say_full([(name, self.memories[name].capacity())])
+                run.freeze(layer.weight)
             self._train(run, name, layer, order, optimizers)
+        run.flatten_after_steps()
 
     def _train(
         self,
@@ -225,13 +249,13 @@ class ContinualSession:
         memory = self.memories[name]
         memory.start()
         run.layers[name] = layer
-        if not any(memory.counts):
+        if not any(memory.counts) or not layer.weight.requires_grad:
             return
         if memory.reserved is not None and memory.reserved.shape[2] == 0:
             run.freeze(layer.weight)
             return
         side, _ = _side(layer, self.options)
-        reservation = Reservation(layer.weight, memory, side, steps_are_sums(run.optimizers, layer.weight))
+        reservation = Reservation(layer.weight, memory, side, steps_are_sums(run.optimizers, layer.weight), run.flat)
         if stored is not None:
             reservation.load_state_dict(stored, layer.weight)
         install_reservation(layer, name, reservation, order)
@@ -251,6 +275,7 @@ class ContinualSession:
         for name, layer in run.layers.items():
             reserved = self.memories[name].reserved
             layers[name] = {
+                "opened": self.memories[name].opened,
                 "reserved": None if reserved is None else reserved.detach().cpu(),
                 "reservation": layer.reservation.state_dict(layer.weight) if isinstance(layer, Reserved) else None,
             }
@@ -259,7 +284,8 @@ class ContinualSession:
             "layers": layers,
             "compression": compression,
             "before": dict(run.before),
-            "damping": run.damping,
+            "now": list(run.now),
+            "rule": self.rule.running_state(),
         }
 
     def resume_experience(
@@ -268,6 +294,7 @@ class ContinualSession:
         state: dict[str, Any],
         optimizers: Iterable[torch.optim.Optimizer] = (),
         heads: Iterable[str] = (),
+        flat: bool = False,
     ) -> None:
         """Go on in the middle of an experience, as if it had not been interrupted.
 
@@ -276,6 +303,7 @@ class ContinualSession:
             state: what :meth:`running_state` returned, while this session had the state that it has now.
             optimizers: hold the model's parameters and the stored state, see :meth:`begin_experience`.
             heads: see :meth:`begin_experience`.
+            flat: likewise, as it began.
 
         Raises:
             StateError: an experience is running, or the state does not fit the model.
@@ -284,6 +312,8 @@ class ContinualSession:
             raise StateError("resume_experience() while one is running: call end_experience() or abandon() first.")
         self._check_heads(model)
         run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
+        run.optimizers, run.flat = list(optimizers), flat
+        self._pending = None
         try:
             self._resume(run, state, list(optimizers))
         except BaseException:
@@ -291,17 +321,16 @@ class ContinualSession:
             raise
 
     def _resume(self, run: _Run, state: dict[str, Any], optimizers: list[torch.optim.Optimizer]) -> None:
-        run.before, run.damping = dict(state["before"]), state["damping"]
+        run.before, run.now = dict(state["before"]), Now(*state["now"])
         layers = self._protectable(run.model, run.heads)
-        self._freeze(run, layers)
-        trained = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+        trained = self._freeze(run, layers)
         if set(trained) != set(state["layers"]):
             differing = sorted(set(trained) ^ set(state["layers"]))
             raise StateError(
                 f"the stored experience trains other layers than the model would: {', '.join(differing)} differ. "
                 "Resume with the model, heads and trainable parameters that it began with."
             )
-        self._add_memories(trained)
+        self._add_memories(trained, run.now)
         if state["compression"] is not None:
             run.compression = LanceSession(run.model, self.config)
             run.compression.start(observe=False)
@@ -311,7 +340,13 @@ class ContinualSession:
             memory, stored = self.memories[name], state["layers"][name]
             memory.reserve()
             memory.reserved = None if stored["reserved"] is None else stored["reserved"].to(layer.weight.device)
+            memory.opened = stored["opened"]
+            run.views[name] = self._view(name, layer)
+            if self.rule.freezes(run.views[name], run.now):
+                run.freeze(layer.weight)
             self._train(run, name, layer, order, optimizers, stored["reservation"])
+        self.rule.resume(run.views, state["rule"])
+        run.flatten_after_steps()
 
     def end_experience(
         self, model: nn.Module, passes: Sequence[Pass], sum_over: SumOver | None = None
@@ -335,8 +370,9 @@ class ContinualSession:
             raise StateError("end_experience() without begin_experience().")
         if run.model is not model:
             raise StateError("end_experience() got another model than begin_experience().")
+        run.hide()
         run.restore()
-        threshold = self.options.threshold_of(self.experience)
+        threshold = self.rule.threshold(run.now)
         # A sketch has to see a little more than what is to be protected.
         moments = self._moments(run.layers, (1.0 + threshold) / 2)
         called: set[str] = set()
@@ -353,10 +389,11 @@ class ContinualSession:
         finally:
             for handle in handles:
                 handle.remove()
+        self.rule.detach(run.views, run.now)
         for name, found in moments.items():
             memory = self.memories[name]
             if found.count:
-                memory.protect(found, threshold, soft=run.damping > 0.0)
+                self.rule.consolidate(name, run.views[name]._replace(moments=found), run.now)
             elif any(memory.counts):
                 memory.abandon()
             else:
@@ -373,7 +410,9 @@ class ContinualSession:
         """End a failed experience: the model is restored, what it learned stays in it, nothing more is protected."""
         run, self._run = self._run, None
         if run is not None:
+            run.hide()
             run.restore()
+            self.rule.abandon(run.views)
         for name, memory in list(self.memories.items()):
             memory.abandon()
             if memory.stage is Stage.EMPTY and name not in self._known:
@@ -385,8 +424,127 @@ class ContinualSession:
 
     @property
     def bytes(self) -> int:
-        """Size of all protected bases."""
-        return sum(capacity.bytes for capacity in self.capacity().values())
+        """Size of all protected bases, and of what experiences have for themselves."""
+        return sum(capacity.bytes for capacity in self.capacity().values()) + self.rule.bytes
+
+    @torch.no_grad()
+    def select(self, model: nn.Module, own: str | None) -> None:
+        """Make a model the one that an experience is evaluated with, until another is selected.
+
+        Between experiences its columns are merged into the weights, whose values without them are kept and come back
+        bit for bit. While one is running, the layers work with other weights than those in training.
+
+        Args:
+            model: the model.
+            own: name of the experience. One that has nothing of its own, and between experiences ``None``, stands for
+                what all experiences share; ``None`` while one is running for the running one.
+
+        Raises:
+            StateError: the weights have been changed since an experience was selected.
+        """
+        if self._run is not None:
+            self._run.hide()
+            if own is not None and own != self._run.now.own:
+                self._show(self._run, own)
+            return
+        if own == self._selected:
+            return
+        self._leave(model)
+        if own is None:
+            return
+        for name, layer in self._views(model).items():
+            change = self.rule.own_change(name, layer, own)
+            if change is not None:
+                weight = layer.weight
+                self._shared[name] = weight.detach().clone()
+                weight.data.copy_(exact(weight) + layer.side.weight(change.to(weight.device), weight.shape))
+                self._merged[name] = fingerprint(weight)
+        self._selected = own
+
+    @property
+    def selected(self) -> str | None:
+        """Name of the experience whose columns are merged into the model, between experiences."""
+        return self._selected
+
+    def _leave(self, model: nn.Module) -> None:
+        """Between experiences: back to what all of them share."""
+        for name in self._shared:
+            held: Any = model.get_submodule(name).weight
+            if fingerprint(held) != self._merged[name]:
+                raise StateError(
+                    f"{name}: its weight was changed while the columns of {self._selected!r} were merged into it. Call "
+                    "select(model, None) before loading or changing weights between two experiences."
+                )
+        for name, weight in self._shared.items():
+            held = model.get_submodule(name).weight
+            held.data.copy_(weight)
+        self._selected, self._shared, self._merged = None, {}, {}
+
+    def _show(self, run: _Run, own: str) -> None:
+        """While one is running: let the layers work with the weights of another experience."""
+        for name, layer in self._views(run.model).items():
+            module, weight = layer.module, layer.weight
+            reservation = module.reservation if isinstance(module, Reserved) else None
+            held = weight if reservation is None else reservation.effective(weight)
+            rows = layer.side.rows(exact(held)).cpu()
+            other, change = self.rule.not_shared(name, layer, rows), self.rule.own_change(name, layer, own)
+            if other is None and change is None:
+                continue
+            rows = rows - (0.0 if other is None else other) + (0.0 if change is None else change)
+            run.show(module, layer.side.weight(rows, weight.shape).to(weight))
+
+    def export(self, model: nn.Module, own: str | None = None) -> nn.Module:
+        """A copy of the model as an experience is evaluated with, without anything of this package in it.
+
+        Args:
+            model: the model, between two experiences.
+            own: name of the experience; ``None``: what all share.
+
+        Raises:
+            StateError: an experience is running, or none of that name has ended.
+        """
+        if self._run is not None:
+            raise StateError("export() while an experience is running: call end_experience() or abandon() first.")
+        if own is not None and own not in self.rule.names:
+            known = ", ".join(map(repr, self.rule.names)) or "none"
+            raise StateError(f"export(own={own!r}): no experience of that name has ended. Those that have: {known}.")
+        before = self._selected
+        self.select(model, own)
+        try:
+            return copy.deepcopy(model)
+        finally:
+            self.select(model, before)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Go on from weights that were put in the place of those in training, such as an average of them.
+
+        For layers that train their weights themselves (``whole``); the others have theirs from ``load_state_dict``.
+        """
+        for module in model.modules():
+            if isinstance(module, Reserved) and module.reservation.update is None:
+                module.reservation.adopt(module.weight, module.weight)
+
+    def _view(
+        self, name: str, module: nn.Module, moments: FeatureMoments | None = None, smaller: bool = False
+    ) -> Layer:
+        return Layer(module, _side(module, self.options)[0], self.memories[name], moments, smaller)
+
+    def _views(self, model: nn.Module) -> dict[str, Layer]:
+        modules = dict(model.named_modules())
+        return {name: self._view(name, modules[name]) for name in self.memories if name in modules}
+
+    def _drop_pending(self, model: nn.Module) -> None:
+        """Take out of the weights what an experience had for itself when the state was stored."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        views = self._views(model)
+        for name, opened in pending["opened"].items():
+            self.memories[name].opened = opened
+        self.rule.resume(views, pending["rule"])
+        self.rule.abandon(views)
+        for name in pending["opened"]:
+            self.memories[name].opened = None
 
     def _reservable(self) -> set[str]:
         return {name for name, memory in self.memories.items() if any(memory.counts)}
@@ -418,8 +576,8 @@ class ContinualSession:
             found[name] = module
         return found
 
-    def _freeze(self, run: _Run, layers: dict[str, nn.Module]) -> None:
-        """Freeze what earlier experiences share and no basis protects."""
+    def _freeze(self, run: _Run, layers: dict[str, nn.Module]) -> dict[str, Any]:
+        """Freeze what earlier experiences share and no basis protects; returns the layers that train."""
         unprotected, full = [], []
         for name, module in run.model.named_modules():
             if name in run.heads or name not in self._known:
@@ -430,18 +588,13 @@ class ContinualSession:
                 if not parameter.requires_grad:
                     continue
                 if name in layers and key == "weight":
-                    found = self.memories[name].capacity()
-                    if found.fraction < self.options.freeze_above:
+                    if not self.rule.freezes(self._view(name, module), run.now):
                         continue
-                    full.append((name, found))
+                    full.append((name, self.memories[name].capacity()))
                 elif name not in layers and not isinstance(module, _NORMS):
                     unprotected.append(f"{name}.{key}" if name else key)
                 run.freeze(parameter)
-        for name, found in full:
-            self._say(
-                f"full {name}",
-                f"{name}: {found.protected} of {found.width} directions are protected; its weight is frozen.",
-            )
+        self._say_full(full)
         named = [
             name for name in unprotected if not name.endswith("bias") or name.rpartition(".")[0] not in self.memories
         ]
@@ -451,15 +604,23 @@ class ContinualSession:
                 f"frozen from the second experience on, since no basis can protect them: {', '.join(unprotected)}. "
                 "Name them in heads to train them unprotected.",
             )
+        return {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
 
-    def _add_memories(self, layers: dict[str, nn.Module]) -> None:
+    def _say_full(self, full: list[tuple[str, Capacity]]) -> None:
+        for name, found in full:
+            self._say(
+                f"full {name}",
+                f"{name}: {found.protected} of {found.width} directions are protected; its weight is frozen.",
+            )
+
+    def _add_memories(self, layers: dict[str, nn.Module], now: Now) -> None:
         for name, layer in layers.items():
             weight: Any = layer.weight
             side, _ = _side(layer, self.options)
             memory = self.memories.get(name)
             if memory is None:
                 dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-                memory = self.memories[name] = LayerMemory(side.width, side.groups, name, dtype, weight.device)
+                memory = self.memories[name] = self.rule.memory(side, name, dtype, weight.device, now.own is not None)
             if (memory.groups, memory.width) != (side.groups, side.width):
                 raise StateError(
                     f"{name}: its memory is for {memory.groups} groups of width {memory.width}, the layer has "
@@ -513,9 +674,17 @@ class ContinualSession:
             "memories": memories,
             "known": sorted(self._known),
             "said": sorted(self._said),
+            "rule": [self.options.rule, self.rule.state_dict()],
+            "selected": None if self._selected is None else [self._selected, _on_cpu(self._shared), self._merged],
+            "pending": self._pending if self._run is None else self._not_shared(self._run),
         }
 
-    def load_state_dict(self, state: Any) -> None:
+    def _not_shared(self, run: _Run) -> dict[str, Any]:
+        opened = {name: self.memories[name].opened for name in run.views}
+        opened = {name: found for name, found in opened.items() if found is not None}
+        return {"opened": opened, "rule": self.rule.running_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a stored stream between two experiences.
 
         Raises:
@@ -526,13 +695,46 @@ class ContinualSession:
             raise StateError(
                 "load_state_dict() while an experience is running: call end_experience() or abandon() first."
             )
-        found = read_stream(state, CONTINUAL_STATE_VERSION, self.options.feature_side)
+        try:
+            self._assign(state)
+        except StateError:
+            raise
+        except Exception as error:
+            raise StateError(
+                f"the stored stream is damaged ({type(error).__name__}: {error}). What it protected cannot be rebuilt: "
+                "load another checkpoint."
+            ) from error
+
+    def _assign(self, state: dict[str, Any]) -> None:
+        """Read everything, then change anything."""
+        if state.get("version") != CONTINUAL_STATE_VERSION:
+            raise StateError(
+                f"the stored state has version {state.get('version')!r}; this package reads {CONTINUAL_STATE_VERSION}. "
+                "What it protected cannot be rebuilt: continue with the version that wrote it."
+            )
+        if state["feature_side"] != self.options.feature_side:
+            raise StateError(
+                f"the stored stream protects feature_side={state['feature_side']!r}, asked for is "
+                f"{self.options.feature_side!r}. Give the stored one."
+            )
+        if state["rule"][0] != self.options.rule:
+            raise StateError(
+                f"the stored stream has rule={state['rule'][0]!r}, asked for is {self.options.rule!r}. "
+                "Give the stored one."
+            )
         memories = {}
-        for name, (width, groups, dtype, stored) in found.memories.items():
-            memory = memories[name] = LayerMemory(width, groups, name, dtype)
+        for name, (width, groups, dtype, stored) in state["memories"].items():
+            memory = memories[name] = LayerMemory(width, groups, name, getattr(torch, dtype))
             memory.load_state_dict(stored)
-        self.memories, self.experience = memories, found.experience
-        self._known, self._said = found.known, found.said
+        known, said = set(state["known"]), set(state["said"])
+        rule = copy.deepcopy(self.rule)
+        rule.load_state_dict(state["rule"][1])
+        selected, shared, merged = state["selected"] or (None, {}, {})
+        selection = selected, dict(shared), dict(merged)
+        experience, pending = int(state["experience"]), state["pending"]
+        self.memories, self.experience, self.rule = memories, experience, rule
+        self._known, self._said, self._pending = known, said, pending
+        self._selected, self._shared, self._merged = selection
 
 
 class _Run:
@@ -543,8 +745,11 @@ class _Run:
         self.heads = heads
         self.compression: LanceSession | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.damping = 0.0
+        self.now = Now(0)
+        self.flat = False
         self.layers: dict[str, nn.Module] = {}
+        self.views: dict[str, Layer] = {}
+        self._shown: list[tuple[nn.Module, Tensor | None]] = []
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
         self._in_training: list[nn.Module] = []
@@ -555,6 +760,37 @@ class _Run:
         """Names of modules whose own parameters or buffers have changed, among those that were not known before."""
         modules = dict(self.model.named_modules())
         return {n for n, before in self.before.items() if n in modules and _fingerprint(modules[n]) != before}
+
+    def show(self, module: nn.Module, weight: Tensor) -> None:
+        """Let a layer work with another weight."""
+        held: Any = module
+        if isinstance(module, Reserved):
+            self._shown.append((module, None))
+            held.reservation.shown = weight
+        else:
+            self._shown.append((module, held.weight.detach().clone()))
+            held.weight.data.copy_(weight)
+
+    def hide(self) -> None:
+        """Let all layers work with their own weights again."""
+        shown, self._shown = self._shown, []
+        for module, weight in shown:
+            held: Any = module
+            if weight is None:
+                held.reservation.shown = None
+            else:
+                held.weight.data.copy_(weight)
+
+    def flatten_after_steps(self) -> None:
+        """With ``flat``: after every step, make the weights what the layers work with."""
+        flat = [layer for layer in self.layers.values() if isinstance(layer, Reserved) and layer.reservation.flat]
+
+        def flatten(*_: Any) -> None:
+            for layer in flat:
+                layer.reservation.flatten(layer.weight)
+
+        if flat:
+            self._handles += [found.register_step_post_hook(flatten) for found in self.optimizers]
 
     def freeze(self, parameter: Any) -> None:
         parameter.requires_grad_(False)
@@ -681,6 +917,10 @@ def _run_passes(model: nn.Module, passes: Sequence[Pass], training: bool) -> Non
         model.train(training)
         for run in passes:
             run()
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _sum(moments: dict[str, FeatureMoments], sum_over: SumOver) -> None:

@@ -8,6 +8,10 @@ With ``M`` orthonormal and ``W₀`` the weight at the start of an experience, tw
 In both ``W M = W₀ M`` whatever an optimiser does to ``T`` or ``V``, and the gradient is exact but for the compression
 of the input. No copy of ``W`` is kept for backward.
 
+``M`` may be given in half precision, orthonormal but for its rounding: subtracting the part along it then takes a few
+passes, each of which leaves a few thousandths of what the last one has left. And single columns of it may be open, by a
+mask, as if they were none of it.
+
 An optimiser whose steps are sums of gradients, as those of gradient descent are, leaves ``T M = C`` where it was, for
 the gradients have no part in ``M``. The complement form is *steady* then: ``W = T``, and only gradients are projected.
 """
@@ -27,7 +31,6 @@ from lightning_lance.ops.conv import Geometry, conv_input_grad, conv_weight_grad
 from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.features import FeatureSide
 from lightning_lance.ops.linear import linear_weight_grad, owned
-from lightning_lance.tensors.linalg import project_out
 
 
 class Form(NamedTuple):
@@ -38,12 +41,14 @@ class Form(NamedTuple):
         shape: shape of the weight.
         complement: which of the two parametrisations.
         steady: of the complement form: ``T M = C`` holds by itself.
+        passes: of the complement form: how often the part along ``M`` is subtracted.
     """
 
     side: FeatureSide
     shape: torch.Size
     complement: bool
     steady: bool = False
+    passes: int = 1
 
 
 class Parts(NamedTuple):
@@ -53,38 +58,58 @@ class Parts(NamedTuple):
         trained: ``T`` of the weight's shape, or ``V`` of shape ``(rows, r)``.
         basis: ``M`` or ``U``, shape ``(groups, K, m)``.
         anchor: ``C`` of shape ``(groups, rows / groups, m)``, or ``W₀`` of the weight's shape.
+        mask: of the complement form: 0 for the columns of ``M`` that are open, else 1, shape ``(groups, m)``; ``None``:
+            none is.
     """
 
     trained: Tensor
     basis: Tensor
     anchor: Tensor
+    mask: Tensor | None = None
+
+
+def precision(basis: Tensor, trained: Tensor) -> torch.dtype:
+    """What a weight is computed in: that of the basis, or where it is rounded that of the weight, float32 at least."""
+    if basis.dtype in (torch.float32, torch.float64):
+        return basis.dtype
+    return torch.promote_types(trained.dtype, torch.float32)
+
+
+def drop(rows: Tensor, basis: Tensor, expected: Tensor | None, mask: Tensor | None, passes: int) -> Tensor:
+    """Rows ``(groups, n, K)`` with their products with the basis made ``expected``, ``(groups, n, m)``; ``None``: 0."""
+    for _ in range(passes):
+        excess = rows @ basis if expected is None else torch.baddbmm(expected, rows, basis, beta=-1)
+        if mask is not None:
+            excess = excess * mask.unsqueeze(1).to(excess.dtype)
+        rows = torch.baddbmm(rows, excess, basis.mT, alpha=-1)
+    return rows
 
 
 def effective_weight(parts: Parts, form: Form) -> Tensor:
-    """``W``, computed in the precision of the basis, also under autocast."""
-    trained, basis, anchor = parts
+    """``W``, in the precision of :func:`precision`, also under autocast."""
+    trained, basis, anchor, mask = parts
     if form.steady:
         return trained
-    dtype = basis.dtype
+    dtype = precision(basis, trained)
+    basis = basis.to(dtype)
     with _full_precision(trained.device.type):
         if form.complement:
             rows = form.side.rows(trained).to(dtype)
-            excess = torch.baddbmm(anchor, rows, basis, beta=-1)
-            return form.side.weight(torch.baddbmm(rows, excess, basis.mT, alpha=-1), form.shape).to(trained.dtype)
+            return form.side.weight(drop(rows, basis, anchor, mask, form.passes), form.shape).to(trained.dtype)
         rows = form.side.rows(anchor).to(dtype)
         update = trained.view(rows.shape[0], rows.shape[1], -1).to(dtype)
         merged = torch.baddbmm(rows, update, basis.mT)
         return form.side.weight(merged, form.shape).to(anchor.dtype)
 
 
-def trained_grad(weight_grad: Tensor, basis: Tensor, form: Form) -> Tensor:
+def trained_grad(weight_grad: Tensor, basis: Tensor, form: Form, mask: Tensor | None = None) -> Tensor:
     """Gradient of ``T``, or of ``V``, from that of ``W``."""
     rows = form.side.rows(weight_grad)
     if form.steady:  # what rounding leaves in M would stay in the weight
-        rows = rows.to(basis.dtype)
+        rows = rows.to(precision(basis, weight_grad))
     basis = basis.to(rows.dtype)
     if form.complement:
-        return form.side.weight(project_out(rows, basis), form.shape)
+        return form.side.weight(drop(rows, basis, None, mask, form.passes), form.shape)
     return (rows @ basis).flatten(0, 1)
 
 
@@ -97,21 +122,30 @@ def _on_activations(rows: int, dtype: torch.dtype, parts: Parts, form: Form) -> 
     out, width = form.shape
     if form.steady:
         return False
-    plain = dtype == parts.trained.dtype == parts.basis.dtype and parts.basis.shape[2] > 0
+    plain = dtype == parts.trained.dtype == precision(parts.basis, parts.trained) and parts.basis.shape[2] > 0
     if not plain or torch.is_autocast_enabled(parts.trained.device.type):
         return False
-    return rows * (2 * width + out) < 2 * out * width if form.complement else rows * (out + width) < out * width
+    if form.complement:
+        return rows * (2 * width * form.passes + out) < 2 * out * width * form.passes
+    return rows * (out + width) < out * width
 
 
 def _linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form) -> tuple[Tensor, Tensor | None]:
     """Output, and the input's projection where one was computed on the way, both with flat rows."""
-    trained, basis, anchor = parts
+    trained, basis, anchor, mask = parts
     if not _on_activations(input.numel() // input.shape[-1], input.dtype, parts, form):
         return F.linear(input, effective_weight(parts, form), bias), None
     flat = input.reshape(-1, input.shape[-1])
-    part = flat @ basis[0]
+    columns = basis[0].to(flat.dtype)
+    part = flat @ columns
     if form.complement:
-        projected = torch.addmm(flat, part, basis[0].T, alpha=-1)
+        part = part if mask is None else part * mask
+        projected = torch.addmm(flat, part, columns.T, alpha=-1)
+        for _ in range(form.passes - 1):
+            left = projected @ columns
+            left = left if mask is None else left * mask
+            projected = projected.addmm_(left, columns.T, alpha=-1)
+            part += left
         output = F.linear(projected, trained, bias).addmm_(part, anchor[0].T)
     else:
         projected = part
@@ -121,13 +155,12 @@ def _linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form) -> tup
 
 
 def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
-    trained, basis, anchor = parts
+    trained, basis, anchor, mask = parts
     if not _on_activations(grad.numel() // grad.shape[-1], grad.dtype, parts, form):
         return grad @ effective_weight(parts, form).to(grad.dtype)
     flat = grad.reshape(-1, grad.shape[-1])
     if form.complement:
-        found = flat @ trained
-        found.addmm_(flat @ anchor[0] - found @ basis[0], basis[0].T)
+        found = drop((flat @ trained)[None], basis.to(flat.dtype), (flat @ anchor[0])[None], mask, form.passes)[0]
     else:
         found = (flat @ anchor).addmm_(flat @ trained, basis[0].T)
     return found.view(*grad.shape[:-1], found.shape[1])
@@ -136,8 +169,8 @@ def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
 class ReservedLinear(torch.autograd.Function):
     """Linear map with a reparametrised weight, that keeps the core of its input.
 
-    Saved: core, ``trained``, ``basis``, ``anchor``, factors. For the subspace form the core is that of ``x U``.
-    ``apply(input, trained, bias, basis, anchor, form, scale, rotation, groups, channel, *spatial)``.
+    Saved: core, tensors of the parametrisation, factors. For the subspace form the core is that of ``x U``.
+    ``apply(input, trained, bias, basis, anchor, mask, form, scale, rotation, groups, channel, *spatial)``.
     """
 
     @staticmethod
@@ -148,6 +181,7 @@ class ReservedLinear(torch.autograd.Function):
         bias: Tensor | None,
         basis: Tensor,
         anchor: Tensor,
+        mask: Tensor | None,
         form: Form,
         scale: float,
         rotation: Tensor | None,
@@ -155,7 +189,7 @@ class ReservedLinear(torch.autograd.Function):
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
-        parts = Parts(trained, basis, anchor)
+        parts = Parts(trained, basis, anchor, mask)
         output, projected = _linear(input, parts, bias, form)
         core = None
         # In the complement form x(I - MMᵀ) replaces x only where it is compressed: x itself may be shared with others.
@@ -170,29 +204,31 @@ class ReservedLinear(torch.autograd.Function):
                 found = compress(input, Factors(rotation, groups, scale, channel, spatial), input.dim() - 1, 1)
                 core = found @ (basis[0] if channel is None else channel.to(basis.dtype).T @ basis[0]).to(found.dtype)
         ctx.form, ctx.scale = form, scale
-        ctx.save_for_backward(core, trained, basis, anchor, rotation, groups, channel, *spatial)
+        ctx.save_for_backward(core, trained, basis, anchor, mask, rotation, groups, channel, *spatial)
         return owned(output)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        core, trained, basis, anchor, rotation, groups, channel, *spatial = ctx.saved_tensors
+        core, trained, basis, anchor, mask, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = _linear_input_grad(grad, Parts(trained, basis, anchor), ctx.form)
+            grad_input = _linear_input_grad(grad, Parts(trained, basis, anchor, mask), ctx.form)
         if ctx.needs_input_grad[1]:
             complement = ctx.form.complement
             factors = Factors(rotation, groups, ctx.scale, channel if complement else None, tuple(spatial))
             few = channel is None and math.prod(core.shape[:-1]) < grad.shape[-1]
-            few = few and not (ctx.form.steady and grad.dtype != basis.dtype)
+            few = few and not (ctx.form.steady and grad.dtype != precision(basis, trained))
             if not ctx.projected and few:
-                core = project_out(core.to(grad.dtype), basis[0].to(grad.dtype))
+                core = core.to(grad.dtype)
+                flat = drop(core.flatten(0, -2)[None], basis.to(grad.dtype), None, mask, ctx.form.passes)
+                core = flat.view(core.shape)
             grad_trained = linear_weight_grad(grad, core, factors)
             if not ctx.projected and not few:
-                grad_trained = trained_grad(grad_trained, basis, ctx.form)
+                grad_trained = trained_grad(grad_trained, basis, ctx.form, mask)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0)
-        return (grad_input, grad_trained, grad_bias, *[None] * (7 + len(spatial)))
+        return (grad_input, grad_trained, grad_bias, *[None] * (8 + len(spatial)))
 
 
 class ReservedConv(torch.autograd.Function):
@@ -200,7 +236,8 @@ class ReservedConv(torch.autograd.Function):
 
     The weight is written out in forward and again in backward, which costs its rows times the basis: little next to
     the positions that it is applied to.
-    ``apply(input, trained, bias, basis, anchor, geometry, form, scale, rotation, groups, channel, *spatial)``.
+    ``apply(input, trained, bias, basis, anchor, mask, geometry, form, scale, rotation, groups, channel,
+    *spatial)``.
     """
 
     @staticmethod
@@ -211,6 +248,7 @@ class ReservedConv(torch.autograd.Function):
         bias: Tensor | None,
         basis: Tensor,
         anchor: Tensor,
+        mask: Tensor | None,
         geometry: Geometry,
         form: Form,
         scale: float,
@@ -223,25 +261,25 @@ class ReservedConv(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             core = compress(input, Factors(rotation, groups, scale, channel, spatial), 1, 2)
         ctx.geometry, ctx.form, ctx.scale, ctx.shape = geometry, form, scale, tuple(input.shape)
-        ctx.save_for_backward(core, trained, basis, anchor, rotation, groups, channel, *spatial)
-        return convolve(input, effective_weight(Parts(trained, basis, anchor), form), bias, geometry)
+        ctx.save_for_backward(core, trained, basis, anchor, mask, rotation, groups, channel, *spatial)
+        return convolve(input, effective_weight(Parts(trained, basis, anchor, mask), form), bias, geometry)
 
     @staticmethod
     @first_order_only
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        core, trained, basis, anchor, rotation, groups, channel, *spatial = ctx.saved_tensors
+        core, trained, basis, anchor, mask, rotation, groups, channel, *spatial = ctx.saved_tensors
         grad_input = grad_trained = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = effective_weight(Parts(trained, basis, anchor), ctx.form)
+            weight = effective_weight(Parts(trained, basis, anchor, mask), ctx.form)
             grad_input = conv_input_grad(grad, weight, ctx.geometry, ctx.shape)
         if ctx.needs_input_grad[1]:
             factors = Factors(rotation, groups, ctx.scale, channel, tuple(spatial))
             weight_grad = conv_weight_grad(grad, core, ctx.form.shape, ctx.geometry, factors)
-            grad_trained = trained_grad(weight_grad, basis, ctx.form)
+            grad_trained = trained_grad(weight_grad, basis, ctx.form, mask)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
-        return (grad_input, grad_trained, grad_bias, *[None] * (8 + len(spatial)))
+        return (grad_input, grad_trained, grad_bias, *[None] * (9 + len(spatial)))
 
 
 def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form, factors: Factors | None) -> Tensor:
@@ -266,6 +304,7 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
         bias,
         parts.basis,
         parts.anchor,
+        parts.mask,
         form,
         factors.scale,
         factors.rotation,
@@ -301,6 +340,7 @@ def reserved_conv(
         bias,
         parts.basis,
         parts.anchor,
+        parts.mask,
         geometry,
         form,
         factors.scale,

@@ -23,14 +23,22 @@ class Evaluation(pl.LightningModule):
         sets: number of test sets.
         predict: how the model predicts; by default it is called on the inputs, and on the task labels where its
             ``forward`` takes them.
+        select: called with the index of a test set before its first batch.
 
     Attributes:
         correct: correct predictions on each test set over all processes, shape ``(sets,)``, int64.
         total: samples of each.
     """
 
-    def __init__(self, model: nn.Module, sets: int, predict: Predict | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sets: int,
+        predict: Predict | None = None,
+        select: Callable[[int], None] | None = None,
+    ) -> None:
         super().__init__()
+        self.select = select
         self.model = model
         self.predict = predict or call_network
         self.correct = torch.zeros(sets, dtype=torch.int64)
@@ -52,6 +60,8 @@ class Evaluation(pl.LightningModule):
         self.total = torch.zeros_like(self.total, device=self.device)
 
     def test_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.select is not None and batch_idx == 0:
+            self.select(dataloader_idx)
         inputs, classes, task_labels = batch
         found = self.predict(self.model, inputs, task_labels)
         predicted = found.argmax(1) if found.dim() == 2 else found

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lightning_lance.avalanche.heads import find_heads
+from lightning_lance.avalanche.heads import find_heads, own_name, task_names
 from lightning_lance.errors import ConfigError, LanceWarning, StateError
 from lightning_lance.streams.datamodule import AvalancheDataModule
 from lightning_lance.streams.evaluation import Evaluation, Predict
@@ -217,6 +217,8 @@ class StreamRunner:
         if isinstance(self.lance, ContinualCallback):
             own, shared = find_heads(self.model)
             self.lance.own_heads = [*own, *shared]
+            named = bool(self.lance.stream.options.heads)
+            self.lance.own = own_name(self.model, self.data.train_experience(experience), named)
             if shared and experience == 0:
                 warnings.warn(
                     f"{', '.join(shared)}: one classifier that grows with the classes, which is not protected; it "
@@ -269,15 +271,36 @@ class StreamRunner:
         self._grow_for_test(trained)
         columns = self._columns(trained)
         self.data.evaluated = columns
-        evaluation = Evaluation(self.model, len(columns), self.predict)
+        evaluation = Evaluation(self.model, len(columns), self.predict, self._select(columns))
         title = "evaluation" if trained is None else f"evaluation after experience {trained}"
         trainer = self._trainer(title, [], [])
-        trainer.test(evaluation, datamodule=self.data, verbose=False)
+        try:
+            trainer.test(evaluation, datamodule=self.data, verbose=False)
+        finally:
+            if isinstance(self.lance, ContinualCallback):
+                self.lance.stream.select(self.model, None)
         row = 0 if trained is None else trained + 1
         for experience, column in enumerate(self.data.test_experiences):
             if column in columns and (self.forward_transfer or trained is None or experience <= trained):
                 self.metrics.correct[row, experience] = evaluation.correct[columns.index(column)]
                 self.metrics.total[row, experience] = evaluation.total[columns.index(column)]
+
+    def _select(self, columns: list[int]) -> Callable[[int], None] | None:
+        """Makes the model that of the experience of a test set, where experiences have something of their own."""
+        if not isinstance(self.lance, ContinualCallback):
+            return None
+        stream = self.lance.stream
+
+        def select(index: int) -> None:
+            names = task_names(self.data.test_experience(columns[index]))
+            if len(names) > 1 and stream.rule.names:
+                raise StateError(
+                    f"a test set holds samples of the tasks {', '.join(names)}, and each has columns of its own. Give "
+                    "a test set for each task, or lance with columns=0."
+                )
+            stream.select(self.model, names[0] if len(names) == 1 else None)
+
+        return select
 
     def _columns(self, trained: int | None) -> list[int]:
         """Test sets to evaluate on."""

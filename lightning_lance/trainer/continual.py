@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch import callbacks as stock
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
@@ -20,6 +21,11 @@ from lightning_lance.continual import Capacity, ContinualConfig, ContinualSessio
 from lightning_lance.errors import CalibrationError, ConfigError, StateError
 from lightning_lance.trainer.callback import LanceCallback, _reduce
 from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
+
+_AVERAGING: tuple[type, ...] = tuple(
+    getattr(stock, name) for name in ("WeightAveraging", "StochasticWeightAveraging") if hasattr(stock, name)
+)
+"""Callbacks that put averages of the weights into the model; the first one is there from Lightning 2.6 on."""
 
 
 class ContinualCallback(LanceCallback):
@@ -34,9 +40,13 @@ class ContinualCallback(LanceCallback):
     The state is part of the checkpoints: a run that was interrupted within an experience goes on bit for bit.
 
     Args:
+        rule: which directions an experience may move and what is stored afterwards, see
+            :class:`~lightning_lance.continual.ContinualConfig`.
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
-            more of what was learned, and leaves less to learn in.
+            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and .90 where experiences have
+            columns of their own.
         threshold_growth: added to the threshold after each experience, up to 0.999.
+        columns: fraction of the protected weights that an experience may have as columns of its own, see :attr:`own`.
         reserved: directions that an experience may change: ``"full"``, everything that is not protected; an int, that
             many leading directions of the experience outside of what is protected; a float in (0, 1), those that hold
             that energy. Fewer directions need less memory for gradients and optimiser state.
@@ -58,6 +68,9 @@ class ContinualCallback(LanceCallback):
     Attributes:
         stream: what is protected.
         own_heads: names of further modules that are not protected.
+        own: name of the experience of the next fit, such as the label of its task, where it is known when the model is
+            evaluated and has a head of its own: it gets columns of its own under it. ``None``: it shares everything.
+            After the fit the model is that of this experience; ``stream.select(model, name)`` makes it another's.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -67,8 +80,10 @@ class ContinualCallback(LanceCallback):
     def __init__(
         self,
         *,
-        threshold: float = 0.97,
+        rule: str = "columns",
+        threshold: float | Literal["auto"] = "auto",
         threshold_growth: float = 0.003,
+        columns: float = 1 / 64,
         reserved: int | float | Literal["full"] = "full",
         damping: float | Literal["auto"] = "auto",
         freeze_above: float = 0.95,
@@ -86,8 +101,10 @@ class ContinualCallback(LanceCallback):
                 "for each experience. Leave it out."
             )
         protection = ContinualConfig(
+            rule=rule,
             threshold=threshold,
             threshold_growth=threshold_growth,
+            columns=columns,
             reserved=reserved,
             damping=damping,
             freeze_above=freeze_above,
@@ -96,6 +113,8 @@ class ContinualCallback(LanceCallback):
         )
         self.stream = ContinualSession(self.config, protection)
         self.own_heads: Sequence[str] = ()
+        self.own: str | None = None
+        self._averaged = False
 
     @property
     def capacity(self) -> dict[str, Capacity]:
@@ -104,11 +123,27 @@ class ContinualCallback(LanceCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_strategy(trainer)
+        self._averaged = self._go_after_averaging(trainer)
         if self.stream.running:  # an interrupted fit has left it
             self.stream.abandon()
         self.session = None
         self._ready = False
         self._norms = FrozenNorms(pl_module) if self.config.freeze_norms else None
+
+    def _go_after_averaging(self, trainer: pl.Trainer) -> bool:
+        """End after callbacks that put averages of the weights into the model; returns whether there are any."""
+        given: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+        last = max((i for i, found in enumerate(given) if isinstance(found, _AVERAGING)), default=-1)
+        averaging, own = given[last], given.index(self)
+        if own < last:
+            given.insert(last, given.pop(own))
+            trainer.callbacks = given  # type: ignore[attr-defined]
+        if last >= 0 and self.stream.options.reserved != "full":
+            raise StateError(
+                f"{type(averaging).__name__} averages the weights of the model, and reserved="
+                f"{self.stream.options.reserved!r} trains other parameters. Allowed with averages: 'full'."
+            )
+        return last >= 0
 
     def _check_strategy(self, trainer: pl.Trainer) -> None:
         if trainer.world_size == 1:
@@ -145,7 +180,7 @@ class ContinualCallback(LanceCallback):
         if stored is not None:
             self.stream.load_state_dict(stored["stream"])
         if stored is not None and stored["running"] is not None:
-            self.stream.resume_experience(module, stored["running"], trainer.optimizers, self.own_heads)
+            self.stream.resume_experience(module, stored["running"], trainer.optimizers, self.own_heads, self._averaged)
         else:
             following = peek(trainer, self.config.calibration_batches - 1, batch_idx)
             if following is None:
@@ -163,7 +198,9 @@ class ContinualCallback(LanceCallback):
                 self.own_heads,
                 _reduce(trainer),
                 _sum_over(trainer),
-                whole=trainer.world_size > 1,
+                whole=trainer.world_size > 1 or self._averaged,
+                own=self.own,
+                flat=self._averaged,
             )
         self.session = self.stream.compression
         if self.session is None:
@@ -196,12 +233,15 @@ class ContinualCallback(LanceCallback):
             batches = [batch for batch, _, _ in islice(loader, self.config.calibration_batches)]
         ready = [prepare(trainer, pl_module, raw) for raw in batches]
         passes = [functools.partial(self._pass, trainer, pl_module, found) for found in ready]
+        if self._averaged:
+            self.stream.adopt(pl_module)
         self.stream.end_experience(pl_module, passes, _sum_over(trainer))
         if trainer.world_size > 1:  # other processors may round an eigenvector in another way
             self.stream.load_state_dict(trainer.strategy.broadcast(self.stream.state_dict()))
         taken = {f"lance/protected/{name}": found.fraction for name, found in self.capacity.items()}
         for logger in trainer.loggers:
             logger.log_metrics({**taken, "lance/protected_bytes": self.stream.bytes}, step=trainer.global_step)
+        self.stream.select(pl_module, self.own)
 
     def _finish(self, module: pl.LightningModule) -> None:
         self._unwrap_training_step(module)

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
+from avalanche.benchmarks.utils import concat_datasets
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import forgetting_metrics
 from avalanche.logging import InteractiveLogger, TextLogger
-from avalanche.models import as_multitask
+from avalanche.models import MultiHeadClassifier, as_multitask
 from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin
 from torch import Tensor, nn
 
-from lightning_lance import ConfigError, LanceWarning, PlanError, is_swapped
+from lightning_lance import ConfigError, LanceWarning, PlanError, StateError, is_swapped
 from lightning_lance.avalanche import LancePlugin, LanceStrategy
 from lightning_lance.continual.layers import Reserved, reserved_variant
 from tests.avalanche.streams import (
@@ -269,11 +271,51 @@ def test_the_plugin_cleans_up_after_an_error_before_the_next_experience() -> Non
     assert plugin.session.experience == 2
 
 
-@pytest.mark.parametrize("other", [lambda: ReplayPlugin(mem_size=20), lambda: EWCPlugin(ewc_lambda=0.1)])
-def test_the_plugin_keeps_the_promise_beside_others(other: Any) -> None:
+def test_replay_beside_the_plugin_is_refused() -> None:
+    strategy = Naive(plugins=[LancePlugin(), ReplayPlugin(mem_size=20)], **settings(MultiHead()))
+    with pytest.raises(StateError, match="ReplayPlugin beside LANCE is not supported"):
+        strategy.train(next(iter(class_stream().train_stream)))
+    assert not is_swapped(strategy.model)
+
+
+def test_each_experience_is_evaluated_with_its_own_columns_also_in_mixed_batches() -> None:
+    torch.manual_seed(0)
+    network = MultiHead()
+    network.classifier = MultiHeadClassifier(32, 2, masking=False)  # masks know a single task
+    strategy, stream = LanceStrategy(columns=0.1, **settings(network)), class_stream()
+    for experience in stream.train_stream:
+        strategy.train(experience)
+    session, model = strategy.lance.session, strategy.model
+    assert session.rule.names == ["0", "1", "2"]
+    assert session.rule.bytes > 0
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    class Outputs(SupervisedPlugin):  # type: ignore[misc]
+        def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+            seen.append((strategy.mb_x.clone(), strategy.mb_task_id.clone(), strategy.mb_output.clone()))
+
+    strategy.plugins.append(Outputs())
+    strategy.eval(stream.test_stream)
+    everything = concat_datasets([found.dataset for found in stream.test_stream])
+    mixed = with_classes_timeline(with_task_labels(benchmark_from_datasets(test=[everything])))
+    strategy.eval(mixed.test_stream)
+    assert any(len(labels.unique()) > 1 for _, labels, _ in seen)
+    for inputs, labels, outputs in seen:
+        for label in labels.unique():
+            rows = labels == label
+            expected = session.export(model, str(int(label))).eval()(inputs[rows], labels[rows])
+            assert torch.allclose(outputs[rows][:, : expected.shape[1]], expected, atol=1e-5)
+    shared = model.eval()(seen[-1][0], seen[-1][1])
+    assert not torch.allclose(shared, seen[-1][2], atol=1e-4)
+    assert "forward" not in vars(strategy)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_plugin_keeps_the_promise_beside_others() -> None:
     plugin, stream = LancePlugin(threshold=0.9), class_stream()
     watch = Watch(plugin)
-    strategy = Naive(plugins=[plugin, other(), watch], **settings(MultiHead()))
+    strategy = Naive(plugins=[plugin, EWCPlugin(ewc_lambda=0.1), watch], **settings(MultiHead()))
     matrix = learn(strategy, stream)
     assert watch.checked
     assert set(watch.moved) == {"body.0", "body.5"}

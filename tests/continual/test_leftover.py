@@ -119,7 +119,7 @@ def test_what_is_protected_stays_closed_and_no_step_gets_longer(
                 closed = memory.closed()
                 change = torch.eye(WIDTH, dtype=torch.float64) - closed @ closed.mT
             else:
-                change = memory.opened() @ memory.reserved.mT
+                change = memory.directions() @ memory.reserved.mT
             assert float((change @ memory.protected).abs().max()) < 1e-9
             assert float(torch.linalg.matrix_norm(change, 2).max()) < 1 + 1e-9
         memory.start()

@@ -173,7 +173,7 @@ def test_the_state_of_a_session_is_read() -> None:
     found = check_session_state(state, state["version"], CHANNELS, fresh_statistics())
     assert found.subspaces.keys() == state["subspaces"].keys() == CHANNELS.keys()
     assert list(found.order or ()) == state["order"]
-    assert (found.checked, found.observed) == (state["checked"], 1)
+    assert (found.observed, found.steps) == (state["observed"], state["steps"]) == (1, 1)
     assert found.observing is not None
     assert found.config == state["config"]
 

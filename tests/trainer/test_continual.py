@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lance import ConfigError, ContinualCallback
+from lightning_lance import ConfigError, ContinualCallback, StateError
 from lightning_lance.continual.layers import reserved_layers
 from tests.trainers import (
     CLASSES,
@@ -188,3 +188,80 @@ def test_fewer_bytes_are_kept_than_plainly() -> None:
         assert lance.report.plain is not None
         assert lance.report.compressed is not None
         assert lance.report.compressed.total < 0.3 * lance.report.plain.total
+
+
+class Averages(Callback):
+    """Averages what the model works with after each step, by itself."""
+
+    def __init__(self, decay: float | None) -> None:
+        self.decay = decay
+        self.found: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for name, value in pl_module.state_dict().items():
+            old = self.found.get(name)
+            new = value.detach().double()
+            self.found[name] = new if old is None else self.decay * old + (1 - self.decay) * new
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("options", [{}, {"damping": 0.0}])
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_the_average_of_a_fit_is_what_is_learned_and_moves_nothing(
+    ours_first: bool, options: dict[str, Any], optimizer: str
+) -> None:
+    ema = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").EMAWeightAveraging
+    torch.manual_seed(0)
+    model, lance = Learner(optimizer), callback(threshold=0.7, freeze_above=1.0, **options)
+    for index in range(3):
+        before = {name: model.get_submodule(name).weight.detach().clone() for name in lance.stream.memories}
+        protected = {name: memory.protected.double() for name, memory in lance.stream.memories.items()}
+        average = ema(decay=0.8, update_every_n_steps=1)
+        watch = Averages(0.8)
+        callbacks = [lance, watch, average] if ours_first else [average, watch, lance]
+        fit(model, callbacks, experience(index), max_epochs=2)
+        for name, old in before.items():
+            module = model.get_submodule(name)
+            change = (module.weight.detach() - old).double().flatten(1)
+            assert float((change @ protected[name][0]).norm()) <= 1e-6 * float(old.norm())
+            assert float(change.norm()) > 1e-4 * float(old.norm())
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value.double(), watch.found[name], rtol=0, atol=1e-5)
+
+
+def test_a_stochastic_average_of_a_fit_is_what_is_learned_and_moves_nothing() -> None:
+    torch.manual_seed(0)
+    model, lance = Learner("adamw"), callback(threshold=0.7, freeze_above=1.0)
+    for index in range(3):
+        before = {name: model.get_submodule(name).weight.detach().clone() for name in lance.stream.memories}
+        protected = {name: memory.protected.double() for name, memory in lance.stream.memories.items()}
+        swa = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+        fit(model, [lance, swa], experience(index), max_epochs=4)
+        for name, old in before.items():
+            change = (model.get_submodule(name).weight.detach() - old).double().flatten(1)
+            assert float((change @ protected[name][0]).norm()) <= 1e-6 * float(old.norm())
+            assert float(change.norm()) > 1e-4 * float(old.norm())
+
+
+def test_an_average_of_fewer_directions_is_refused() -> None:
+    average = StochasticWeightAveraging(swa_lrs=1e-2)
+    with pytest.raises(StateError, match=r"StochasticWeightAveraging.*reserved=0.5.*'full'"):
+        fit(Learner("adamw"), [callback(reserved=0.5), average], experience(0))
+
+
+def test_with_names_each_experience_has_columns_of_its_own() -> None:
+    torch.manual_seed(0)
+    model, lance = Learner("adamw"), callback(columns=0.1)
+    outputs = []
+    for index in range(3):
+        lance.own = str(index)
+        fit(model, [lance], experience(index), max_epochs=2)
+        assert lance.stream.selected == str(index)
+        outputs.append(model.net[:6](next(iter(experience(index)))[0]).detach())
+    assert lance.stream.rule.names == ["0", "1", "2"]
+    assert lance.stream.rule.bytes > 0
+    for index, expected in enumerate(outputs):
+        lance.stream.select(model, str(index))
+        found = model.net[:6](next(iter(experience(index)))[0])
+        # The threshold leaves out a tenth of the energy, which later experiences may move.
+        assert float((found - expected).norm()) < 0.35 * float(expected.norm())
