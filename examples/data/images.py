@@ -30,13 +30,13 @@ class ImageDataModule(L.LightningDataModule):
         test_size: likewise for the test images.
         num_workers: processes that draw batches; 0 draws them in the training process.
         download: fetch the set with torchvision where it is not there.
-        mean: of each channel, for pixels in [0, 1]; those of ImageNet by default.
+        mean: of each channel, for pixels in [0, 1]. By default what the module in training asks for, as its attribute
+            `normalization`, else those of ImageNet.
         std: likewise.
         seed: of what is held out or left out.
 
     Attributes:
         classes: number of classes.
-        normalization: mean and deviation of the channels, in place of `mean` and `std` where a network has its own.
 
     Raises:
         ValueError: there is no set of that name, or a share or size is not allowed.
@@ -55,8 +55,8 @@ class ImageDataModule(L.LightningDataModule):
         test_size: int | None = None,
         num_workers: int = 0,
         download: bool = False,
-        mean: tuple[float, float, float] = MEAN,
-        std: tuple[float, float, float] = STD,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -69,7 +69,6 @@ class ImageDataModule(L.LightningDataModule):
                 raise ValueError(f"{what}={value!r} is not allowed. Allowed: an int of at least 1.")
         self.save_hyperparameters()
         self.classes = SETS[name].classes
-        self.normalization = (tuple(mean), tuple(std))
         self.splits: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -110,7 +109,10 @@ class ImageDataModule(L.LightningDataModule):
         steps: list[Any] = [transforms.Lambda(_rgb), transforms.Resize((size, size), antialias=True)]
         if flip:
             steps.append(transforms.RandomHorizontalFlip())
-        return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(*self.normalization)])
+        module = None if self.trainer is None else self.trainer.lightning_module
+        asked = getattr(module, "normalization", (MEAN, STD))
+        given = (self.hparams["mean"] or asked[0], self.hparams["std"] or asked[1])
+        return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(*given)])
 
     def loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
         """A loader over `"train"`, `"val"` or `"test"`."""
