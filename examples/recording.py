@@ -31,8 +31,8 @@ PACKAGES = ("lightning-lance", "torch", "torchvision", "lightning", "timm", "ava
 class RunRecord(Callback):
     """Writes what a run measured to a file: options, versions, accuracy, bytes, floating-point operations, times.
 
-    Bytes, operations and peak memory are those of the first epoch, after which a batch is run twice more for them; the
-    accuracy is that of the last one. The module needs a method ``loss(batch)``.
+    Bytes, operations and peak memory are those of the first epoch, near whose end a batch is run a few times more for
+    them; the accuracy is that of the last one. The module needs a method ``loss(batch)``.
 
     Args:
         folder: of the files; the subfolder ``records`` of the Trainer's ``default_root_dir`` by default.
@@ -64,19 +64,18 @@ class RunRecord(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self._step_start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
         self._seconds.append(time.perf_counter() - self._step_start)
+        # Late, when subspaces are there, and before the last batch of the epoch, which may be smaller.
+        if not self._measured and batch_idx >= max(trainer.num_training_batches - 2, 0):
+            peak_bytes = max(peak(pl_module.device) - self._idle, 0)
+            self._measured = {**self._measure(trainer, pl_module, batch), "peak_bytes": peak_bytes}
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._measured:
-            return
-        peak_bytes = peak(pl_module.device) - self._idle
-        self._measured = {**self._measure(trainer, pl_module), "peak_bytes": max(peak_bytes, 0)}
-
-    def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        batch = _batch(trainer, module)
+    def _measure(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, Any]:
         layers = inputs_of_layers(module, batch)
         lance = _lance(trainer)
         report = None if lance is None else lance.report
@@ -238,15 +237,6 @@ def _method(lance: LanceCallback | None) -> str:
         return "plain"
     preset = getattr(lance.config, "preset", None)
     return str(preset or ("published" if getattr(lance.config, "batch", None) == "projected" else "lance"))
-
-
-def _batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
-    """The first batch of an epoch, on its device."""
-    with torch.random.fork_rng():
-        batch = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
-    batch = trainer.strategy.batch_to_device(batch, module.device)
-    data = getattr(trainer, "datamodule", None)
-    return batch if data is None else data.on_after_batch_transfer(batch, 0)
 
 
 def _batch_size(trainer: L.Trainer) -> int | None:
