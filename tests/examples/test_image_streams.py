@@ -52,7 +52,7 @@ def test_split_cifar100(tmp_path: Path) -> None:
         10,
         10,
     ]
-    image, label, task = found.train_stream[4].dataset[0]
+    image, _label, task = found.train_stream[4].dataset[0]
     assert image.shape == (3, 32, 32)
     assert task == 4
     assert labels_of(found.test_stream[4]) == set(range(10))
