@@ -1,10 +1,14 @@
-"""MCUNet-in1, a network for microcontrollers, from its published block table.
+"""MCUNet, networks for microcontrollers: in1 from its published block table, any of them from its published files.
 
-Lin et al., *MCUNet: Tiny Deep Learning on IoT Devices*, NeurIPS 2020: 12.8 million multiply-accumulates on an image of
-96 x 96, 0.64 million parameters with 1,000 classes.
+Lin et al., *MCUNet: Tiny Deep Learning on IoT Devices*, NeurIPS 2020. MCUNet-in1 has 12.8 million multiply-accumulates
+on an image of 96 x 96, 0.64 million parameters with 1,000 classes.
 """
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,13 +44,22 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 class InvertedResidual(nn.Module):
     """Expand, filter each channel, project; the input is added where the shape stays."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int,
+        expansion: int,
+        hidden: int | None = None,
+        residual: bool = True,
+    ) -> None:
         super().__init__()
-        hidden = inputs * expansion
+        hidden = hidden or inputs * expansion
         expand = [_conv(inputs, hidden, 1)] if expansion > 1 else []
         filters = _conv(hidden, hidden, kernel, stride, groups=hidden)
         self.body = nn.Sequential(*expand, filters, _conv(hidden, outputs, 1, active=False))
-        self.residual = stride == 1 and inputs == outputs
+        self.residual = residual and stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x) if self.residual else self.body(x)
@@ -60,3 +73,42 @@ def mcunet_in1(num_classes: int = 1000) -> nn.Sequential:
         blocks.append(InvertedResidual(channels, outputs, kernel, stride, expansion))
         channels = outputs
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def mcunet_from(config: str | Path, num_classes: int = 1000) -> nn.Sequential:
+    """A network of the family from its published description, with random weights.
+
+    Args:
+        config: the JSON file that is published beside the weights, such as that of MCUNet-in2: `first_conv`, `blocks`
+            of a `mobile_inverted_conv` and a `shortcut`, perhaps a `feature_mix_layer`.
+        num_classes: outputs of the classifier.
+
+    Returns:
+        The network. Its tensors are in the order of the published weights.
+
+    Raises:
+        ValueError: the file does not describe such a network; the message names what is missing.
+    """
+    described = json.loads(Path(config).read_text(encoding="utf-8"))
+    try:
+        stem = described["first_conv"]
+        channels = int(stem["out_channels"])
+        layers: list[nn.Module] = [_conv(3, channels, int(stem["kernel_size"]), int(stem["stride"]))]
+        for block in described["blocks"]:
+            inner: dict[str, Any] | None = block["mobile_inverted_conv"]
+            if inner is None or inner.get("name") == "ZeroLayer":  # searched away: only the shortcut is left
+                continue
+            outputs, expansion = int(inner["out_channels"]), int(inner["expand_ratio"])
+            sizes = (int(inner["kernel_size"]), int(inner["stride"]), expansion, inner.get("mid_channels"))
+            layers.append(InvertedResidual(channels, outputs, *sizes, residual=block.get("shortcut") is not None))
+            channels = outputs
+        last = described.get("feature_mix_layer")
+        if last is not None:
+            layers.append(_conv(channels, int(last["out_channels"]), 1))
+            channels = int(last["out_channels"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"config={str(config)!r} does not describe a MCUNet: {error} is missing or of another kind. Give the JSON "
+            "file that is published with the weights."
+        ) from error
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))

@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     if importlib.util.find_spec("jsonargparse") is None:
         _leave("the command line needs jsonargparse; pip install 'lightning-lance[cli]' installs it.", 2)
-    if os.getcwd() not in sys.path and "" not in sys.path:
+    if os.getcwd() not in sys.path:  # "" would not do: a configuration is read from within its own folder
         sys.path.insert(0, os.getcwd())
     # Lightning's own calls of jsonargparse and torch: nothing that a user of the tool could change.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

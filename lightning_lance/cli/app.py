@@ -24,6 +24,13 @@ DESCRIPTION = """Train with compressed activations. The section "lance" of a con
 lightning_lance.LanceCallback, "trainer", "model" and "data" are those of every LightningCLI."""
 
 STREAM = "stream"
+RESULTS = "results"
+
+OWN_PARSERS = {
+    STREAM: "Train on one experience of an Avalanche benchmark after another.",
+    RESULTS: "Make tables in Markdown of what the runs in a folder have recorded.",
+}
+"""Subcommands with a parser of their own, and what they do."""
 
 
 class LanceTrainer(Trainer):
@@ -99,9 +106,8 @@ class LanceCLI(BaseCLI):
         super()._add_subcommands(parser, **kwargs)
         # Only to be listed: run() takes it before this parser does.
         if parser._subcommands_action is not None:
-            parser._subcommands_action.add_subcommand(
-                STREAM, LanceParser(), help="Train on one experience of an Avalanche benchmark after another."
-            )
+            for name, text in OWN_PARSERS.items():
+                parser._subcommands_action.add_subcommand(name, LanceParser(), help=text)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LanceCallback, "lance")
@@ -110,8 +116,9 @@ class LanceCLI(BaseCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert args is None or isinstance(args, list)
         self.config = parser.parse_args(args)
-        if self.config.subcommand == STREAM:
-            raise ConfigError(f"options before {STREAM} are not read. Give it first: {PROGRAM} {STREAM} --config FILE.")
+        if self.config.subcommand in OWN_PARSERS:
+            own = self.config.subcommand
+            raise ConfigError(f"options before {own} are not read. Give it first: {PROGRAM} {own} --help.")
         check_options(self.config[self.config.subcommand]["lance"])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -158,6 +165,10 @@ def run(args: list[str] | None = None) -> None:
         from lightning_lance.cli import stream
 
         stream.run(given[1:])
+    elif given[:1] == [RESULTS]:
+        from lightning_lance.cli import results
+
+        results.run(given[1:])
     else:
         try:
             LanceCLI(given)
