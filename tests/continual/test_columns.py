@@ -65,7 +65,7 @@ class Stream:
         self.model = Net()
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         options = {"threshold": 0.8, "columns": 0.05, "heads": ["heads"], "freeze_above": 1.0, **options}
-        config = LanceConfig(rank="full", core_bits=None, companions=False)
+        config = LanceConfig(rank=None, bits=None)
         self.session = ContinualSession(config, ContinualConfig(**options))
 
     def passes(self, experience: int) -> list[Callable[[], Any]]:
@@ -176,7 +176,7 @@ def test_selection_training_and_split_are_those_of_the_formulas() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     # Room for two columns of 8 numbers among the 96 of the weight.
     options = ContinualConfig(threshold=0.95, columns=17 / 96, heads=["2"])
-    session = ContinualSession(LanceConfig(rank="full", core_bits=None, companions=False), options)
+    session = ContinualSession(LanceConfig(rank=None, bits=None), options)
     session.begin_experience(model, [lambda: model(inputs[0])], [optimizer], own="a")
     session.end_experience(model, [lambda: model(inputs[0])])
     stored = session.memories["0"].stored[0].double()

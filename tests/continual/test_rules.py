@@ -31,7 +31,7 @@ def test_a_step_of_scaled_projection_is_that_of_the_paper() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    config = LanceConfig(rank="full", core_bits=None, companions=False)
+    config = LanceConfig(rank=None, bits=None)
     session = ContinualSession(config, ContinualConfig(rule="scaled", threshold=0.98, heads=["2"], freeze_above=1.0))
     session.begin_experience(model, [lambda: model(x)], [optimizer])
     session.end_experience(model, [lambda: model(x)])
