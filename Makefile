@@ -12,7 +12,7 @@ export OMP_NUM_THREADS
 CONTINUAL_ARGS ?= --streams glyphs --methods naive ewc replay gpm lance --seeds 0 --threads 1 --output runs/continual.json
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test test-all soak oldest demo continual dist clean
+.PHONY: help venv lint format test test-rest test-all soak oldest demo continual dist clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -41,9 +41,11 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## tests and docstring examples of the package; without the compatibility matrix and the examples
 	@$(PYTEST) --ignore=tests/compat --ignore=tests/examples $(PYTEST_ARGS)
 
-test-all: export OMP_NUM_THREADS = 1
-test-all: $(STAMP)  ## all tests and docstring examples
-	@$(PYTEST) $(PYTEST_ARGS)
+test-rest: export OMP_NUM_THREADS = 1
+test-rest: $(STAMP)  ## the compatibility matrix and the examples
+	@$(PYTEST) tests/compat tests/examples $(PYTEST_ARGS)
+
+test-all: test test-rest  ## all tests and docstring examples
 
 # For the night: kills, hooks, networks and fits by the hundred; docs/reliability.md has its figures.
 soak: export OMP_NUM_THREADS = 1

@@ -106,9 +106,14 @@ class PublishedSubspace(LayerSubspace):
         return {**super().state_dict(), "batch_factor": self._learned.factor.detach().cpu()}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> PublishedSubspace:
-        found = super().from_state_dict(state)
-        if "batch_factor" not in state:
+    def from_state_dict(
+        cls, state: Any, place: str = "a stored subspace", channels: int | None = None
+    ) -> PublishedSubspace:
+        rest = (
+            {key: value for key, value in state.items() if key != "batch_factor"} if isinstance(state, dict) else state
+        )
+        found = super().from_state_dict(rest, place, channels)
+        if not isinstance(state.get("batch_factor"), Tensor):
             raise StateError(
                 "a stored subspace has no batch factor; it was not made by the published method. Resume with the "
                 "options of the stored run."
