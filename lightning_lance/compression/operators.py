@@ -126,7 +126,7 @@ def _clamped(low: float, high: float) -> Rule | None:
     def rule(input: Tensor, store: Store) -> Any:
         # Compared as the kernel does: in half precision the thresholds would be rounded.
         wide = input.float() if input.dtype.itemsize == 2 else input
-        return store.flags(input, wide.gt(low).logical_and_(wide.lt(high)).logical_or_(wide.isnan()), low, inside)
+        return store.flags(input, wide.le(low).logical_or_(wide.ge(high)).logical_not_(), low, inside)
 
     return rule
 

@@ -52,7 +52,7 @@ def assert_sound(found: LayerSubspace) -> None:
         assert len(sizes) == len(group)
         assert all(length >= 1 for length in found.core_shape(16, 8, sizes) if 0 not in sizes)
         assert found.formula_bytes(16, 8, sizes, 4) >= 0
-    assert found.bits in (None, 4, 8)
+    assert found.bits in (None, 2, 4, 8)
     assert found.any_size in (True, False)
 
 
@@ -120,7 +120,7 @@ def test_statistics_with_nan_go_on_as_the_run_that_stored_them() -> None:
 CASES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("channel",), None, ""),
     (("channel",), [1, 2], r"\['channel'\] is a list of 2\. Allowed: a dense tensor of shape \(8, any\)"),
-    (("bits",), 2, r"\['bits'\] is 2\. Allowed: None, 4, 8"),
+    (("bits",), 3, r"\['bits'\] is 3\. Allowed: None, 2, 4, 8"),
     (("bits",), DELETED, "is a dict without 'bits'"),
     (("batch", 0), "bogus", r"\['batch'\]\[0\] is 'bogus'\. Allowed: 'auto', 'full', an int of at least 1"),
     (("batch", 0), -1, r"\['batch'\]\[0\] is -1"),
