@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from examples.models.by_name import check_network, classifier_of, make_network
-from lightning_lance.subspaces.published import select_published
+from examples.models.selection import select_published
 
 
 class ImageClassifier(L.LightningModule):

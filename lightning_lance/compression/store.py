@@ -301,7 +301,7 @@ class Store:
         """The hook that autograd calls for each tensor it saves."""
         with torch._C.DisableTorchFunction():
             kept = self._keep(tensor)
-            if self.ledger is not None and kept is not tensor:
+            if self.ledger is not None and kept is not tensor and not self.is_weight(tensor):
                 if isinstance(kept, Tensor):
                     kept = Whole(kept)
                 self._note(tensor, kept)
@@ -427,7 +427,8 @@ class Store:
             return self.rounded(tensor, bits)
         axes = [axis for axis in range(tensor.dim()) if axis != 1]
         deviation, mean = torch.std_mean(tensor, axes, correction=0, keepdim=True)
-        deviation.clamp_(min=torch.finfo(deviation.dtype).tiny)
+        # Two bytes each; what rounding leaves of the mean is a shift, which the range of a group follows.
+        mean, deviation = mean.bfloat16(), deviation.clamp_(min=torch.finfo(deviation.dtype).tiny).bfloat16()
         centred = (tensor - mean).div_(deviation)
         rounded = None
         if _dense(centred):

@@ -102,8 +102,8 @@ class LayerMemory:
         ...     memory.start()
         ...     # ... training, with weight changes in the complement of memory.protected ...
         ...     added = memory.protect(inputs.T @ inputs, threshold=0.97)
-        >>> memory.capacity().free
-        2
+        >>> memory.capacity().protected <= 6
+        True
     """
 
     def __init__(

@@ -95,6 +95,7 @@ class ContinualCallback(LanceCallback):
     ) -> None:
         super().__init__(bits=bits, **options)
         self.forward_fn = forward_fn or _bare
+        self._norms: FrozenNorms | None = None
         if self.config.refresh is not None:
             raise ConfigError(
                 f"refresh={self.config.refresh!r} is not allowed in continual learning: the subspaces are found once "

@@ -338,7 +338,7 @@ def test_calibration_leaves_no_trace_in_random_states_and_statistics() -> None:
 
 
 def test_a_full_layer_is_frozen_and_said_once() -> None:
-    strategy, stream = LanceStrategy(threshold=1.0, **settings(MultiHead())), class_stream()
+    strategy, stream = LanceStrategy(threshold=1.0, rule="threshold", **settings(MultiHead())), class_stream()
     experiences = list(stream.train_stream)
     strategy.train(experiences[0])
     before = strategy.model.body[0].weight.detach().clone()
@@ -395,7 +395,9 @@ def test_the_evaluator_sees_the_same_accuracy_before_and_after_the_end_of_an_exp
         def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             self.note(strategy)
 
-    strategy = LanceStrategy(plugins=[Probe()], threshold=0.9, **settings(MultiHead(), evaluator=evaluator()))
+    strategy = LanceStrategy(
+        plugins=[Probe()], threshold=0.9, rule="threshold", **settings(MultiHead(), evaluator=evaluator())
+    )
     strategy.train(stream.train_stream)
     for experience in range(3):
         last_epoch, folded = seen[(EPOCHS + 1) * (experience + 1) - 2], seen[(EPOCHS + 1) * (experience + 1) - 1]

@@ -218,7 +218,7 @@ class TestConfigFile:
         assert own.read_bytes() == content
         beside = yaml.safe_load((cwd / "run" / "config_as_run.yaml").read_bytes())
         assert beside["data"]["batch_size"] == 8
-        assert beside["lance"]["threshold"] == 0.97  # defaults too
+        assert beside["lance"]["threshold"] == "auto"  # defaults too
 
     @pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "edited"])
     def test_a_damaged_or_edited_one_does_not_stop_the_stream(self, config: Path, cwd: Path, damage: str) -> None:
@@ -252,7 +252,7 @@ class TestConfigFile:
         main(["stream", "--config", str(config)])
         (cwd / "run" / "config.yaml").unlink()
         line = refused(capsys, "--config", str(config), "--lance.threshold=0.5", code=1)
-        assert "lance.threshold=0.97 there, 0.5 asked for" in line
+        assert 'lance.threshold="auto" there, 0.5 asked for' in line
 
     def test_a_folder_of_the_users_is_refused_in_one_line(
         self, config: Path, cwd: Path, capsys: pytest.CaptureFixture[str]
@@ -307,7 +307,7 @@ class TestMessages:
         ("flag", "wanted"),
         [
             ("--lance.threshold=1.5", ["lance.threshold=1.5", "(0, 1]"]),
-            ("--lance.threshold=x", ["lance.threshold=x", "float"]),
+            ("--lance.threshold=x", ["lance.threshold='x'", "a fraction in (0, 1]"]),
             ("--lance.reserved=some", ["lance.reserved='some'", "'full'"]),
             ("--lance.feature_side=patches", ["lance.feature_side='patches'", "'patch', 'channel'"]),
             ("--lance.rank=1.5", ["lance.rank=1.5", "(0, 1]"]),

@@ -40,7 +40,7 @@ SHORT = [
     "--trainer.enable_model_summary=false",
     "--data.image_size=32",
     "--data.batch_size=6",
-    "--lance.calibration_batches=2",
+    "--lance.calibration_batches=1",
     "--lance.verbose=false",
 ]
 

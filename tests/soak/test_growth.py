@@ -44,7 +44,7 @@ def test_ragged_steps(steps: int) -> None:
         batch = 0 if step % 50 == 49 else 1 + (7 * step) % 40
         size = sizes[step % len(sizes)]
         optimizer.zero_grad()
-        with session.functional():
+        with session.step():
             loss = net(torch.randn(batch, 3, size, size)).square().sum()
         loss.backward()
         optimizer.step()

@@ -127,14 +127,14 @@ def check(number: int) -> float | None:
         x = data[:batch]
         if batch < 2 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             continue
-        y, grad, of_input = gradients(model, x, session.functional())
+        y, grad, of_input = gradients(model, x, session.step())
         wanted, exact, _ = gradients(plain, x)
         torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
         assert grad.shape == exact.shape
         assert grad.isfinite().all()
         assert of_input.isfinite().all()
         if batch == 30 and exact.norm() > 0:
-            more = [gradients(model, x, session.functional())[1] for _ in range(DRAWS - 1)]
+            more = [gradients(model, x, session.step())[1] for _ in range(DRAWS - 1)]
             grad = torch.stack([grad, *more]).mean(0)
             cosine = float(torch.nn.functional.cosine_similarity(grad, exact, dim=0))
             assert cosine > LEAST_COSINE, (number, model)
