@@ -9,7 +9,6 @@ each, do the same.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,33 +95,3 @@ def _table(off: int, on: int, device: torch.device) -> Tensor:
     set_ = (torch.arange(256, device=device).unsqueeze(-1) >> shifts) & 1
     values = torch.tensor((off, on), dtype=torch.int8, device=device)
     return values.index_select(0, set_.view(-1)).view(torch.int64)
-
-
-def flagged_gradient(
-    kernel: Any, grad: Tensor, bits: Tensor, stride: tuple[int, ...], off: int, on: int, *arguments: Any
-) -> Tensor:
-    """Run a stock elementwise backward kernel on stand-ins for its input.
-
-    Args:
-        kernel: an operator ``kernel(grad, input, *arguments)`` with a ``grad_input`` overload.
-        grad: any shape.
-        bits: packed flags of the same shape.
-        stride: strides that the flags had.
-        off: an input for which the kernel does what it does where the flag is not set.
-        on: the same where it is.
-        arguments: further arguments of the kernel.
-
-    Returns:
-        What the kernel returns for an input with those strides.
-    """
-    stand_in = expand_bits(bits, grad.shape, stride, off, on, grad.dtype)
-    if not torch.compiler.is_compiling() and grad.stride() == stride:  # which compilers up to 2.6 refuse to read
-        return kernel.grad_input(grad, stand_in, *arguments, grad_input=stand_in)  # type: ignore[no-any-return]
-    return kernel(grad, stand_in, *arguments)  # type: ignore[no-any-return]
-
-
-def product_into(factors: Tensor, grad: Tensor) -> Tensor:
-    """``grad * factors``, in the memory of the factors where the layouts agree. A compiler finds its own memory."""
-    if not torch.compiler.is_compiling() and grad.stride() == factors.stride() and grad.dtype == factors.dtype:
-        return factors.mul_(grad)
-    return grad * factors
