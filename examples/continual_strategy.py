@@ -16,8 +16,8 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from examples.models.multi_head import MultiHead
-from examples.models.small import mlp_trunk
-from examples.streams.digits import split_mnist
+from examples.models.small import conv_trunk
+from examples.streams.digits import rotated_digits
 from lightning_lance.avalanche import LanceStrategy
 
 STRATEGIES = {"naive": Naive, "LANCE": LanceStrategy}
@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     accuracies = {}
     for name, strategy_class in STRATEGIES.items():
         torch.manual_seed(0)
-        benchmark = split_mnist(train_size=options.images)  # five experiences, two digits each, a head for each
-        model = MultiHead(mlp_trunk(), features=100)
+        # The ten digits, turned further in each experience; a head for each.
+        benchmark = rotated_digits(options.experiences, train_size=options.images, test_size=500)
+        model = MultiHead(conv_trunk(), features=128)
         strategy = strategy_class(
             model=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
@@ -51,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description="Learn five tasks in a row with Avalanche.")
+    result = argparse.ArgumentParser(description="Learn one task after another with Avalanche.")
+    result.add_argument("--experiences", type=int, default=6)
     result.add_argument("--epochs", type=int, default=4)
-    result.add_argument("--images", type=int, default=2000, help="of all experiences together")
+    result.add_argument("--images", type=int, default=2000, help="of each experience")
     return result
 
 

