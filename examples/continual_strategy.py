@@ -16,7 +16,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from examples.models.multi_head import MultiHead
-from examples.models.small import conv_trunk
+from examples.models.small import mlp_trunk
 from examples.streams.digits import rotated_digits
 from lightning_lance.avalanche import LanceStrategy
 
@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         torch.manual_seed(0)
         # The ten digits, turned further in each experience; a head for each.
         benchmark = rotated_digits(options.experiences, train_size=options.images, test_size=500)
-        model = MultiHead(conv_trunk(), features=128)
+        model = MultiHead(mlp_trunk(), features=100)
         strategy = strategy_class(
             model=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+            optimizer=torch.optim.AdamW(model.parameters(), lr=2e-3),
             criterion=nn.CrossEntropyLoss(),
             train_mb_size=32,
             train_epochs=options.epochs,

