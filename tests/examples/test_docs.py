@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from torch import nn
 
+import lightning_lance
 from lightning_lance import LanceCallback
 from lightning_lance.compression import operators
 from lightning_lance.continual.rules import RULES
@@ -74,7 +76,9 @@ def commands(page: str) -> list[str]:
     for block in blocks(page):
         if block.language in ("", "bash", "sh", "shell", "console"):
             text = block.text.replace("\\\n", " ")
-            found += [line.strip() for line in text.splitlines() if line.strip()]
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            # Without a language it may be what a command prints.
+            found += [line for line in lines if block.language or line.split()[0] in COMMANDS]
     prose = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
     for inline in re.findall(r"`([^`]+)`", prose):
         words = inline.split()
@@ -99,7 +103,14 @@ def reader() -> dict[str, Any]:
     module, data, callback = SmallModule(), SmallData(), LanceCallback(verbose=False)
     trainers.make_trainer([callback], max_epochs=1, limit_train_batches=1).fit(module, data)
     images, labels = next(iter(data.train_dataloader()))
+
+    def train() -> None:
+        nn.functional.cross_entropy(module(images), labels).backward()
+
     return {
+        **{name: getattr(lightning_lance, name) for name in lightning_lance.__all__},
+        "Trainer": pl.Trainer,
+        "train": train,
         "torch": torch,
         "nn": nn,
         "model": module,
@@ -112,7 +123,6 @@ def reader() -> dict[str, Any]:
         "criterion": nn.CrossEntropyLoss(),
         "optimizer": torch.optim.SGD(module.parameters(), lr=0.01),
         "callback": callback,
-        "LanceCallback": LanceCallback,
     }
 
 
@@ -154,6 +164,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "my_package.py").write_text(
         "from tests.cli.small import SmallModule as MyModule, SmallData as MyData\n", encoding="utf-8"
     )
+    sections = {"model": {"class_path": "my_package.MyModule"}, "data": {"class_path": "my_package.MyData"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     return tmp_path
 
 
