@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lance.compression.kept import Kept, Shape
-from lightning_lance.compression.recipes import Function, Masked, Normalisation, NormInput
+from lightning_lance.compression.recipes import Dropped, Function, Normalisation, NormInput
 from lightning_lance.compression.store import Store
 from lightning_lance.ops.saving import FinishedRule, Rule, reading, saving
 from lightning_lance.ops.watching import WatchingMode
@@ -246,7 +246,7 @@ class _Dropout(FinishedRule):
 
     def finish(self, result: Tensor, store: Store) -> None:
         if self.recipe is not None and isinstance(self.kept, Kept):
-            store.recipes.extend(self.recipe, result, Masked(self.kept))
+            store.recipes.extend(self.recipe, result, Dropped(self.kept))
 
 
 # Pooling --------------------------------------------------------------------------------------------------------------

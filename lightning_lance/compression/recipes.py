@@ -19,24 +19,31 @@ from lightning_lance.compression.kept import Kept, View, Whole, dense, storage_p
 from lightning_lance.tensors.rounding import group_size
 
 
-class Step:
-    """One elementwise operator of a recipe."""
+class Operator:
+    """One elementwise operator of a computation; holds what it needs."""
 
     __slots__ = ()
-
-    def prepare(self) -> None:
-        """Called in the forward pass, before what the operator was called with may change."""
 
     def __call__(self, tensor: Tensor, own: bool) -> Tensor:
         """The result, written over the tensor if that is our own."""
         raise NotImplementedError
 
     def parts(self) -> list[tuple[int, int]]:
-        """What it holds in memory beside the graph: identity and bytes."""
+        """What it holds in memory: identity and bytes."""
         return []
 
 
-class Function(Step):
+class Step:
+    """What a recipe says of one operator; keeps nothing alive that a graph holds."""
+
+    __slots__ = ()
+
+    def operator(self) -> Operator | None:
+        """The operator, as of now; ``None`` where what it needs is gone."""
+        raise NotImplementedError
+
+
+class Function(Operator, Step):
     """An operator without state."""
 
     __slots__ = ("function",)
@@ -44,13 +51,27 @@ class Function(Step):
     def __init__(self, function: Callable[[Tensor, bool], Tensor]) -> None:
         self.function = function
 
+    def operator(self) -> Operator:
+        return self
+
     def __call__(self, tensor: Tensor, own: bool) -> Tensor:
         return self.function(tensor, own)
 
 
-class Masked(Step):
+class Dropped(Step):
     """Dropout: a product with what it keeps."""
 
+    __slots__ = ("noise",)
+
+    def __init__(self, noise: Kept) -> None:
+        self.noise = weakref.ref(noise)
+
+    def operator(self) -> Operator | None:
+        noise = self.noise()
+        return None if noise is None else _Mask(noise)
+
+
+class _Mask(Operator):
     __slots__ = ("noise",)
 
     def __init__(self, noise: Kept) -> None:
@@ -64,7 +85,7 @@ class Masked(Step):
 
 
 class Normalisation(Step):
-    """A normalisation of channels, with statistics and parameters as they were.
+    """A normalisation of channels.
 
     Args:
         mean: ``(C,)``.
@@ -73,28 +94,29 @@ class Normalisation(Step):
         bias: ``(C,)``, or ``None``.
     """
 
-    __slots__ = ("bias", "factor", "invstd", "mean", "term", "weight")
+    __slots__ = ("bias", "invstd", "mean", "weight")
 
     def __init__(self, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         self.mean, self.invstd, self.weight, self.bias = mean, invstd, weight, bias
-        self.factor: Tensor | None = None
-        self.term: Tensor | None = None
 
-    def prepare(self) -> None:
-        if self.factor is None:
-            factor = self.invstd if self.weight is None else self.invstd * self.weight.detach()
-            self.term = (
-                -self.mean * factor if self.bias is None else torch.addcmul(self.bias, self.mean, factor, value=-1)
-            )
-            self.term, self.factor = self.term.detach(), factor
+    def operator(self) -> Operator:
+        # In the forward pass: an optimizer may write on the parameters before the backward pass.
+        factor = self.invstd if self.weight is None else self.invstd * self.weight.detach()
+        shift = self.mean * factor
+        return _Affine(factor, -shift if self.bias is None else self.bias.detach() - shift)
+
+
+class _Affine(Operator):
+    __slots__ = ("factor", "term")
+
+    def __init__(self, factor: Tensor, term: Tensor) -> None:
+        self.factor, self.term = factor, term
 
     def __call__(self, tensor: Tensor, own: bool) -> Tensor:
-        assert self.factor is not None
-        assert self.term is not None
         return _affine(tensor, self.factor, self.term)
 
     def parts(self) -> list[tuple[int, int]]:
-        return [] if self.factor is None else [(id(self.factor), 2 * self.factor.nbytes)]
+        return [(id(self), self.factor.nbytes + self.term.nbytes)]
 
 
 class NormInput(Kept):
@@ -133,7 +155,6 @@ class NormInput(Kept):
         tensor = self.tensor
         if tensor is None:
             return
-        self.tensor = None
         bits = self.store.bits.other if bits is None else bits
         channel = tensor.numel() // (tensor.shape[0] * tensor.shape[1])
         self._cut = not (tensor.is_contiguous() and channel % group_size(tensor.shape, tensor.stride()) == 0)
@@ -144,7 +165,7 @@ class NormInput(Kept):
                 self.invstd = deviation.clamp_(min=torch.finfo(deviation.dtype).tiny).reciprocal_()
             tensor = _affine(tensor, self.invstd, -self.mean * self.invstd)
         kept = self.store.rounded(tensor, bits)
-        self.kept = Whole(kept) if isinstance(kept, Tensor) else kept
+        self.kept, self.tensor = Whole(kept) if isinstance(kept, Tensor) else kept, None
 
     def restore(self) -> Tensor:
         self.settle()
@@ -174,13 +195,11 @@ def _affine(tensor: Tensor, factor: Tensor, term: Tensor) -> Tensor:
 class Computed:
     """A stretch of memory that is computed from what is kept of another."""
 
-    __slots__ = ("__weakref__", "_flat", "base", "steps")
+    __slots__ = ("__weakref__", "_flat", "base", "operators")
 
-    def __init__(self, base: Kept, steps: tuple[Step, ...]) -> None:
-        self.base, self.steps = base, steps
+    def __init__(self, base: Kept, operators: list[Operator]) -> None:
+        self.base, self.operators = base, operators
         self._flat: Any = None
-        for step in steps:
-            step.prepare()
 
     def restore(self) -> Tensor:
         """On one axis; not computed again while it lives."""
@@ -188,15 +207,15 @@ class Computed:
         if flat is None:
             with torch.no_grad():
                 value = self.base.restore()
-                for index, step in enumerate(self.steps):
-                    value = step(value, index > 0)
+                for index, operator in enumerate(self.operators):
+                    value = operator(value, index > 0)
                 flat = value.as_strided((value.numel(),), (1,))
             self._flat = weakref.ref(flat)
         return flat
 
     def parts(self) -> list[tuple[int, int]]:
         """As those of a :class:`Kept`."""
-        return [*self.base.parts(), *(part for step in self.steps for part in step.parts())]
+        return [*self.base.parts(), *(part for operator in self.operators for part in operator.parts())]
 
 
 class Recipe(NamedTuple):
@@ -259,7 +278,10 @@ class Recipes:
             return None
         computed = recipe.computed[0]() if recipe.computed else None
         if computed is None:
-            computed = Computed(base, recipe.steps)
+            operators = [operator for step in recipe.steps if (operator := step.operator()) is not None]
+            if len(operators) < len(recipe.steps):
+                return None
+            computed = Computed(base, operators)
             recipe.computed[:] = [weakref.ref(computed)]
         offset = (
             int(tensor.storage_offset()) - recipe.offset
