@@ -28,6 +28,10 @@ class Operator:
         """The result, written over the tensor if that is our own."""
         raise NotImplementedError
 
+    def begin(self, base: Kept) -> Tensor:
+        """The result, where the operator is the first one."""
+        return self(base.restore(), False)
+
     def parts(self) -> list[tuple[int, int]]:
         """What it holds in memory: identity and bytes."""
         return []
@@ -115,6 +119,9 @@ class _Affine(Operator):
     def __call__(self, tensor: Tensor, own: bool) -> Tensor:
         return _affine(tensor, self.factor, self.term)
 
+    def begin(self, base: Kept) -> Tensor:
+        return base.scaled(self.factor, self.term) if isinstance(base, NormInput) else super().begin(base)
+
     def parts(self) -> list[tuple[int, int]]:
         return [(id(self), self.factor.nbytes + self.term.nbytes)]
 
@@ -170,12 +177,21 @@ class NormInput(Kept):
     def restore(self) -> Tensor:
         self.settle()
         assert self.kept is not None
-        found = self.kept.restore()
         if self._cut:
             assert self.mean is not None
             assert self.invstd is not None
-            return _affine(found, self.invstd.reciprocal(), self.mean)
-        return found
+            return _affine(self.kept.restore(), self.invstd.reciprocal(), self.mean)
+        return self.kept.restore()
+
+    def scaled(self, factor: Tensor, term: Tensor) -> Tensor:
+        """``input * factor + term`` of each channel, in one pass."""
+        self.settle()
+        assert self.kept is not None
+        if self._cut:
+            assert self.mean is not None
+            assert self.invstd is not None
+            factor, term = factor / self.invstd, term + factor * self.mean
+        return _affine(self.kept.restore(), factor, term)
 
     def parts(self) -> list[tuple[int, int]]:
         self.settle()
@@ -206,9 +222,10 @@ class Computed:
         flat: Tensor | None = None if self._flat is None else self._flat()
         if flat is None:
             with torch.no_grad():
-                value = self.base.restore()
-                for index, operator in enumerate(self.operators):
-                    value = operator(value, index > 0)
+                first, *others = self.operators
+                value = first.begin(self.base)
+                for operator in others:
+                    value = operator(value, True)
                 flat = value.as_strided((value.numel(),), (1,))
             self._flat = weakref.ref(flat)
         return flat
