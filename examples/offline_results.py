@@ -4,8 +4,9 @@
     python -m examples.offline_results --quick         # the same in less than three minutes, to runs/quick/results.md
 
 Fine-tuning: EfficientNet-Lite0 with its ImageNet weights on three image sets, last 2 and last 4 layers, plainly, by the
-method of the paper and with LANCE for fine-tuning, by `lightning-lance fit` with the configurations of `examples/configs`. A
-stream: Split MNIST by `lightning-lance stream`. Each run has a process of its own, so that its peak memory is its own.
+method of the paper and with LANCE for fine-tuning, by `lightning-lance fit` with the configurations of
+`examples/configs`. A stream: Split MNIST by `lightning-lance stream`. Each run has a process of its own, so that its
+peak memory is its own.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ with its ImageNet weights, and the images. {size.train_size} training and {size.
 {size.image_size} pixels, {size.epochs} epochs of batches of {size.batch_size}, seeds {seeds}; otherwise the recipe of
 `examples/configs/recipe`: SGD .05 with momentum .9, a cosine to 1 %, gradients clipped at 2, batch norms frozen.
 So small runs say little about accuracy, and nothing about time: they show that each command works, and what is kept.
-"published" is `preset: published`, the method of the paper; "lance" is `rank: compact`, 4 bits. The network's last layers
-see maps of {size.image_size // 32} × {size.image_size // 32} positions here.
+"published" is `preset: published`, the method of the paper; "lance" is `rank: compact`, 4 bits. The last layers see
+maps of {size.image_size // 32} × {size.image_size // 32} positions here.
 
 {text}"""
 
