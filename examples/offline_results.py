@@ -161,8 +161,8 @@ def page(text: str, size: Size, command: str, seconds: float) -> str:
     return f"""# The paper's tables, offline
 
 Written by `{command}` in {seconds / 60:.0f} minutes; do not edit. Everything is in packages:
-EfficientNet-Lite0 with its ImageNet weights, and the images. {size.train_size} training and {size.test_size} test images
-of {size.image_size} pixels, {_count(size.epochs, "epoch")} of batches of {size.batch_size}, {seeds};
+EfficientNet-Lite0 with its ImageNet weights, and the images. {size.train_size} training and {size.test_size} test
+images of {size.image_size} pixels, {_count(size.epochs, "epoch")} of batches of {size.batch_size}, {seeds};
 otherwise the recipe of `examples/configs/recipe`: SGD .05 with momentum .9, a cosine to 1 %, gradients clipped at 2,
 batch norms frozen. The last layers see maps of {positions} × {positions} positions. The stream trains with AdamW,
 {_count(size.stream_epochs, "epoch")} of {size.stream_size // 5} images an experience.
