@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_lance.continual.basis import (
     Moments,
+    UpTo,
     as_double,
     complement,
     grow_and_rest,
@@ -173,7 +174,7 @@ class LayerMemory:
             )
 
     def reserve(
-        self, gram: Tensor | FeatureMoments | None = None, rank: int | float | str = "full", damping: float = 0.0
+        self, gram: Tensor | FeatureMoments | None = None, rank: int | float | UpTo | str = "full", damping: float = 0.0
     ) -> Tensor | None:
         """Choose the directions that the coming experience may change, and how long a step is in them.
 
@@ -181,7 +182,8 @@ class LayerMemory:
             gram: second moments of the experience's feature vectors, ``(K, K)`` or ``(groups, K, K)``; not needed for
                 ``"full"`` without damping.
             rank: ``"full"``: everything outside of ``M``; an int: that many leading directions outside of ``M``; a
-                float in (0, 1]: those that hold that fraction of the energy outside of ``M``.
+                float in (0, 1]: those that hold that fraction of the energy outside of ``M``; ``UpTo(threshold)``:
+                those that together with ``M`` hold the threshold.
             damping: see :func:`~lightning_lance.continual.leftover.step_sizes`; 0 for steps of full length.
 
         Returns:

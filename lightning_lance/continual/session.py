@@ -88,7 +88,7 @@ class ContinualSession:
     """
 
     def __init__(self, config: LanceConfig | None = None, options: ContinualConfig | None = None) -> None:
-        self.config = config or LanceConfig()
+        self.config = (config or LanceConfig()).in_stream()
         self.options = options or ContinualConfig()
         self.experience = 0
         self.memories: dict[str, LayerMemory] = {}
@@ -148,7 +148,8 @@ class ContinualSession:
 
         Args:
             model: the model, adapted to the experience already.
-            passes: forward passes on batches of the experience, run in training mode and without a trace.
+            passes: forward passes on batches of the experience, run without a trace; in training mode, or in eval mode
+                where ``calibration`` of the options is that.
             optimizers: hold the model's parameters. Where less than the weight of a layer is to be trained, a smaller
                 parameter takes its place in them until the experience ends; needed where ``reserved`` is not
                 ``"full"``. What they are decides about ``damping="auto"``.
@@ -200,7 +201,7 @@ class ContinualSession:
         moments = {}
         if self.rule.needs_moments(run.now):
             moments = self._moments({name: layer for name, layer in trained.items() if name in self._reservable()})
-        compression = LanceSession(run.model, self.config)
+        compression = self._compression(run)
         try:
             compression.start(observe=False)
         except PlanError:
@@ -214,7 +215,7 @@ class ContinualSession:
             if run.compression is not None and run.compression.layers:
                 run.compression.calibrate(passes, reduce)
             elif moments:
-                _run_passes(run.model, passes, training=True)
+                _run_passes(run.model, passes, training=self.config.calibration == "training")
         finally:
             for handle in handles:
                 handle.remove()
@@ -235,6 +236,10 @@ class ContinualSession:
                 run.freeze(layer.weight)
             self._train(run, name, layer, order, optimizers)
         run.flatten_after_steps()
+
+    def _compression(self, run: _Run) -> LanceSession:
+        first = self.experience == 0 and not self.options.compress_first
+        return LanceSession(run.model, self.config.uncompressed() if first else self.config, run.heads)
 
     def _train(
         self,
@@ -332,7 +337,7 @@ class ContinualSession:
             )
         self._add_memories(trained, run.now)
         if state["compression"] is not None:
-            run.compression = LanceSession(run.model, self.config)
+            run.compression = self._compression(run)
             run.compression.start(observe=False)
             run.compression.load_state_dict(state["compression"])
         order = _order(run.model, self.config.seed)
