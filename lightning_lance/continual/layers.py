@@ -39,6 +39,9 @@ STEADY_TOLERANCE = 1e-4
 LONGEST = 1.1
 """What a stored basis may multiply a vector's length with: 1, but for rounding and damped directions beside it."""
 
+_BEFORE_STEADY = {"steady": [False, 0], "flat": False}
+"""What states have that were stored before there were steady reservations."""
+
 
 class Reservation:
     """Fixed and trained tensors of one layer during one experience.
@@ -205,6 +208,8 @@ class Reservation:
         Raises:
             StateError: a value is missing, or of another type, shape or dtype.
         """
+        if isinstance(stored.value, dict):
+            stored = Stored({**_BEFORE_STEADY, **stored.value}, stored.place, stored.advice)
         start, basis, anchor, update, kept, steady, flat = stored.fields(
             "start", "basis", "anchor", "update", "weight", "steady", "flat"
         )
