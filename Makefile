@@ -66,6 +66,14 @@ oldest:  ## all tests with the oldest supported torch and Lightning, in .venv-ol
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) -e '.[$(EXTRAS)]'
 	@.venv-oldest/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
+.PHONY: newest
+newest: export OMP_NUM_THREADS = 1
+newest:  ## all tests with the newest releases of everything, in .venv-newest
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--upgrade --upgrade-strategy eager -e '.[$(EXTRAS)]'
+	@.venv-newest/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
 demo: $(STAMP)  ## fine-tune a pretrained network with and without LANCE, a few minutes on two cores
 	@$(BIN)/python -m examples.finetune_digits $(DEMO_ARGS)
 
@@ -97,4 +105,4 @@ release: dist  ## build, check, install both in a fresh environment, and test wh
 	cd build/release/source && $(CURDIR)/$(BIN)/python -m pytest --quiet $(RELEASE_TESTS)
 
 clean:  ## remove the virtual environment and what builds and tools left
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs

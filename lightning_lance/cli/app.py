@@ -125,7 +125,8 @@ class LanceCLI(BaseCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand == "profile":
             # No logger, no checkpoint, no validation, and one step after those that define subspaces.
-            batches = self._get(self.config, "lance")["calibration_batches"]
+            section = self._get(self.config, "lance")
+            batches = LanceConfig(preset=section["preset"], calibration_batches=section["calibration_batches"]).batches
             kwargs |= {"fast_dev_run": batches + 1, "enable_progress_bar": False, "enable_model_summary": False}
         return super().instantiate_trainer(**kwargs)
 
