@@ -79,9 +79,9 @@ def store() -> Figure:
         axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=color, lw=1.3))
 
     columns = [
-        ("conv2d", "its input:\n4 bits a number"),
         ("batch_norm", "its input:\n4 bits a number"),
         ("relu", "positive or not:\n1 bit, exact"),
+        ("conv2d", "nothing: computed\nagain from these two"),
         ("max_pool2d", "place in the window:\n1 byte, exact"),
     ]
     for index, (operator, what) in enumerate(columns):
