@@ -167,6 +167,7 @@ class StreamRunner:
             self._bars.close()
         if _rank() == 0:  # also where a finished stream has lost them
             self.store.write_json(RESULTS, self.result().as_dict())
+            self.store.clear_inside()  # what a process left that was ended right behind the last boundary
         return self.result()
 
     def _resume(self) -> int:

@@ -84,7 +84,7 @@ class StreamStore:
         for path in (self.root / START, *self._boundaries().values()):
             path.unlink(missing_ok=True)
             aside_of(path).unlink(missing_ok=True)
-        self._clear_inside()
+        self.clear_inside()
 
     def latest(self) -> dict[str, Any] | None:
         """The newest whole checkpoint between two experiences.
@@ -103,7 +103,7 @@ class StreamStore:
         """Write the checkpoint after an experience, and drop those from within it."""
         self.claim()
         save_sealed(self.boundary(experience), checkpoint)
-        self._clear_inside()
+        self.clear_inside()
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file of results, whole or not at all; one that says the same stays."""
@@ -131,7 +131,7 @@ class StreamStore:
         for folder in sorted(self.root.glob(f"{INSIDE}/experience_*")):
             yield from _steps(folder)
 
-    def _clear_inside(self) -> None:
+    def clear_inside(self) -> None:
         """Remove the checkpoints within experiences, and the folders that are empty then."""
         folders = sorted(self.root.glob(f"{INSIDE}/experience_*"))
         for folder in folders:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -22,8 +21,8 @@ from lightning_lance import ContinualCallback, LanceWarning
 from lightning_lance.cli import main
 from lightning_lance.cli.stream import StreamCLI
 from lightning_lance.streams import AvalancheDataModule, StreamRunner
+from tests.processes import in_process
 
-ROOT = Path(__file__).parents[2]
 LANCE = [name for name in inspect.signature(ContinualCallback).parameters if name != "options"]
 OPTIONS = {
     "lance": [*LANCE, "rank", "batch", "layers", "memory_budget", "calibration_batches"],
@@ -160,15 +159,11 @@ class TestRun:
 
 class TestResume:
     def test_a_killed_command_ends_with_the_same_numbers(self, config: Path, cwd: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", "-m", "lightning_lance", "stream", "--config", str(config)]
-        command.append("--trainer.callbacks+=tests.cli.test_stream.KillOnce")
-        assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+        command = ["stream", "--config", str(config), "--trainer.callbacks+=tests.cli.test_stream.KillOnce"]
+        assert in_process(main, command) == -signal.SIGKILL
         assert list((cwd / "run" / "inside" / "experience_001").glob("step=*.ckpt"))
         for root in ("run", "whole"):
-            again = [*command, f"--stream.root={cwd / root}"]
-            done = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+            assert in_process(main, [*command, f"--stream.root={cwd / root}"]) == 0
         found, wanted = final(cwd / "run"), final(cwd / "whole")
         for name, value in wanted["state_dict"].items():
             assert torch.equal(value, found["state_dict"][name]), name

@@ -24,7 +24,7 @@ SIZE = 16
 LEAST_COSINE, MEAN_COSINE = 0.97, 0.995
 """Of the default setting's gradient with the exact one."""
 
-LEAST_RATIO, TIMES_LESS = 1.3, 3.0
+LEAST_RATIO, TIMES_LESS = 5.0, 7.0
 """Bytes of plain training to those of the default setting: of any network, and of all together."""
 
 
