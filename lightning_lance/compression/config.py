@@ -53,6 +53,8 @@ class LanceConfig:
             steps. ``None``: the published one-shot method.
         calibration_batches: number of training steps whose inputs define the subspaces.
         seed: seed of the random sample orders.
+        release_memory: give freed memory back to the system at once while training, where glibc serves the process
+            (:func:`~lightning_lance.freed_memory`): the peak of the process falls, a step takes longer.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -67,6 +69,7 @@ class LanceConfig:
     refresh: Literal["epoch"] | int | None = None
     calibration_batches: int = 8
     seed: int = 0
+    release_memory: bool = False
 
     def __post_init__(self) -> None:
         rules = RankRules(self.rank)
@@ -83,6 +86,8 @@ class LanceConfig:
             raise ConfigError(f"bits={self.bits!r} is not allowed. Allowed: {', '.join(map(repr, BITS))}.")
         if self.freeze_norms not in (True, False):
             raise ConfigError(f"freeze_norms={self.freeze_norms!r} is not allowed. Allowed: True, False.")
+        if self.release_memory not in (True, False):
+            raise ConfigError(f"release_memory={self.release_memory!r} is not allowed. Allowed: True, False.")
         if not _selects(self.layers):
             raise ConfigError(
                 f"layers={self.layers!r} is not allowed. Allowed: 'trainable', an int of at least 1 (the last n "

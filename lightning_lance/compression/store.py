@@ -82,22 +82,28 @@ class Whole(Kept):
 class Stretch:
     """A stretch of memory, rounded once for all who save it."""
 
-    __slots__ = ("__weakref__", "_flat", "bits", "dtype", "reference", "rounded")
+    __slots__ = ("__weakref__", "_expanded", "bits", "dtype", "reference", "rounded")
 
     def __init__(self, rounded: Rounded, bits: int, dtype: torch.dtype, reference: Any) -> None:
         self.rounded = rounded
         self.bits = bits
         self.dtype = dtype
         self.reference = reference  # weak; while it lives, no other storage has the same address
-        self._flat: Any = None
+        self._expanded: Any = None
 
     def restore(self) -> Tensor:
-        """What was rounded, on one axis; not expanded again while it lives."""
-        flat = None if self._flat is None else self._flat()
-        if flat is None:
-            flat = expand(self.rounded, self.dtype)
-            self._flat = weakref.ref(flat)
+        """What was rounded, on one axis; not expanded again while its memory, or a view of it, lives."""
+        expanded = None if self._expanded is None else torch.UntypedStorage._new_with_weak_ptr(self._expanded.cdata)
+        codes, count = self.rounded.codes, self.rounded.elements
+        if expanded is not None:
+            return torch.empty(0, dtype=self.dtype, device=codes.device).set_(expanded, 0, (count,), (1,))
+        flat = self.expand()
+        self._expanded = StorageWeakRef(flat.untyped_storage())  # type: ignore[no-untyped-call]
         return flat
+
+    def expand(self) -> Tensor:
+        """What was rounded, in memory that nobody else has."""
+        return expand(self.rounded, self.dtype)
 
 
 class View(Kept):
@@ -125,7 +131,8 @@ class Normalised(View):
         self.mean, self.deviation = mean, deviation
 
     def restore(self) -> Tensor:
-        return super().restore().mul_(self.deviation).add_(self.mean)
+        normalised = self.stretch.expand().as_strided(self.shape, self.stride)
+        return normalised.mul_(self.deviation).add_(self.mean)
 
     def parts(self) -> list[tuple[int, int]]:
         return [*super().parts(), (id(self.mean), self.mean.nbytes + self.deviation.nbytes)]

@@ -51,6 +51,8 @@ class LanceCallback(Callback):
         calibration_batches: number of training steps that define the subspaces.
         verbose: print the table of what is kept once per fit, and again when layers join.
         seed: seed of the random sample orders.
+        release_memory: give freed memory back to the system at once during the fit, where glibc serves the process
+            (:func:`~lightning_lance.freed_memory`): the peak of the process falls, a step takes longer.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -70,6 +72,7 @@ class LanceCallback(Callback):
         calibration_batches: int = 8,
         verbose: bool = True,
         seed: int = 0,
+        release_memory: bool = False,
     ) -> None:
         given = locals()
         self.config = LanceConfig(**{field.name: given[field.name] for field in fields(LanceConfig)})
