@@ -125,6 +125,17 @@ def vit_b_16(size: int) -> nn.Module:
     return model
 
 
+def swin_t() -> nn.Module:
+    from torchvision.models import swin_t
+    from torchvision.ops import StochasticDepth
+
+    model = swin_t()
+    for module in model.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0.0
+    return model
+
+
 def photographs(batch: int, size: int, index: int) -> Batch:
     images, labels = photograph_batch(batch, size, index)
     return images.contiguous(), labels
@@ -225,7 +236,7 @@ WORKLOADS = {
     "vit_tiny": Workload("ViT-Tiny", vit_tiny, _children("blocks"), 32, 224, transformer=True),
     "swin_t": Workload(
         "Swin-T",
-        _of_any_size(_torchvision("swin_t", stochastic_depth_prob=0.0)),
+        _of_any_size(swin_t),
         lambda model: [block for stage in model.features[1::2] for block in stage],
         16,
         112,

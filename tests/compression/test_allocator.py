@@ -36,7 +36,7 @@ def rest(size=4, count=40):
     del blocks
     return status("VmRSS") - before - size
 
-def mapped(size=31):
+def mapped(size=29):
     "Whether a block of so many MiB would come from the system and go back to it: a flag before the block says so."
     library = ctypes.CDLL(None)
     library.malloc.restype = ctypes.c_void_p
