@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from examples.data.mnist import CLASSES, DigitsDataModule
 from examples.models.efficientnet_lite0 import efficientnet_lite0
+from lightning_lance import freed_memory
 
 
 def plain() -> list[Callback]:
@@ -64,9 +66,13 @@ def published() -> list[Callback]:
     return [LanceCallback(preset="published", verbose=False)]
 
 
-# By default the C library of Linux gives large blocks back to the system whenever they are freed, and gets them again
-# page by page: a third of the time of a step here. Other systems ignore these.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+ALLOCATORS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "kept": lambda: freed_memory("kept"),
+    "returned": lambda: freed_memory("returned"),
+    "stock": nullcontext,
+}
+"""What becomes of freed memory. By default the C library of Linux gives large blocks back to the system whenever they
+are freed, and gets them again page by page: a third of the time of a step here."""
 
 VARIANTS: dict[str, Callable[[], list[Callback]]] = {
     "plain": plain,
@@ -303,13 +309,14 @@ def in_own_process(variant: str, seed: int, options: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory() as root:
         result = Path(root, "run.json")
         command = [sys.executable, "-m", "examples.finetune_digits", "--worker", variant, "--seeds", str(seed)]
-        for name in ("epochs", "last", "image_size", "batch_size", "learning_rate", "batches", "accelerator"):
+        names = ("epochs", "last", "image_size", "batch_size", "learning_rate", "batches", "accelerator", "allocator")
+        for name in names:
             value = getattr(options, name)
             if value is not None:
                 command += [f"--{name.replace('_', '-')}", str(value)]
         root_of_examples = Path(__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, [str(root_of_examples), os.environ.get("PYTHONPATH")]))
-        environment = {**ALLOCATOR, **os.environ, "PYTHONPATH": path}
+        environment = {**os.environ, "PYTHONPATH": path}
         subprocess.run([*command, "--json", str(result)], check=True, env=environment)
         [run] = json.loads(result.read_text(encoding="utf-8"))
     return Run(**run)
@@ -428,6 +435,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--learning-rate", type=float, default=0.05)
     result.add_argument("--batches", type=int, help="at most so many training and test batches, to try things out")
     result.add_argument("--accelerator", default="cpu", help="cpu, gpu or auto")
+    result.add_argument("--allocator", choices=list(ALLOCATORS), default="kept", help="what becomes of freed memory")
     result.add_argument("--json", type=Path, help="also write all that was measured")
     result.add_argument("--worker", choices=list(VARIANTS), help=argparse.SUPPRESS)
     return result
@@ -437,7 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = parser().parse_args(arguments)
     if options.worker is not None:
-        write(options.json, [work(options)])
+        with ALLOCATORS[options.allocator]():
+            write(options.json, [work(options)])
         return
     runs = run_all(options)
     show(f"{options.epochs} epochs, {options.last} pointwise convolutions and the classifier trained", table(runs))

@@ -1,5 +1,6 @@
 """Train neural networks in little memory: low-rank activation compression (LANCE) for PyTorch Lightning."""
 
+from lightning_lance.compression.allocator import freed_memory
 from lightning_lance.compression.calibration import calibrate
 from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.report import Report
@@ -30,6 +31,7 @@ __all__ = [
     "StateError",
     "calibrate",
     "continual_metrics",
+    "freed_memory",
     "is_swapped",
     "measure_saved_bytes",
     "plan",

@@ -10,9 +10,8 @@ Every method runs in a process of its own. "Above idle" is the peak of resident 
 training steps (forward, backward, SGD) minus what was resident once the model and the inputs were there. It includes
 gradients, what the optimiser allocates, and scratch memory of the kernels, for all methods alike.
 
-The C library keeps freed memory below a threshold that grows as the process runs, up to 32 MB, in a heap with holes,
-so that a peak holds memory that no tensor uses. `--allocator returning`, the default here, gives freed tensors of 1 MB
-or more back to the system at once, for all methods; `--allocator stock` measures what a process does unasked.
+Freed memory goes back to the system at once, for all methods (docs/allocators.md); `--allocator stock` measures what a
+process does unasked.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from examples.benchmarks.cases import HEADLINE, NETWORKS, Case, select
 from examples.benchmarks.table import show, size, times
 from examples.benchmarks.training_methods import METHODS, TITLES, Method, find
+from lightning_lance import freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 CALIBRATION_BATCHES = 4
 LEARNING_RATE = 0.01
 
-# Environment of the measured process, read by the C library of GNU systems.
-ALLOCATORS = {"returning": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "1"}, "stock": {}}
+ALLOCATORS: dict[str, Callable[[], AbstractContextManager[None]]] = {"returned": freed_memory, "stock": nullcontext}
 
 
 @dataclass
@@ -177,7 +177,6 @@ def in_own_process(case: Case, name: str, options: argparse.Namespace) -> Row:
     command += ["--allocator", options.allocator]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(options.threads)}
-    environment |= ALLOCATORS[options.allocator]
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that wait must not spin
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
@@ -263,7 +262,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--steps", type=int, default=3, help="training steps, and batches for the cosine")
     result.add_argument("--passes", type=int, default=8, help="passes over one batch for the mean gradient")
-    result.add_argument("--allocator", choices=list(ALLOCATORS), default="returning")
+    result.add_argument("--allocator", choices=list(ALLOCATORS), default="returned")
     result.add_argument("--quick", action="store_true", help="one small case, two steps")
     result.add_argument("--json", type=Path, default=RESULTS / "memory.json")
     result.add_argument("--write", type=Path, help="measure nothing, write the rows of --json as Markdown")
@@ -286,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     cases, methods = select(options.cases), find(options.methods.split(","))
     if options.worker:
         torch.set_num_threads(options.threads)
-        print(json.dumps(asdict(measure(cases[0], methods[0], options.steps, options.passes, options.allocator))))
+        with ALLOCATORS[options.allocator]():
+            row = measure(cases[0], methods[0], options.steps, options.passes, options.allocator)
+        print(json.dumps(asdict(row)))
         return []
     rows = []
     for case in cases:

@@ -74,6 +74,8 @@ class LanceConfig:
             and the classifier train plainly; frozen batch norms in eval mode. It sets ``rank``, ``batch``, ``bits``,
             ``skip``, ``calibration``, ``freeze_norms``, ``memory_budget`` and ``refresh``; an option that has its
             default counts as not given.
+        release_memory: give freed memory back to the system at once while training, where glibc serves the process
+            (:func:`~lightning_lance.freed_memory`): the peak of the process falls, a step takes longer.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -91,6 +93,7 @@ class LanceConfig:
     skip: str | Sequence[str] = ()
     calibration: Literal["training", "eval"] = "training"
     preset: str | None = None
+    release_memory: bool = False
 
     def __post_init__(self) -> None:
         skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip or ())
@@ -128,6 +131,8 @@ class LanceConfig:
             raise ConfigError(f"bits={self.bits!r} is not allowed. Allowed: {', '.join(map(repr, BITS))}.")
         if self.freeze_norms not in (True, False):
             raise ConfigError(f"freeze_norms={self.freeze_norms!r} is not allowed. Allowed: True, False.")
+        if self.release_memory not in (True, False):
+            raise ConfigError(f"release_memory={self.release_memory!r} is not allowed. Allowed: True, False.")
         if not _selects(self.layers):
             raise ConfigError(
                 f"layers={self.layers!r} is not allowed. Allowed: 'trainable', an int of at least 1 (the last n "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_lance.tensors.bits import expand_bits, pack_bits
 from lightning_lance.tensors.rounding import Rounded, expand
@@ -41,6 +41,23 @@ class Whole(Kept):
         return [storage_part(self.tensor)]
 
 
+class Flat:
+    """A tensor of one axis, held weakly: it is there as long as anybody holds its memory, a view of it included."""
+
+    __slots__ = ("_offset", "_reference", "_size", "dtype")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._reference: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self._offset, self._size, self.dtype = int(tensor.storage_offset()), tensor.numel(), tensor.dtype
+
+    def __call__(self) -> Tensor | None:
+        storage: Any = torch.UntypedStorage._new_with_weak_ptr(self._reference.cdata)
+        if storage is None:
+            return None
+        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return tensor.set_(storage, self._offset, (self._size,), (1,))
+
+
 class Stretch:
     """A stretch of memory, rounded once for all who save it."""
 
@@ -51,14 +68,14 @@ class Stretch:
         self.bits = bits
         self.dtype = dtype
         self.reference = reference  # weak; while it lives, no other storage has the same address
-        self._flat: Any = None
+        self._flat: Flat | None = None
 
     def restore(self) -> Tensor:
-        """What was rounded, on one axis; not expanded again while it lives."""
+        """What was rounded, on one axis; not expanded again while its memory lives."""
         flat = None if self._flat is None else self._flat()
         if flat is None:
             flat = expand(self.rounded, self.dtype)
-            self._flat = weakref.ref(flat)
+            self._flat = Flat(flat)
         return flat
 
     def parts(self) -> list[tuple[int, int]]:

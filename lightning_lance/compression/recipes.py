@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_lance.compression.kept import Kept, View, Whole, dense, storage_part
+from lightning_lance.compression.kept import Flat, Kept, View, Whole, dense, storage_part
 from lightning_lance.tensors.rounding import group_size
 
 
@@ -215,11 +215,11 @@ class Computed:
 
     def __init__(self, base: Kept, operators: list[Operator]) -> None:
         self.base, self.operators = base, operators
-        self._flat: Any = None
+        self._flat: Flat | None = None
 
     def restore(self) -> Tensor:
-        """On one axis; not computed again while it lives."""
-        flat: Tensor | None = None if self._flat is None else self._flat()
+        """On one axis; not computed again while its memory lives."""
+        flat = None if self._flat is None else self._flat()
         if flat is None:
             with torch.no_grad():
                 first, *others = self.operators
@@ -227,7 +227,7 @@ class Computed:
                 for operator in others:
                     value = operator(value, True)
                 flat = value.as_strided((value.numel(),), (1,))
-            self._flat = weakref.ref(flat)
+            self._flat = Flat(flat)
         return flat
 
     def parts(self) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lance.compression.allocator import hold, let_go
 from lightning_lance.compression.calibration import Calibration, Reduce, calibrate, eager
 from lightning_lance.compression.config import BITS, LanceConfig
 from lightning_lance.compression.frozen_norms import FrozenNorms, frozen_norms
@@ -114,6 +115,7 @@ class LanceSession:
         self._ledger: _Ledger | None = None
         self._reported = False
         self._inside: ExitStack | None = None
+        self._memory: list[str] | None = None
 
     def start(self, observe: bool = True) -> Plan:
         """Plan, and swap what is to be projected. A model that an interrupted run left swapped is restored first.
@@ -134,6 +136,8 @@ class LanceSession:
         self._reported = False
         self._trainable = self._flags()
         swap(self.model, made)
+        if self.config.release_memory and self._memory is None:
+            self._memory = hold("returned")
         self.stage = Stage.STEADY
         if observe and made.entries and self.config.calibration == "training":
             self.observe()
@@ -141,6 +145,9 @@ class LanceSession:
 
     def stop(self) -> None:
         """Give the model its own classes and flags back; does nothing the second time."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            let_go(memory)
         if self._inside is not None:
             self.end_step()
         self._observing = None

@@ -61,6 +61,8 @@ class LanceCallback(Callback):
         preset: ``"published"``: the method as its authors have it, see :class:`~lightning_lance.LanceConfig`.
         forward_fn: ``forward_fn(module, batch)``, the forward pass of ``calibration="eval"``. By default
             ``module(inputs)`` for batches ``[inputs, ...]``.
+        release_memory: give freed memory back to the system at once during the fit, where glibc serves the process
+            (:func:`~lightning_lance.freed_memory`): the peak of the process falls, a step takes longer.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -84,6 +86,7 @@ class LanceCallback(Callback):
         calibration: Literal["training", "eval"] = "training",
         preset: Literal["published"] | None = None,
         forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
+        release_memory: bool = False,
     ) -> None:
         given = locals()
         self.config = LanceConfig(**{field.name: given[field.name] for field in fields(LanceConfig)})

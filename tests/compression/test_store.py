@@ -409,3 +409,32 @@ def test_kept_is_never_above_plain(bits: Bits) -> None:
             model = nn.Sequential(nn.Linear(shape[1], 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 64), nn.ReLU6())
             plain, ours = kept(model, x, bits)
             assert ours <= plain
+
+
+def test_views_of_one_stretch_are_expanded_once_while_the_memory_of_one_lives() -> None:
+    x, layer = torch.randn(4, 32, 48), nn.Linear(48, 144)
+    store = make_store(FOUR, layer.parameters())
+    with store:
+        query, key, value = layer(x).unflatten(-1, (3, 4, 12)).permute(2, 0, 3, 1, 4)
+        node: Any = F.scaled_dot_product_attention(query, key, value).grad_fn
+    one, other = node._saved_query, node._saved_key
+    assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    torch.testing.assert_close(other, key, rtol=0, atol=0.5)
+    kept_values = one.clone()
+    del one, other
+    gc.collect()
+    assert torch.equal(node._saved_query, kept_values)
+
+
+def test_what_a_norm_reads_is_the_same_each_time_it_is_read() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = (torch.randn(4, 8, 16, 16) * torch.linspace(0.1, 9, 8).view(1, 8, 1, 1) + 3).contiguous(
+            memory_format=layout
+        )
+        conv, norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        with make_store(FOUR, [*conv.parameters(), *norm.parameters(), *norm.buffers()]):
+            node: Any = norm(conv(x)).grad_fn
+        first = node._saved_input
+        held = first.clone()
+        assert torch.equal(node._saved_input, held)
+        assert torch.equal(first, held)
