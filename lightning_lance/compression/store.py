@@ -222,6 +222,7 @@ class Store:
         draws: tensors rounded with dither so far; part of the state of a run.
         ledger: what was saved since it was set to an empty list; ``None``: nobody asks.
         names: says which module runs, while a ledger is written.
+        unusual: whether second derivatives or transforms were seen, which layers that keep a core refuse.
     """
 
     def __init__(self, bits: Bits) -> None:
@@ -229,6 +230,7 @@ class Store:
         self.draws = 0
         self.ledger: list[Saved] | None = None
         self.names: Any = None
+        self.unusual = False
         self._weights: dict[int, Any] = {}
         self._derived: dict[int, Any] = {}
         self._stretches: dict[Any, Any] = {}
@@ -267,6 +269,7 @@ class Store:
             yield
             return
         saving.store = None
+        self.unusual = True
         self._contexts.hooks.__exit__(None, None, None)
         try:
             yield
@@ -311,6 +314,8 @@ class Store:
         """The hook that autograd calls for each saved tensor that a backward pass reads."""
         if self.on_backward is not None:
             self.on_backward()
+        if torch.is_grad_enabled():
+            self.unusual = True
         if isinstance(kept, Tensor):
             return kept
         with torch._C.DisableTorchFunction():

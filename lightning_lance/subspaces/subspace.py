@@ -295,7 +295,7 @@ class LayerSpectra:
         # One row a sample is little to keep, and its gradient has no sum over positions that would even out the noise.
         rows = ranks.batch == "compact" and not any(self.spatial)
         rule = BatchRule("full" if rows else ranks.batch, unbiased, self.constant_energy)
-        return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial), bits)
+        return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial_rank), bits)
 
 
 class LayerStatistics:
