@@ -137,6 +137,7 @@ class LanceSession:
         self._observing = None
         self._reported = False
         self._trainable = self._flags()
+        self._automatic, self._looked = {}, False
         self._consider(made)
         self._store.unusual = False
         swap(self.model, made)
@@ -189,8 +190,8 @@ class LanceSession:
     def _consider(self, made: Plan) -> None:
         """Layers for the next step to say whether they are worth to be looked at."""
         new = {entry.name: entry for entry in made.automatic}
-        self._looked = self._looked and new.keys() <= self._automatic.keys()
-        self._reported = self._reported and self._looked
+        if not new.keys() <= self._automatic.keys():
+            self._looked = self._reported = False
         self._automatic = new
 
     def _install(self, names: set[str]) -> None:
@@ -203,11 +204,11 @@ class LanceSession:
 
     def _choose(self) -> None:
         """At the end of a first step: which layers to look at."""
-        self._looked = True
+        ledger = self._store.ledger
+        self._looked = bool(ledger)
         # Processes that see different batches would have to agree.
-        if self.reduce is None and not self._store.unusual and self._store.ledger is not None:
-            unprojected = self._automatic.keys() - self.layers.keys()
-            self._chosen = worth_looking(self._store.ledger, unprojected)
+        if ledger and self.reduce is None and not self._store.unusual:
+            self._chosen = worth_looking(ledger, self._automatic.keys() - self.layers.keys())
 
     def _flags(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self.model.parameters()]
@@ -269,7 +270,7 @@ class LanceSession:
                     inside.enter_context(eager())  # likewise
                 if self._automatic and not self._looked:
                     inside.callback(self._choose)
-            elif self._observing is None and self.steps % WATCH == 0 and self._truncated:
+            if self._observing is None and self.steps % WATCH == 0 and self._truncated:
                 self._watched = Watched(self._truncated)
                 inside.callback(self._watched.stop)
                 inside.enter_context(eager())

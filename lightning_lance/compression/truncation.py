@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
-from lightning_lance.compression.store import Saved
+from lightning_lance.compression.store import Flags, Saved
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.subspaces.ranks import SAFE
 from lightning_lance.subspaces.subspace import CapturedEnergy, LayerSubspace
@@ -40,8 +40,8 @@ def worth_looking(ledger: Sequence[Saved], names: Collection[str]) -> set[str]:
     rows: set[str] = set()
     for saved in ledger:
         alive = None if saved.kept is None else saved.kept()
-        if alive is None:
-            continue
+        if alive is None or (isinstance(alive, Flags) and alive.bits is None):
+            continue  # flags are read from what another layer keeps, while it does
         if len(saved.shape) < 3:
             rows.add(saved.module)
         for identity, nbytes in alive.parts():
@@ -77,16 +77,19 @@ class Watched:
     """
 
     def __init__(self, layers: Mapping[str, Compressed]) -> None:
-        self.layers = layers
         self.energies: dict[str, CapturedEnergy] = {}
+        self._own: list[Compressed] = []
         for name, layer in layers.items():
-            subspace = layer._lance.subspace
-            assert subspace is not None
-            self.energies[name] = layer._lance.observer = CapturedEnergy(subspace, layer.channel_axis)
+            state = layer._lance
+            if not isinstance(state.observer, CapturedEnergy):  # else a report asks for the same
+                assert state.subspace is not None
+                state.observer = CapturedEnergy(state.subspace, layer.channel_axis)
+                self._own.append(layer)
+            self.energies[name] = state.observer
 
     def stop(self) -> None:
         """Look no longer."""
-        for layer in self.layers.values():
+        for layer in self._own:
             layer._lance.observer = None
 
     def drifted(self) -> dict[str, float]:
