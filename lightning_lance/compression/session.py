@@ -256,7 +256,7 @@ class LanceSession:
         store = self._store
         store.bits = FIRST_BITS if self._first_bits else self.config.kept_bits
         factors = (factor for layer in self.layers.values() for factor in _factors(layer))
-        store.protect([*self.model.parameters(), *self.model.buffers(), *factors])
+        store.protect([*_tensors(self.model), *factors])
         with ExitStack() as inside:
             if self._observing is not None:
                 self._observing.observe()
@@ -552,6 +552,19 @@ class LanceSession:
 def _width(module: Any) -> int:
     """Channels or features of the input of a supported layer."""
     return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a model, some of them twice; several times as fast as with their names."""
+    seen, waiting = set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    yield tensor
+            waiting += [child for child in module._modules.values() if child is not None]
 
 
 class _Ledger:

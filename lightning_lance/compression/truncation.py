@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
-from lightning_lance.compression.store import Flags, Saved
+from lightning_lance.compression.kept import Flags
+from lightning_lance.compression.store import Saved
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.subspaces.ranks import SAFE
 from lightning_lance.subspaces.subspace import CapturedEnergy, LayerSubspace
