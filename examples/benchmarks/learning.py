@@ -47,7 +47,7 @@ SETTINGS: dict[str, LanceConfig | None] = {
     "default": LanceConfig(),
     "two-bits": LanceConfig(bits=2),
     "compact": LanceConfig(rank="compact"),
-    "published": LanceConfig(rank=0.7, batch="projected", bits=None),
+    "published": LanceConfig(preset="published"),
     "checkpointing": None,
 }
 
@@ -169,8 +169,11 @@ def run(item: Item) -> Result:
     if config is not None:
         session = LanceSession(model, replace(config, seed=item.seed or 0, layers=layers))
         session.start()
-    inside: Callable[[], Any] = contextlib.nullcontext if session is None else session.step
     order = torch.Generator().manual_seed(item.seed or 0)
+    if session is not None and session.config.calibration == "eval":
+        rows = torch.randint(len(targets), (session.config.batches, task.batch), generator=order)
+        session.calibrate(functools.partial(model, inputs[row]) for row in rows)
+    inside: Callable[[], Any] = contextlib.nullcontext if session is None else session.step
     seconds: list[float] = []
     idle = reset_peak()
     while len(seconds) < steps:
@@ -213,11 +216,15 @@ def _digest(model: nn.Module) -> str:
 
 def items(tasks: Sequence[str], settings: Sequence[str], seeds: Sequence[int] | None, quick: bool) -> list[Item]:
     """What is to be run: all settings of a seed before the next seed, so that a cut run can be compared."""
-    found = [Item(task, setting, None, MEMORY_STEPS) for task in tasks for setting in settings]
+
+    def of(task: str) -> list[str]:
+        return [setting for setting in settings if setting != "published" or TASKS[task].published]
+
+    found = [Item(task, setting, None, MEMORY_STEPS) for task in tasks for setting in of(task)]
     for seed in range(max(TASKS[task].seeds for task in tasks)) if seeds is None else seeds:
         for task in tasks:
             if seeds is not None or seed < TASKS[task].seeds:
-                found += [Item(task, setting, seed, _quick_steps(task) if quick else None) for setting in settings]
+                found += [Item(task, setting, seed, _quick_steps(task) if quick else None) for setting in of(task)]
     return found
 
 

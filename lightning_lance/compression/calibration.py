@@ -66,6 +66,7 @@ class Calibration:
                 layer.channel_axis,
                 name,
                 layer.lance_work(),
+                layer._lance.learned,
             )
             for name, layer in self.layers.items()
         }
@@ -176,6 +177,7 @@ def calibrate(
     only: set[str] | None = None,
     budget: int | None = None,
     bits: int | None = None,
+    evaluating: bool = False,
 ) -> Iterator[Calibration]:
     """Calibrate a swapped model on the forward passes inside the block.
 
@@ -188,6 +190,7 @@ def calibrate(
         only: names of the layers to calibrate.
         budget: bytes for the cores and factors of all layers together.
         bits: in which an element of a core will be kept; ``None``: as it is.
+        evaluating: run the passes in eval mode; otherwise in the mode that the model is in.
 
     Raises:
         ConfigError: the budget is below what the lowest ranks need.
@@ -205,6 +208,8 @@ def calibrate(
     """
     calibration = Calibration(model, only, budget, bits)
     with isolated(model), torch.no_grad(), eager():
+        if evaluating:
+            model.eval()
         calibration.observe()
         try:
             yield calibration

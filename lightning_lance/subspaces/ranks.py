@@ -115,6 +115,10 @@ class ModeRanks:
             return SAFE.energy
         return COMPACT_SPATIAL_ENERGY if self.spatial == "compact" else self.spatial
 
+    def batch_rank(self, size: int) -> ModeRank:
+        """Rule of a learned batch mode of this size, with the rank that ``"compact"`` stands for."""
+        return compact_batch_rank(size) if self.batch == "compact" else self.batch
+
     @property
     def automatic(self) -> bool:
         """Whether modes are projected only where that costs nothing."""

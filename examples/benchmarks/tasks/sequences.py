@@ -124,6 +124,7 @@ lstm = Task(
     batch=64,
     seeds=6,
     segments=["recurrent"],
+    published=False,
 )
 
 text = Task(

@@ -51,6 +51,7 @@ class Task:
         segments: names of modules that checkpointing computes again.
         layers: name patterns of the layers that may be projected.
         fine_tuning: whether the network begins with trained weights.
+        published: whether it has a layer that the published method projects.
         trains_norms: whether norms are in training mode.
     """
 
@@ -66,6 +67,7 @@ class Task:
     layers: str | Sequence[str] = "trainable"
     fine_tuning: bool = False
     trains_norms: bool = True
+    published: bool = True
 
 
 def sgd(rate: float, momentum: float = 0.9) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
