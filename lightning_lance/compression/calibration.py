@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_lance.compression.isolation import isolated
 from lightning_lance.compression.surgery import LeftAlone, compressed_layers
+from lightning_lance.compression.truncation import pays
 from lightning_lance.errors import CalibrationError, LanceWarning, StateError
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import base_class, uninstall
@@ -81,8 +82,17 @@ class Calibration:
         for layer in self.layers.values():
             layer._lance.observer = None
 
+    def release(self) -> None:
+        """Swap back the layers that are truncated only where that costs nothing."""
+        for name in [name for name, found in self.statistics.items() if found.ranks.automatic]:
+            del self.statistics[name]
+            module: Any = self.layers.pop(name)
+            uninstall(module)
+
     def finish(self, reduce: Reduce | None = None) -> None:
         """Assign the subspaces. A layer that saw nothing, or only zeros, keeps the one it has, or is swapped back.
+
+        One that is to be truncated only where that costs nothing is swapped back where it would cost something.
 
         Args:
             reduce: sums the accumulators over the processes of a distributed run.
@@ -95,6 +105,10 @@ class Calibration:
         spectra: dict[str, LayerSpectra] = {}
         gone: dict[str, str] = {}
         for name, statistics in self.statistics.items():
+            if statistics.ranks.automatic:
+                with suppress(CalibrationError):  # NaN, zeros: nothing that would be safe
+                    spectra[name] = statistics.spectra()
+                continue
             known = self.layers[name]._lance.subspace is not None
             if not statistics.tensors():
                 if not known:
@@ -111,8 +125,15 @@ class Calibration:
                 + "; ".join(f"{name}: {reason}" for name, reason in gone.items())
                 + ". Run the forward pass that training runs, on real batches."
             )
-        for name, subspace in self._cut(_with_joint_work(spectra)).items() if spectra else ():
-            self.layers[name]._lance.subspace = subspace
+        found = self._cut(_with_joint_work(spectra)) if spectra else {}
+        for name, layer in self.layers.items():
+            if not layer._lance.ranks.automatic:
+                layer._lance.subspace = found.get(name, layer._lance.subspace)
+            elif name in found and pays(layer, found[name]):
+                layer._lance.subspace = found[name]
+            else:
+                released: Any = layer
+                uninstall(released)
         link(compressed_layers(self.model).values())
         for name, reason in gone.items():
             module: Any = self.layers[name]

@@ -41,7 +41,9 @@ class LanceConfig:
 
     Attributes:
         rank: on what the inputs of linear layers and convolutions are projected, for the gradients of their weights.
-            ``"auto"``: nothing is projected unless a ``memory_budget`` asks for it. ``None``: nothing is.
+            ``"auto"``: spatial and token modes where that costs neither learning nor time, as the first steps find and
+            later ones watch; batch and channels stay whole; more where a ``memory_budget`` asks for it. ``None``:
+            nothing is.
             ``"compact"``, for fine-tuning: batch rank ``max(4, B / 6)`` without bias, the whole batch where a sample is
             one row; channels whole; spatial and token energy .9, where that halves the mode or costs little next to the
             layer. An int: that rank in every mode, clipped to its size. A float in (0, 1]: that energy in every mode

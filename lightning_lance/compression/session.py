@@ -23,6 +23,7 @@ from lightning_lance.compression.store import Saved, Store
 from lightning_lance.compression.surgery import (
     LeftAlone,
     Plan,
+    Planned,
     compressed_layers,
     is_swapped,
     join,
@@ -30,6 +31,7 @@ from lightning_lance.compression.surgery import (
     restore,
     swap,
 )
+from lightning_lance.compression.truncation import WATCH, Watched, tell, worth_looking
 from lightning_lance.errors import CalibrationError, ConfigError, LanceWarning, PlanError, StateError
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import base_class, find, uninstall
@@ -38,7 +40,7 @@ from lightning_lance.subspaces.budget import gathering_ranks
 from lightning_lance.subspaces.stored import StoredRun, check_session_state
 from lightning_lance.subspaces.subspace import CapturedEnergy, LayerStatistics, LayerSubspace
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 FIRST_BITS = BITS[2]
 """Of what is kept in the steps that define the subspaces: a run that fits with them shall fit at first too."""
@@ -63,7 +65,8 @@ class LanceSession:
 
     Around a step everything that autograd saves is kept rounded, as ``bits`` says. Where ``rank`` asks for it, inputs
     of linear layers and convolutions are projected before: those of the first steps, which are ordinary ones but for
-    their fewer bits, define the subspaces.
+    their fewer bits, define the subspaces. With ``rank="auto"`` the first step says whether any are worth to be looked
+    at, and layers whose inputs leave their subspaces later are looked at again.
 
     Args:
         model: the model to train.
@@ -111,6 +114,10 @@ class LanceSession:
         self._dropped: dict[str, LeftAlone] = {}
         self._observing: Calibration | None = None
         self._trainable: list[bool] = []
+        self._automatic: dict[str, Planned] = {}
+        self._looked = False
+        self._chosen: set[str] = set()
+        self._watched: Watched | None = None
         self._norms = FrozenNorms(model)
         self._ledger: _Ledger | None = None
         self._reported = False
@@ -135,6 +142,9 @@ class LanceSession:
         self._observing = None
         self._reported = False
         self._trainable = self._flags()
+        self._automatic, self._looked = {}, False
+        self._consider(made)
+        self._store.unusual = False
         swap(self.model, made)
         if self.config.release_memory and self._memory is None:
             self._memory = hold("returned")
@@ -178,6 +188,7 @@ class LanceSession:
             made = plan(self.model, self.config, self.heads)
         except PlanError:  # nothing is trainable now, or nothing that the patterns name
             return []
+        self._consider(made)
         self.left = [*made.left, *self._dropped.values()]
         made = replace(made, entries=[entry for entry in made.entries if entry.name not in self._dropped])
         if not made.entries:
@@ -185,6 +196,29 @@ class LanceSession:
         joined = join(self.model, made) if is_swapped(self.model) else [e.name for e in swap(self.model, made).entries]
         self._reported = self._reported and not joined
         return joined
+
+    def _consider(self, made: Plan) -> None:
+        """Layers for the next step to say whether they are worth to be looked at."""
+        new = {entry.name: entry for entry in made.automatic}
+        if not new.keys() <= self._automatic.keys():
+            self._looked = self._reported = False
+        self._automatic = new
+
+    def _install(self, names: set[str]) -> None:
+        """Swap layers that may be truncated, to be observed."""
+        made = Plan([self._automatic[name] for name in sorted(names)], [], self.config)
+        if is_swapped(self.model):
+            join(self.model, made)
+        else:
+            swap(self.model, made)
+
+    def _choose(self) -> None:
+        """At the end of a first step: which layers to look at."""
+        ledger = self._store.ledger
+        self._looked = bool(ledger)
+        # Processes that see different batches would have to agree.
+        if ledger and self.reduce is None and not self._store.unusual:
+            self._chosen = worth_looking(ledger, self._automatic.keys() - self.layers.keys())
 
     def _flags(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self.model.parameters()]
@@ -245,6 +279,12 @@ class LanceSession:
                 inside.enter_context(self._ledger.open())
                 if self._ledger.energies:
                     inside.enter_context(eager())  # likewise
+                if self._automatic and not self._looked:
+                    inside.callback(self._choose)
+            if self._observing is None and self.steps % WATCH == 0 and self._truncated:
+                self._watched = Watched(self._truncated)
+                inside.callback(self._watched.stop)
+                inside.enter_context(eager())
             inside.enter_context(store)
             self._inside = inside.pop_all()
 
@@ -255,10 +295,36 @@ class LanceSession:
             return
         inside.close()
         self.steps += 1
+        chosen, self._chosen = self._chosen, set()
+        if chosen:
+            self._install(chosen)
+            self.observe(None if self._observing is not None else chosen)
+        watched, self._watched = self._watched, None
+        if watched is not None:
+            self._look_at(watched.drifted())
         if self._ledger is not None:
             self.report = self._ledger.report()
             self._reported = self.report is not None and self.stage is Stage.STEADY
             self._ledger = None
+
+    @property
+    def _truncated(self) -> dict[str, Compressed]:
+        """Layers that are projected because that costs nothing."""
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if layer._lance.ranks.automatic and layer._lance.subspace is not None
+        }
+
+    def _look_at(self, drifted: Mapping[str, float]) -> None:
+        """Round the whole inputs of these layers, until the next steps have found their subspaces anew."""
+        if not drifted:
+            return
+        tell(drifted)
+        for name in drifted:
+            self.layers[name]._lance.subspace = None
+        link(self.layers.values())
+        self.observe(set(drifted))
 
     @property
     def reported(self) -> bool:
@@ -267,7 +333,8 @@ class LanceSession:
 
     @property
     def _first_bits(self) -> bool:
-        waiting = any(layer._lance.subspace is None for layer in self.layers.values())
+        states = [layer._lance for layer in self.layers.values()]
+        waiting = any(state.subspace is None and not state.ranks.automatic for state in states)
         return self.stage is Stage.OBSERVING and waiting and self.config.bits is not None
 
     def _prepare(self) -> None:
@@ -362,6 +429,8 @@ class LanceSession:
         calibration.stop()
         self._observing = None
         self.stage = Stage.STEADY
+        if self._store.unusual:
+            calibration.release()
         if self.observed == 0:
             _warn("the subspaces were not refreshed: no step was observed. Run training steps after observe().")
             return
@@ -417,6 +486,7 @@ class LanceSession:
             "observed": self.observed,
             "steps": self.steps,
             "draws": self._store.draws,
+            "looked": self._looked,
             "observing": None
             if observing is None
             else {name: statistics.state_dict() for name, statistics in observing.statistics.items()},
@@ -444,6 +514,10 @@ class LanceSession:
             self.config = config
             self.start()
         self.join()
+        self._looked = stored.looked
+        found = (stored.subspaces.keys() | (stored.observing or {}).keys()) & self._automatic.keys()
+        if found:
+            self._install(found)
         layers = self.layers
         self._dropped = {item[0]: LeftAlone(*item) for item in stored.dropped}
         self.left += self._dropped.values()

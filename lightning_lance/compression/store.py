@@ -85,6 +85,7 @@ class Store:
         draws: tensors rounded with dither so far; part of the state of a run.
         ledger: what was saved since it was set to an empty list; ``None``: nobody asks.
         names: says which module runs, while a ledger is written.
+        unusual: whether second derivatives or transforms were seen, which layers that keep a core refuse.
         recipes: of tensors that are computed from what is kept of others.
     """
 
@@ -93,6 +94,7 @@ class Store:
         self.draws = 0
         self.ledger: list[Saved] | None = None
         self.names: Any = None
+        self.unusual = False
         self._weights: dict[int, Any] = {}
         self._derived: dict[int, Any] = {}
         self._stretches: dict[Any, Any] = {}
@@ -134,6 +136,7 @@ class Store:
             yield
             return
         saving.store = None
+        self.unusual = True
         self._contexts.hooks.__exit__(None, None, None)
         try:
             yield
@@ -178,6 +181,8 @@ class Store:
         """The hook that autograd calls for each saved tensor that a backward pass reads."""
         if self.on_backward is not None and not saving.looking:
             self.on_backward()
+        if torch.is_grad_enabled() and not saving.looking:
+            self.unusual = True
         if isinstance(kept, Tensor):
             return kept
         with torch._C.DisableTorchFunction():

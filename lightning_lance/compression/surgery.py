@@ -55,11 +55,13 @@ class Plan:
         entries: modules to be swapped, whose inputs are projected.
         left: modules with a trainable weight matrix or kernel that are left alone, where anything is projected.
         config: the options that it was made from.
+        automatic: modules whose inputs are projected if that turns out to cost nothing.
     """
 
     entries: list[Planned]
     left: list[LeftAlone] = field(default_factory=list)
     config: LanceConfig = field(default_factory=LanceConfig)
+    automatic: list[Planned] = field(default_factory=list)
 
 
 def plan(model: nn.Module, config: LanceConfig | None = None, heads: Collection[str] = ()) -> Plan:
@@ -90,7 +92,10 @@ def plan(model: nn.Module, config: LanceConfig | None = None, heads: Collection[
         reason = None if variant is None else skipped.get(name) or registry.refusal(module)
         weight = getattr(module, "weight", None)
         if reason is None and variant is not None and weight is not None and weight.requires_grad:
-            candidates.append(Planned(name, module, variant, rules.for_layer(name)))
+            ranks = rules.for_layer(name)
+            if ranks.automatic and config.budget is not None:
+                ranks = ModeRanks()  # what is truncated is then for the budget to say
+            candidates.append(Planned(name, module, variant, ranks))
         elif _trains_a_matrix(module):
             why = reason or _unsupported(module)
             left.append(LeftAlone(name or "the model itself", registry.base_class(module).__name__, why))
@@ -101,10 +106,13 @@ def plan(model: nn.Module, config: LanceConfig | None = None, heads: Collection[
         return Plan([], [], config)
     chosen = _select(candidates, config.layers, left, _frozen_names(model))
     _check_rank_patterns(rules.patterns, [*(entry.name for entry in candidates), *_frozen_names(model)])
+    automatic = [entry for entry in candidates if entry.ranks.automatic and entry.name in chosen]
     if not asked:
-        return Plan([], [], config)
+        return Plan([], [], config, automatic)
     entries = []
     for entry in candidates:
+        if entry in automatic:
+            continue
         why = f"not in layers={config.layers!r}" if entry.name not in chosen else ""
         if not why and config.budget is None and not entry.ranks.projects:
             why = "its rank rules keep every mode whole"
@@ -112,7 +120,7 @@ def plan(model: nn.Module, config: LanceConfig | None = None, heads: Collection[
             left.append(LeftAlone(entry.name, registry.base_class(entry.module).__name__, why))
         else:
             entries.append(entry)
-    return Plan(entries, left, config)
+    return Plan(entries, left, config, automatic)
 
 
 def _layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -88,6 +88,14 @@ class Compressed(Variant):
         """Multiply-adds of the forward pass on each element of an input."""
         raise NotImplementedError
 
+    def lance_outputs(self) -> float:
+        """Elements of an output for each one of the input."""
+        raise NotImplementedError
+
+    def lance_pointwise(self) -> bool:
+        """Whether every output position reads one input position, of all channels."""
+        raise NotImplementedError
+
     def lance_observe(self, input: Tensor) -> None:
         """Show an input to the observer, if there is one."""
         if self._lance.observer is not None:

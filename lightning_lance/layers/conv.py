@@ -20,6 +20,7 @@ class CompressedConv(Compressed):
     """:class:`torch.nn.Conv1d`, 2d and 3d on batched inputs; an unbatched one takes the stock path."""
 
     channel_axis: ClassVar[int] = 1
+    in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -34,6 +35,12 @@ class CompressedConv(Compressed):
 
     def lance_work(self) -> float:
         return self.out_channels * math.prod(self.kernel_size) / self.groups / math.prod(self.stride)
+
+    def lance_outputs(self) -> float:
+        return self.out_channels / self.in_channels / math.prod(self.stride)
+
+    def lance_pointwise(self) -> bool:
+        return self.lance_geometry().is_pointwise()
 
     def lance_geometry(self) -> Geometry:
         return geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)

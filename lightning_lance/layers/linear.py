@@ -19,6 +19,7 @@ class CompressedLinear(Compressed):
     """:class:`torch.nn.Linear` on inputs ``(B, *tokens, K)``; a single vector takes the stock path."""
 
     channel_axis: ClassVar[int] = -1
+    in_features: int
     out_features: int
     weight: Tensor
     bias: Tensor | None
@@ -29,6 +30,12 @@ class CompressedLinear(Compressed):
 
     def lance_work(self) -> float:
         return self.out_features
+
+    def lance_outputs(self) -> float:
+        return self.out_features / self.in_features
+
+    def lance_pointwise(self) -> bool:
+        return True
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() > 1:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
@@ -46,22 +47,72 @@ def worthwhile(size: int, rank: int, work: float) -> bool:
 
 
 @dataclass(frozen=True)
+class SafeTruncation:
+    """When a spatial or token mode is truncated under ``"auto"``: it costs neither learning nor time.
+
+    Attributes:
+        energy: that each truncated mode has to hold.
+        fewer: how many times fewer elements all modes together have to leave: what needs most of its directions to hold
+            the energy has gradients in the others too.
+        rounding: multiply-adds that take as long as rounding an element and expanding it.
+        slack: how many times more energy than at first may be lost before a layer is looked at again.
+    """
+
+    energy: float = 0.94
+    fewer: float = 4.0
+    rounding: float = 16.0
+    slack: float = 1.5
+
+    def pays(self, sizes: Sequence[int], ranks: Sequence[int], work: float, outputs: float, pointwise: bool) -> bool:
+        """Whether ranks leave so few elements, and projecting takes no longer than what it saves.
+
+        Args:
+            sizes: lengths of the spatial or token modes.
+            ranks: columns of their factors; a mode that is kept whole has its size.
+            work: multiply-adds of the layer's forward pass on each element of its input.
+            outputs: elements of the output for each one of the input.
+            pointwise: whether the gradient of the weight is computed on the ranks in place of the sizes; other
+                convolutions expand the core first.
+        """
+        kept = math.prod(ranks) / math.prod(sizes)
+        if kept * self.fewer > 1.0:
+            return False
+        projecting, left = 0.0, 1.0
+        for size, rank in zip(sizes, ranks, strict=True):
+            if rank < size:
+                projecting += rank * left
+                left *= rank / size
+        saved = (1.0 - kept) * (self.rounding + (work if pointwise else 0.0))
+        return projecting * (1.0 + (outputs if pointwise else 1.0)) <= saved
+
+    def least(self, modes: int) -> float:
+        """Energy that so many truncated modes have to hold together while training."""
+        return 1.0 - self.slack * (1.0 - self.energy**modes)
+
+
+SAFE = SafeTruncation()
+
+
+@dataclass(frozen=True)
 class ModeRanks:
     """Rank rule of each mode of one layer.
 
     Attributes:
         batch: axis 0 of the input.
         channel: channels of a convolution, features of a linear layer.
-        spatial: every spatial axis of a convolution, every token axis of a linear layer.
+        spatial: every spatial axis of a convolution, every token axis of a linear layer. ``"auto"``: where
+            :class:`SafeTruncation` allows it.
     """
 
     batch: ModeRank = "full"
     channel: ModeRank = "full"
-    spatial: ModeRank = "full"
+    spatial: ModeRank | Literal["auto"] = "full"
 
     @property
     def spatial_rank(self) -> ModeRank:
-        """Rule of the spatial modes with the energy that ``"compact"`` stands for."""
+        """Rule of the spatial modes with the energy that ``"compact"`` or ``"auto"`` stands for."""
+        if self.spatial == "auto":
+            return SAFE.energy
         return COMPACT_SPATIAL_ENERGY if self.spatial == "compact" else self.spatial
 
     def batch_rank(self, size: int) -> ModeRank:
@@ -69,10 +120,18 @@ class ModeRanks:
         return compact_batch_rank(size) if self.batch == "compact" else self.batch
 
     @property
+    def automatic(self) -> bool:
+        """Whether modes are projected only where that costs nothing."""
+        return self.spatial == "auto"
+
+    @property
     def projects(self) -> bool:
         """Whether any mode is to be projected, be it on all of it."""
-        return any(rank != "full" for rank in vars(self).values())
+        return any(rank not in ("full", "auto") for rank in vars(self).values())
 
+
+AUTO = ModeRanks(spatial="auto")
+"""Batch and channels whole, spatial and token modes as :class:`SafeTruncation` says."""
 
 COMPACT = ModeRanks("compact", "full", "compact")
 """A sixth of the batch without bias, spatial and token modes by energy where that pays, channels whole."""
@@ -97,8 +156,10 @@ def _checked(rank: Any, where: str) -> ModeRank:
 
 
 def _per_mode(rank: Any, where: str) -> ModeRanks:
-    if rank is None or (isinstance(rank, str) and rank == "auto"):
+    if rank is None:
         return ModeRanks()
+    if isinstance(rank, str) and rank == "auto":
+        return AUTO
     if isinstance(rank, Mapping):
         if not rank:
             raise ConfigError(f"{where}={{}} is empty. Give 'auto', 'compact', None, a number, or a mapping of modes.")
@@ -134,9 +195,10 @@ class RankRules:
     """Parsed ``rank`` argument: the rules of each layer.
 
     Args:
-        rank: ``"auto"`` and ``None`` (nothing is projected), ``"compact"``, an int (that rank in every mode, clipped to
-            its size), a float (that energy in every mode, the published rule), a mapping mode -> rule, in which a mode
-            that is not named is kept whole, or a mapping layer pattern -> any of these.
+        rank: ``"auto"`` (spatial and token modes where that costs nothing), ``None`` (nothing is projected),
+            ``"compact"``, an int (that rank in every mode, clipped to its size), a float (that energy in every mode,
+            the published rule), a mapping mode -> rule, in which a mode that is not named is kept whole, or a mapping
+            layer pattern -> any of these.
 
     Raises:
         ConfigError: the value is none of these.

@@ -24,6 +24,7 @@ class StoredRun:
         observed: steps in the running observation.
         steps: training steps so far.
         draws: tensors rounded with dither so far.
+        looked: whether a step has said which layers ``rank="auto"`` looks at.
         observing: layer name -> state of its statistics; ``None`` where nothing was observed.
     """
 
@@ -34,6 +35,7 @@ class StoredRun:
     observed: int
     steps: int
     draws: int
+    looked: bool
     observing: dict[str, Any] | None
 
 
@@ -61,8 +63,8 @@ def check_session_state(
     (found,) = stored.fields("version")
     if isinstance(found.value, bool) or not isinstance(found.value, int) or found.value != version:
         found.refuse(f"version {version}, the one that this package reads")
-    config, subspaces, order, dropped, observed, steps, draws, observing = stored.fields(
-        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "observing"
+    config, subspaces, order, dropped, observed, steps, draws, looked, observing = stored.fields(
+        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "looked", "observing"
     )
     options = {name: item.value for name, item in config.named()}
     factors = {
@@ -88,4 +90,5 @@ def check_session_state(
                 LayerStatistics(fresh.ranks, fresh.channel_axis, name, fresh.work, fresh.learned).load_state_dict(
                     item.value, torch.device("cpu"), channels.get(name)
                 )
-    return StoredRun(options, factors, drawn, left, observed.integer(0), steps.integer(0), draws.integer(0), seen)
+    counts = observed.integer(0), steps.integer(0), draws.integer(0)
+    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), seen)

@@ -242,7 +242,7 @@ class LayerSpectra:
             size = self.batch.vectors.shape[0]
             factor, energy["batch"] = self.batch.truncate(ranks.batch_rank(size), self.dtype, self.device)
             rule = LearnedBatch(ranks.batch, False, self.constant_energy, factor)
-        return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial), bits)
+        return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial_rank), bits)
 
 
 class LayerStatistics:

@@ -37,12 +37,13 @@ class LanceCallback(Callback):
     The subspaces are part of the checkpoint: a resumed run continues with them, bit for bit.
 
     Args:
-        rank: on what the inputs of linear layers and convolutions are projected. ``"auto"``: nothing is projected
-            unless a ``memory_budget`` asks for it. ``None``: nothing is. ``"compact"``, for fine-tuning: batch rank
-            ``max(4, B / 6)`` without bias, spatial and token energy .9 where that pays. An int: that rank in every
-            mode, clipped to its size. A float in (0, 1]: that energy in every mode (the published rule). A mapping of
-            the modes ``batch``, ``channel`` (or ``feature``) and ``spatial`` (or ``token``) to an int, an energy,
-            ``"compact"`` or ``"full"``; or a mapping of layer patterns to any of these.
+        rank: on what the inputs of linear layers and convolutions are projected. ``"auto"``: spatial and token modes
+            where that costs neither learning nor time, as the first steps find and later ones watch; batch and channels
+            stay whole; more where a ``memory_budget`` asks for it. ``None``: nothing is. ``"compact"``, for
+            fine-tuning: batch rank ``max(4, B / 6)`` without bias, spatial and token energy .9 where that pays. An int:
+            that rank in every mode, clipped to its size. A float in (0, 1]: that energy in every mode (the published
+            rule). A mapping of the modes ``batch``, ``channel`` (or ``feature``) and ``spatial`` (or ``token``) to an
+            int, an energy, ``"compact"`` or ``"full"``; or a mapping of layer patterns to any of these.
         bits: of each element of what is kept: ``"auto"`` (4), 8, 4, 2 (for what gradients of weights alone need; 4 for
             the rest), or ``None``: nothing is rounded, and gradients are exact.
         batch: ``"unbiased"``: the weight gradient has no bias from the batch mode; ``"projected"``: without the weights

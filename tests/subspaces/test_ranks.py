@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_lance.errors import ConfigError, LanceError
 from lightning_lance.subspaces.ranks import (
+    AUTO,
     COMPACT,
     ModeRanks,
     RankRules,
@@ -29,7 +30,7 @@ WHOLE = ModeRanks("full", "full", "full")
 @pytest.mark.parametrize(
     ("rank", "expected"),
     [
-        ("auto", WHOLE),
+        ("auto", AUTO),
         (None, WHOLE),
         ("full", WHOLE),
         ("compact", ModeRanks("compact", "full", "compact")),
