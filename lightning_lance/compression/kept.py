@@ -109,13 +109,14 @@ class View(Kept):
 class Flags(Kept):
     """One bit an element, and the two values that stand for it in the backward kernel."""
 
-    __slots__ = ("bits", "dtype", "off", "on", "own_stride", "shape", "stride", "whole")
+    __slots__ = ("bits", "dtype", "off", "on", "own_stride", "reference", "shape", "stride", "whole")
 
     def __init__(self, flags: Tensor, own_stride: tuple[int, ...], dtype: torch.dtype, off: float, on: float) -> None:
         self.shape, self.stride, self.own_stride = flags.shape, flags.stride(), own_stride
         self.bits: Tensor | None = pack_bits(flags)
         self.dtype, self.off, self.on = dtype, off, on
         self.whole: Tensor | None = None
+        self.reference: Any = None  # weak; while it lives, no other storage has the same address
 
     def restore(self) -> Tensor:
         if self.bits is None:

@@ -261,6 +261,7 @@ class Store:
         key = _key(tensor)
         kept = Flags(flags, tensor.stride(), tensor.dtype, off, on)
         if self.bits.other is None:
+            kept.reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             self._flags[key] = weakref.ref(kept, lambda _: self._flags.pop(key, None))
         return kept
 

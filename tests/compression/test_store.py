@@ -438,3 +438,22 @@ def test_what_a_norm_reads_is_the_same_each_time_it_is_read() -> None:
         held = first.clone()
         assert torch.equal(node._saved_input, held)
         assert torch.equal(first, held)
+
+
+def test_another_tensor_at_the_same_address_is_not_taken_for_the_first() -> None:
+    """Flags of an output that is gone stay flags, whatever is saved later at its place in memory."""
+    torch.manual_seed(0)
+    store = make_store()
+    for _ in range(200):
+        x = torch.randn(16, 32).requires_grad_()
+        with store:
+            y = torch.relu(x * 1)
+            address = y.untyped_storage()._cdata
+            z = y + 0
+            del y
+            others = [torch.randn(16, 32) for _ in range(8)]
+            products = [other.requires_grad_() * other for other in others]
+        z.sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad, (x > 0).float()), address
+        del products
