@@ -245,7 +245,8 @@ def peak(device: torch.device) -> int:
 
 def work(options: argparse.Namespace) -> Run:
     """One run, in this process."""
-    for message in (".*does not have many workers", "Total length of `list` across ranks is zero", ".*LeafSpec"):
+    quiet = (".*does not have many workers", "Total length of `list` across ranks is zero", ".*LeafSpec")
+    for message in (*quiet, "Found .* in eval mode"):  # frozen batch norms are meant to be
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

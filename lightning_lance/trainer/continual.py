@@ -17,7 +17,9 @@ from torch import Tensor
 from lightning_lance.compression.frozen_norms import FrozenNorms
 from lightning_lance.compression.isolation import isolated
 from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
+from lightning_lance.continual.stored_memory import ADVICE
 from lightning_lance.errors import CalibrationError, ConfigError, StateError
+from lightning_lance.tensors.checked import Stored
 from lightning_lance.trainer.callback import LanceCallback, _reduce
 from lightning_lance.trainer.passes import one_pass
 from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
@@ -185,11 +187,14 @@ class ContinualCallback(LanceCallback):
             self._begin(trainer, pl_module, batch, batch_idx)
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        stored, self._loaded = self._loaded, None
-        if stored is not None:
-            self.stream.load_state_dict(stored["stream"])
-        if stored is not None and stored["running"] is not None:
-            self.stream.resume_experience(module, stored["running"], trainer.optimizers, self.own_heads, self._averaged)
+        running = self._load()
+        if running is not None:
+            before, stored = running
+            try:
+                self.stream.resume_experience(module, stored, trainer.optimizers, self.own_heads, self._averaged)
+            except BaseException:
+                self.stream.load_state_dict(before)
+                raise
         else:
             following = peek(trainer, self.config.batches - 1, batch_idx)
             if following is None:
@@ -216,6 +221,16 @@ class ContinualCallback(LanceCallback):
             return
         self._published = None
         self._wrap_training_step(module, self.session)
+
+    def _load(self) -> tuple[dict[str, Any], Any] | None:
+        """Load the stored state there is; where it is of a running experience, the state before and that one's."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return None
+        stream, running = Stored(loaded, "the callback's stored state", ADVICE).fields("stream", "running")
+        before = self.stream.state_dict()
+        self.stream.load_state_dict(stream.value)
+        return None if running.value is None else (before, running.value)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+import lightning_lance
 from lightning_lance import LanceCallback, LanceConfig, LanceSession, StateError, is_swapped, measure_saved_bytes
 from lightning_lance.cli import main
 from lightning_lance.cli.app import LanceCLI, LanceTrainer
@@ -378,3 +379,15 @@ def test_console_script_is_declared() -> None:
     scripts = re.search(r"\[project\.scripts\]\n(.*)\n", pyproject.read_text())
     assert scripts is not None
     assert scripts[1] == 'lightning-lance = "lightning_lance.cli:main"'
+
+
+def test_version_is_told_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning-lance {lightning_lance.__version__}\n"
+
+
+def test_the_version_is_that_of_the_changelog_and_the_citation() -> None:
+    root = Path(__file__).parents[2]
+    assert f"## [{lightning_lance.__version__}]" in (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version: {lightning_lance.__version__}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
