@@ -409,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         if found:
             show(WORKLOADS[name].scaled(*sizes[name]).label, table(found), " ".join(findings(found)))
     rows = [row for row in rows if wanted(row)]
-    if options.write:
+    if options.write and by_network(rows):
         options.write.write_text(document(rows, options.threads), encoding="utf-8")
         draw(rows, options.write.parent / "img" / "pareto.png")
     return rows
