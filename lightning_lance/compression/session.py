@@ -555,8 +555,9 @@ class LanceSession:
             config = replace(self.config, preset=None, **stored.config)  # whose values the stored ones may contradict
             rules = config.rules()
         except (TypeError, ConfigError) as error:
+            one_line = " ".join(str(error).split())  # a tensor in the place of a number has many
             raise StateError(
-                f"the stored state has options that this package does not read ({error}). "
+                f"the stored state has options that this package does not read ({one_line}). "
                 "Resume without the callback's state to begin anew."
             ) from error
         statistics = {}
