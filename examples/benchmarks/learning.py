@@ -169,11 +169,12 @@ def run(item: Item) -> Result:
     if config is not None:
         session = LanceSession(model, replace(config, seed=item.seed or 0, layers=layers))
         session.start()
-    order = torch.Generator().manual_seed(item.seed or 0)
     if session is not None and session.config.calibration == "eval":
-        rows = torch.randint(len(targets), (session.config.batches, task.batch), generator=order)
+        drawn = torch.Generator().manual_seed(1000 + (item.seed or 0))
+        rows = torch.randint(len(targets), (session.config.batches, task.batch), generator=drawn)
         session.calibrate(functools.partial(model, inputs[row]) for row in rows)
     inside: Callable[[], Any] = contextlib.nullcontext if session is None else session.step
+    order = torch.Generator().manual_seed(item.seed or 0)
     seconds: list[float] = []
     idle = reset_peak()
     while len(seconds) < steps:

@@ -20,8 +20,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert config.calibration_batches == 8
     assert config.budget is None
     rules = config.rules().for_layer("any")
-    assert (rules.batch, rules.channel, rules.spatial) == ("full", "full", "full")
-    assert LanceConfig(rank=None).rules().for_layer("any") == rules
+    assert (rules.batch, rules.channel, rules.spatial) == ("full", "full", "auto")
+    whole = LanceConfig(rank=None).rules().for_layer("any")
+    assert (whole.batch, whole.channel, whole.spatial) == ("full", "full", "full")
     compact = LanceConfig(rank="compact").rules().for_layer("any")
     assert (compact.batch, compact.channel, compact.spatial) == ("compact", "full", "compact")
 
