@@ -193,6 +193,7 @@ def make_strategy(
             "threshold_growth": settings.threshold_growth,
             "calibration_batches": max(1, settings.samples // settings.batch_size),
             "seed": settings.seed,
+            "verbose": False,
             **LANCE[name],
         }
         options = {**defaults, **settings.method.get("lance", {}), **settings.method.get(name, {})}

@@ -41,6 +41,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         freeze_above: fraction of a layer's directions from which on its weight is frozen.
         feature_side: ``"patch"`` or ``"channel"``.
         heads: name patterns of modules that train freely and are not protected.
+        verbose: print a table of the layers after each experience.
         base_kwargs: all other arguments of :class:`avalanche.training.templates.SupervisedTemplate`.
 
     Attributes:
@@ -69,6 +70,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | Sequence[str] = (),
+        verbose: bool = True,
         **base_kwargs: Any,
     ) -> None:
         lance = LancePlugin(
@@ -88,6 +90,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
             freeze_above=freeze_above,
             feature_side=feature_side,
             heads=heads,
+            verbose=verbose,
         )
         super().__init__(model=model, optimizer=optimizer, plugins=[lance, *(plugins or ())], **base_kwargs)
 
