@@ -38,9 +38,9 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     Args:
         rank: see :class:`~lightning_lance.LanceConfig`, as ``batch``, ``layers``, ``memory_budget``,
             ``calibration_batches`` and ``seed``.
-        batch: ``"unbiased"`` or ``"projected"``.
-        bits: of each element of what is kept: 8 by default, since experience by experience noise in the gradient costs
-            more than in fine-tuning; 4, 2, or ``None``.
+        batch: ``"unbiased"``, ``"projected"`` or ``"learned"``.
+        bits: of each element of what is kept: ``"auto"`` is 8, since noise in the gradient costs more experience by
+            experience than in fine-tuning; 4, 2, or ``None``.
         layers: which layers keep a compressed input. Which are protected does not depend on it.
         memory_budget: bytes for the cores and factors of all compressed layers.
         calibration_batches: batches of the experience that define the subspaces, before and after it.
@@ -50,12 +50,16 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         threshold: fraction of an experience's input energy that is protected after it, or ``"auto"``.
         threshold_growth: added to the threshold after each experience.
         columns: fraction of the protected weights that an experience may have as columns of its own.
-        reserved: directions that an experience may change: ``"full"``, an int or a float.
+        reserved: directions that an experience may change: ``"full"``, ``"threshold"``, an int or a float.
         damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
         freeze_above: fraction of a layer's directions from which on its weight is frozen.
         feature_side: ``"patch"`` or ``"channel"``.
         heads: name patterns of modules that train freely and are not protected.
         verbose: print a table of the layers after each experience: what is protected, free, its own, and frozen.
+        skip: kinds of layers whose input is not projected, see :class:`~lightning_lance.LanceConfig`.
+        calibration: mode of the forward passes that define the subspaces, see :class:`~lightning_lance.LanceConfig`.
+        compress_first: whether inputs are projected in the first experience too.
+        preset: ``"published"``: the method as its authors have it.
 
     Attributes:
         session: the bases and the state of the stream.
@@ -67,23 +71,27 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        rank: Rank = None,
-        batch: Literal["unbiased", "projected"] = "unbiased",
-        bits: int | Literal["auto"] | None = 8,
+        rank: Rank = "auto",
+        batch: Literal["unbiased", "projected", "learned"] = "unbiased",
+        bits: int | Literal["auto"] | None = "auto",
         layers: Layers = "trainable",
         memory_budget: int | str | None = None,
-        calibration_batches: int = 8,
+        calibration_batches: int | None = None,
         seed: int = 0,
         rule: str = "columns",
         threshold: float | Literal["auto"] = "auto",
         threshold_growth: float = 0.003,
         columns: float = 1 / 64,
-        reserved: int | float | Literal["full"] = "full",
+        reserved: int | float | Literal["full", "threshold"] = "full",
         damping: float | Literal["auto"] = "auto",
         freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | Sequence[str] = (),
         verbose: bool = True,
+        skip: str | Sequence[str] = (),
+        calibration: Literal["training", "eval"] = "training",
+        compress_first: bool = True,
+        preset: str | None = None,
     ) -> None:
         super().__init__()
         self.verbose = verbose
@@ -95,6 +103,9 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
             memory_budget=memory_budget,
             calibration_batches=calibration_batches,
             seed=seed,
+            skip=skip,
+            calibration=calibration,
+            preset=preset,
         )
         options = ContinualConfig(
             rule=rule,
@@ -106,6 +117,8 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
             freeze_above=freeze_above,
             feature_side=feature_side,
             heads=heads,
+            compress_first=compress_first,
+            preset=preset,
         )
         self.session = ContinualSession(config, options)
         self._said: set[str] = set()
@@ -177,7 +190,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     def _passes(self, strategy: Any) -> list[Callable[[], Any]]:
         """Forward passes of the strategy on the first batches of its loader, drawn without a trace."""
         with isolated(strategy.model):
-            batches = list(islice(strategy.dataloader, self.session.config.calibration_batches))
+            batches = list(islice(strategy.dataloader, self.session.config.batches))
 
         def run(batch: Any) -> Any:
             current = strategy.mbatch

@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_lance import __version__
 from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, shorten, with_group
 from lightning_lance.cli.profiling import profile
@@ -93,7 +94,7 @@ class LanceCLI(BaseCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION},
+            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "version": __version__},
             args=args,
             **kwargs,
         )
@@ -124,7 +125,8 @@ class LanceCLI(BaseCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand == "profile":
             # No logger, no checkpoint, no validation, and one step after those that define subspaces.
-            batches = self._get(self.config, "lance")["calibration_batches"]
+            section = self._get(self.config, "lance")
+            batches = LanceConfig(preset=section["preset"], calibration_batches=section["calibration_batches"]).batches
             kwargs |= {"fast_dev_run": batches + 1, "enable_progress_bar": False, "enable_model_summary": False}
         return super().instantiate_trainer(**kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -67,6 +67,7 @@ class LanceSession:
     Args:
         model: the model to train.
         config: the options.
+        heads: names of modules that ``skip`` of the options takes for classifiers.
 
     Attributes:
         stage: where the session stands.
@@ -93,9 +94,10 @@ class LanceSession:
         >>> session.stop()
     """
 
-    def __init__(self, model: nn.Module, config: LanceConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, config: LanceConfig | None = None, heads: Collection[str] = ()) -> None:
         self.model = model
         self.config = config or LanceConfig()
+        self.heads = frozenset(heads)
         self.stage = Stage.IDLE
         self.report: Report | None = None
         self.left: list[LeftAlone] = []
@@ -117,14 +119,15 @@ class LanceSession:
         """Plan, and swap what is to be projected. A model that an interrupted run left swapped is restored first.
 
         Args:
-            observe: let the first steps define the subspaces; otherwise the stock layers run until :meth:`calibrate`.
+            observe: let the first steps define the subspaces, where ``calibration`` of the options does not say
+                otherwise; else the stock layers run until :meth:`calibrate`.
 
         Raises:
             PlanError: something is to be projected and nothing can be, or a pattern matches nothing. The model is as it
                 was.
         """
         restore(self.model)
-        made = plan(self.model, self.config)
+        made = plan(self.model, self.config, self.heads)
         self.left = list(made.left)
         self._dropped = {}
         self._observing = None
@@ -132,7 +135,7 @@ class LanceSession:
         self._trainable = self._flags()
         swap(self.model, made)
         self.stage = Stage.STEADY
-        if observe and made.entries:
+        if observe and made.entries and self.config.calibration == "training":
             self.observe()
         return made
 
@@ -165,7 +168,7 @@ class LanceSession:
             return []
         self._trainable = flags
         try:
-            made = plan(self.model, self.config)
+            made = plan(self.model, self.config, self.heads)
         except PlanError:  # nothing is trainable now, or nothing that the patterns name
             return []
         self.left = [*made.left, *self._dropped.values()]
@@ -202,7 +205,8 @@ class LanceSession:
         """Context of one training step: its forward passes, and whatever else belongs to it.
 
         Raises:
-            StateError: the session was not started, or a step is running already.
+            StateError: the session was not started, a step is running already, or with ``calibration="eval"`` the first
+                one begins before :meth:`calibrate`.
             CalibrationError: the steps that should define the subspaces saw NaN or Inf.
             ConfigError: the memory budget is below what the lowest ranks need.
         """
@@ -222,7 +226,7 @@ class LanceSession:
         store = self._store
         store.bits = FIRST_BITS if self._first_bits else self.config.kept_bits
         factors = (factor for layer in self.layers.values() for factor in _factors(layer))
-        store.protect([*self.model.parameters(), *self.model.buffers(), *factors])
+        store.protect([*_tensors(self.model), *factors])
         with ExitStack() as inside:
             if self._observing is not None:
                 self._observing.observe()
@@ -265,9 +269,15 @@ class LanceSession:
         if self.config.freeze_norms:
             self._norms.find()
             self._norms.apply()
-        if self._observing is not None and self.observed >= self.config.calibration_batches:
+        if self._observing is not None and self.observed >= self.config.batches:
             self.refresh()
         if self.uncalibrated:
+            if self.config.calibration == "eval" and not self.steps:
+                raise StateError(
+                    "the first step before calibrate(): calibration='eval' defines the subspaces before training. Call "
+                    f"calibrate(passes) with {self.config.batches} forward passes first, or give "
+                    "calibration='training'."
+                )
             self.observe(None if self._observing is not None else self.uncalibrated)
         elif isinstance(self.config.refresh, int) and self.steps and self.steps % self.config.refresh == 0:
             self._look_again()
@@ -285,15 +295,17 @@ class LanceSession:
 
     def calibrate(
         self,
-        passes: Sequence[Pass],
+        passes: Iterable[Pass],
         reduce: Reduce | None = None,
         share: Share | None = None,
         only: set[str] | None = None,
     ) -> None:
         """Find the subspaces from forward passes that leave no trace, in place of the first training steps.
 
+        With ``calibration="eval"`` of the options they run in eval mode, otherwise in the mode that the model is in.
+
         Args:
-            passes: forward passes, one for each calibration batch.
+            passes: forward passes, one for each calibration batch; a generator is read one by one.
             reduce: sums accumulators over the processes of a distributed run.
             share: hands process 0's factors to all.
             only: names of the layers; all by default, and always where a memory budget is to be shared by all.
@@ -305,7 +317,8 @@ class LanceSession:
         if self.layers:
             only = None if self.config.budget is not None else only
             bits = self.config.kept_bits.weight
-            with calibrate(self.model, reduce, only, self.config.budget, bits) as calibration:
+            evaluating = self.config.calibration == "eval"
+            with calibrate(self.model, reduce, only, self.config.budget, bits, evaluating) as calibration:
                 for run in passes:
                     run()
             self._settle(calibration, share)
@@ -458,7 +471,7 @@ class LanceSession:
         widths = {name: _width(module) for name, (module, _) in modules.items()}
         stored = check_session_state(state, STATE_VERSION, widths)
         try:
-            config = replace(self.config, **stored.config)
+            config = replace(self.config, preset=None, **stored.config)  # whose values the stored ones may contradict
             rules = config.rules()
         except (TypeError, ConfigError) as error:
             raise StateError(
@@ -470,7 +483,8 @@ class LanceSession:
             if name in modules:
                 ranks = rules.for_layer(name)
                 ranks = ranks if config.budget is None else gathering_ranks(ranks)
-                statistics[name] = LayerStatistics(ranks, modules[name][1].channel_axis, name)
+                axis, learned = modules[name][1].channel_axis, config.batch == "learned"
+                statistics[name] = LayerStatistics(ranks, axis, name, learned=learned)
         check_session_state(state, STATE_VERSION, widths, statistics)
         return stored, config
 
@@ -478,6 +492,19 @@ class LanceSession:
 def _width(module: Any) -> int:
     """Channels or features of the input of a supported layer."""
     return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a model, some of them twice; several times as fast as with their names."""
+    seen, waiting = set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    yield tensor
+            waiting += [child for child in module._modules.values() if child is not None]
 
 
 class _Ledger:

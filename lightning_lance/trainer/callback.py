@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -18,7 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.report import Report
 from lightning_lance.compression.session import LanceSession
+from lightning_lance.errors import CalibrationError
 from lightning_lance.subspaces.subspace import LayerStatistics
+from lightning_lance.trainer.passes import bare, passes
 
 
 class LanceCallback(Callback):
@@ -42,15 +45,22 @@ class LanceCallback(Callback):
             ``"compact"`` or ``"full"``; or a mapping of layer patterns to any of these.
         bits: of each element of what is kept: ``"auto"`` (4), 8, 4, 2 (for what gradients of weights alone need; 4 for
             the rest), or ``None``: nothing is rounded, and gradients are exact.
-        batch: ``"unbiased"``: the weight gradient has no bias from the batch mode; ``"projected"``: as published.
+        batch: ``"unbiased"``: the weight gradient has no bias from the batch mode; ``"projected"``: without the weights
+            that this takes; ``"learned"``: as published, see :class:`~lightning_lance.LanceConfig`.
         layers: where to project: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n
             of them), or shell-style name patterns; the name of a container means all layers in it.
         freeze_norms: run batch-norm layers whose affine parameters are frozen in eval mode while training.
         memory_budget: bytes, or a string such as ``"4MiB"``, for the cores and factors of all projected layers.
         refresh: ``"epoch"`` or a number of training steps between two updates of the subspaces; ``None``: once.
-        calibration_batches: number of training steps that define the subspaces.
+        calibration_batches: number of batches that define the subspaces; ``None``: 8, or what the preset says.
         verbose: print the table of what is kept once per fit, and again when layers join.
         seed: seed of the random sample orders.
+        skip: kinds of layers that are neither projected nor counted by ``layers``: ``"depthwise"``, ``"classifier"``.
+        calibration: ``"training"``: the first training steps define the subspaces. ``"eval"``: forward passes in eval
+            mode do, before the first step, on batches of a training epoch of their own, which leave no trace.
+        preset: ``"published"``: the method as its authors have it, see :class:`~lightning_lance.LanceConfig`.
+        forward_fn: ``forward_fn(module, batch)``, the forward pass of ``calibration="eval"``. By default
+            ``module(inputs)`` for batches ``[inputs, ...]``.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -62,17 +72,22 @@ class LanceCallback(Callback):
         self,
         rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] | None = "auto",
         bits: int | Literal["auto"] | None = "auto",
-        batch: Literal["unbiased", "projected"] = "unbiased",
+        batch: Literal["unbiased", "projected", "learned"] = "unbiased",
         layers: int | str | list[str] = "trainable",
         freeze_norms: bool = False,
         memory_budget: int | str | None = None,
         refresh: int | Literal["epoch"] | None = None,
-        calibration_batches: int = 8,
+        calibration_batches: int | None = None,
         verbose: bool = True,
         seed: int = 0,
+        skip: str | list[str] | None = None,
+        calibration: Literal["training", "eval"] = "training",
+        preset: Literal["published"] | None = None,
+        forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
     ) -> None:
         given = locals()
         self.config = LanceConfig(**{field.name: given[field.name] for field in fields(LanceConfig)})
+        self.forward_fn = forward_fn or bare
         self.verbose = verbose
         self.session: LanceSession | None = None
         self._loaded: dict[str, Any] | None = None
@@ -111,8 +126,27 @@ class LanceCallback(Callback):
             session.spread(trainer.global_rank)
         if stored is not None:
             session.load_state_dict(stored)
+        if self.config.calibration == "eval":
+            self._calibrate(trainer, pl_module, session)
         if batch_idx == 0:
             session.begin_epoch()
+
+    def _calibrate(self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession) -> None:
+        """Before the first step, and for layers that join later."""
+        session.join()
+        if not session.uncalibrated:
+            return
+        with closing(passes(trainer, module, self._forward, self.config.batches)) as found:
+            session.calibrate(found, session.reduce, session.share, session.uncalibrated)
+
+    def _forward(self, module: pl.LightningModule, batch: Any) -> Any:
+        try:
+            return self.forward_fn(module, batch)
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
+            raise CalibrationError(
+                f"calibration='eval' runs forward passes before the first step; one failed ({type(error).__name__}: "
+                f"{error}). Give forward_fn=..., a function of the module and a batch."
+            ) from error
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

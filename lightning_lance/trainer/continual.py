@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -18,8 +17,11 @@ from torch import Tensor
 from lightning_lance.compression.frozen_norms import FrozenNorms
 from lightning_lance.compression.isolation import isolated
 from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
+from lightning_lance.continual.stored_memory import ADVICE
 from lightning_lance.errors import CalibrationError, ConfigError, StateError
+from lightning_lance.tensors.checked import Stored
 from lightning_lance.trainer.callback import LanceCallback, _reduce
+from lightning_lance.trainer.passes import one_pass
 from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
 
 _AVERAGING: tuple[type, ...] = tuple(
@@ -49,7 +51,9 @@ class ContinualCallback(LanceCallback):
         columns: fraction of the protected weights that an experience may have as columns of its own, see :attr:`own`.
         reserved: directions that an experience may change: ``"full"``, everything that is not protected; an int, that
             many leading directions of the experience outside of what is protected; a float in (0, 1), those that hold
-            that energy. Fewer directions need less memory for gradients and optimiser state.
+            that energy; ``"threshold"``, those that with the protected ones hold the threshold. Fewer directions need
+            less memory for gradients and optimiser state.
+        compress_first: whether inputs are projected in the first experience too.
         damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
             energy all the same, see :class:`~lightning_lance.continual.ContinualConfig`. ``"auto"``: 0 with gradient
             descent, .5 with optimisers such as Adam, whose steps are as long in all directions.
@@ -58,8 +62,10 @@ class ContinualCallback(LanceCallback):
         feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
             ``"channel"``, directions of channels, whose bases are smaller and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
-        bits: of each element of what is kept: 8 by default, since experience by experience noise in the gradient costs
-            more than in fine-tuning; 4, 2, or ``None``, see :class:`~lightning_lance.LanceCallback`.
+        bits: of each element of what is kept: ``"auto"`` is 8, since noise in the gradient costs more experience by
+            experience than in fine-tuning; 4, 2, or ``None``, see :class:`~lightning_lance.LanceCallback`.
+        preset: ``"published"``: the method as its authors have it, see
+            :class:`~lightning_lance.continual.ContinualConfig`.
         forward_fn: ``forward_fn(module, batch)``, the forward pass on which the inputs of layers are looked at before
             and after an experience, without gradients. By default ``module(inputs)``, or ``module(inputs, task
             labels)`` where its ``forward`` takes two arguments, for batches ``[inputs, classes, task labels ...]``.
@@ -84,17 +90,18 @@ class ContinualCallback(LanceCallback):
         threshold: float | Literal["auto"] = "auto",
         threshold_growth: float = 0.003,
         columns: float = 1 / 64,
-        reserved: int | float | Literal["full"] = "full",
+        reserved: int | float | Literal["full", "threshold"] = "full",
+        compress_first: bool = True,
         damping: float | Literal["auto"] = "auto",
         freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | list[str] | None = None,
-        bits: int | Literal["auto"] | None = 8,
+        bits: int | Literal["auto"] | None = "auto",
+        preset: Literal["published"] | None = None,
         forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(bits=bits, **options)
-        self.forward_fn = forward_fn or _bare
+        super().__init__(bits=bits, preset=preset, forward_fn=forward_fn, **options)
         self._norms: FrozenNorms | None = None
         if self.config.refresh is not None:
             raise ConfigError(
@@ -107,12 +114,15 @@ class ContinualCallback(LanceCallback):
             threshold_growth=threshold_growth,
             columns=columns,
             reserved=reserved,
+            compress_first=compress_first,
             damping=damping,
             freeze_above=freeze_above,
             feature_side=feature_side,
             heads=heads or (),
+            preset=preset,
         )
         self.stream = ContinualSession(self.config, protection)
+        self.config = self.stream.config
         self.own_heads: Sequence[str] = ()
         self.own: str | None = None
         self._averaged = False
@@ -177,20 +187,23 @@ class ContinualCallback(LanceCallback):
             self._begin(trainer, pl_module, batch, batch_idx)
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        stored, self._loaded = self._loaded, None
-        if stored is not None:
-            self.stream.load_state_dict(stored["stream"])
-        if stored is not None and stored["running"] is not None:
-            self.stream.resume_experience(module, stored["running"], trainer.optimizers, self.own_heads, self._averaged)
+        running = self._load()
+        if running is not None:
+            before, stored = running
+            try:
+                self.stream.resume_experience(module, stored, trainer.optimizers, self.own_heads, self._averaged)
+            except BaseException:
+                self.stream.load_state_dict(before)
+                raise
         else:
-            following = peek(trainer, self.config.calibration_batches - 1, batch_idx)
+            following = peek(trainer, self.config.batches - 1, batch_idx)
             if following is None:
                 raise CalibrationError(
                     "continual learning reads batches before the first step, and this model takes them from the loader "
                     "itself (dataloader_iter). Give it a training_step(self, batch, batch_idx)."
                 )
             ready = [copied(batch), *(prepare(trainer, module, raw) for raw in following)]
-            passes = [functools.partial(self._pass, trainer, module, found) for found in ready]
+            passes = [functools.partial(one_pass, trainer, module, self.forward_fn, found) for found in ready]
             # DDP reduces the gradients of parameters that it knows: then the weights themselves are trained.
             self.stream.begin_experience(
                 module,
@@ -209,9 +222,15 @@ class ContinualCallback(LanceCallback):
         self._published = None
         self._wrap_training_step(module, self.session)
 
-    def _pass(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-        with trainer.precision_plugin.train_step_context():
-            return self.forward_fn(module, copied(batch))
+    def _load(self) -> tuple[dict[str, Any], Any] | None:
+        """Load the stored state there is; where it is of a running experience, the state before and that one's."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return None
+        stream, running = Stored(loaded, "the callback's stored state", ADVICE).fields("stream", "running")
+        before = self.stream.state_dict()
+        self.stream.load_state_dict(stream.value)
+        return None if running.value is None else (before, running.value)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -231,9 +250,9 @@ class ContinualCallback(LanceCallback):
         self._unwrap_training_step(pl_module)
         loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
         with isolated(pl_module):
-            batches = [batch for batch, _, _ in islice(loader, self.config.calibration_batches)]
+            batches = [batch for batch, _, _ in islice(loader, self.config.batches)]
         ready = [prepare(trainer, pl_module, raw) for raw in batches]
-        passes = [functools.partial(self._pass, trainer, pl_module, found) for found in ready]
+        passes = [functools.partial(one_pass, trainer, pl_module, self.forward_fn, found) for found in ready]
         if self._averaged:
             self.stream.adopt(pl_module)
         self.stream.end_experience(pl_module, passes, _sum_over(trainer))
@@ -260,16 +279,6 @@ class ContinualCallback(LanceCallback):
         if self._loaded is not None:
             return self._loaded
         return {"stream": self.stream.state_dict(), "running": self.stream.running_state()}
-
-
-def _bare(module: pl.LightningModule, batch: Any) -> Any:
-    """The network's own forward pass on the inputs of a batch, and its task labels where it takes them."""
-    if isinstance(batch, dict):
-        return module(batch)
-    parts = list(batch) if isinstance(batch, (list, tuple)) else [batch]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    taken = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
-    return module(parts[0], parts[2]) if len(taken) > 1 and len(parts) > 2 else module(parts[0])
 
 
 def _sum_over(trainer: pl.Trainer) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -30,6 +29,7 @@ from lightning_lance import (
     is_swapped,
     measure_saved_bytes,
 )
+from tests.processes import in_process
 from tests.trainers import (
     CLASSES,
     SIZE,
@@ -374,27 +374,21 @@ def flat(state: Any, copy: bool = True) -> list[Any]:
     return [leaf.clone() if copy and isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-CHILD = """
-import os, signal, sys, torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tests.trainers import Classifier, EpochLoader, Reseed, fit, lance, seeded
-torch.set_num_threads(1)
-
 class Die(Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == 8:
             os.kill(os.getpid(), signal.SIGKILL)
 
-every = ModelCheckpoint(".", every_n_train_steps=1, save_top_k=1, filename="only", enable_version_counter=False)
-fit(seeded(Classifier), [Reseed(), lance(refresh="epoch"), Die(), every], EpochLoader(), max_epochs=3,
-    enable_checkpointing=True)
-"""
+
+def until_it_dies() -> None:
+    torch.set_num_threads(1)
+    every = ModelCheckpoint(".", every_n_train_steps=1, save_top_k=1, filename="only", enable_version_counter=False)
+    callbacks = [Reseed(), lance(refresh="epoch"), Die(), every]
+    fit(seeded(Classifier), callbacks, EpochLoader(), max_epochs=3, enable_checkpointing=True)
 
 
 def test_killed_and_resumed_in_another_process(tmp_path: Path) -> None:
-    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", CHILD], cwd=tmp_path, env=path, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert in_process(until_it_dies) == -signal.SIGKILL
     assert torch.load(tmp_path / "only.ckpt")["global_step"] == 8
     resumed, part, _ = run(tmp_path, {"refresh": "epoch"}, tmp_path / "only.ckpt")
     (tmp_path / "whole").mkdir()
