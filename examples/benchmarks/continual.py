@@ -1,8 +1,12 @@
 """Continual-learning methods on offline streams: same network, seeds, epochs and optimiser for each.
 
     python -m examples.benchmarks.continual --streams glyphs --methods naive joint gpm lance --seeds 0 1 2
+    python -m examples.benchmarks.continual --optimizers sgd adamw --threads 1 --output runs.json --resume \
+        --document docs/continual_results.md
 
-Prints a table per stream and optimiser, mean ± standard deviation over the seeds, and writes every run as JSON.
+Prints a table per stream and optimiser, mean ± standard deviation over the seeds, and writes every run as JSON. With
+`--resume` an interrupted benchmark goes on with what is not yet in that file; with `--document` all runs in it are
+written as a page.
 """
 
 from __future__ import annotations
@@ -138,6 +142,9 @@ COLUMNS = (
     ("naive epochs", "boundary_epochs", 1.0, 1),
 )
 
+TIMES = ("step_seconds", "boundary_seconds", "boundary_epochs")
+"""Columns that depend on the machine."""
+
 
 def cell(values: Sequence[float | None], factor: float | None, digits: int) -> str:
     """`mean ± standard deviation`, bytes without the deviation, a dash where nothing is defined."""
@@ -153,14 +160,14 @@ def cell(values: Sequence[float | None], factor: float | None, digits: int) -> s
     return text
 
 
-def table(runs: Iterable[Run]) -> str:
+def table(runs: Iterable[Run], columns: Sequence[tuple[str, str, float | None, int]] = COLUMNS) -> str:
     """Markdown table, a row per method, over the runs of one stream and optimiser."""
     by_method: dict[str, list[Run]] = {}
     for found in runs:
         by_method.setdefault(found["method"], []).append(found)
-    rows = [["method", *(title for title, *_ in COLUMNS)]]
+    rows = [["method", *(title for title, *_ in columns)]]
     for method, found in by_method.items():
-        cells = [cell([one.get(key) for one in found], factor, digits) for _, key, factor, digits in COLUMNS]
+        cells = [cell([one.get(key) for one in found], factor, digits) for _, key, factor, digits in columns]
         rows.append([LABELS[method], *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -170,6 +177,37 @@ def table(runs: Iterable[Run]) -> str:
     rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
     lines.insert(1, "|" + "|".join(rule) + "|")
     return "\n".join(lines)
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Markdown page with a table for each stream and optimiser; times are left out, which a busy machine makes."""
+    parts = [
+        "# Continual learning: all methods on all streams",
+        "Written by `python -m examples.benchmarks.continual --optimizers sgd adamw --threads 1 --output runs.json "
+        "--resume --document docs/continual_results.md`. Mean ± standard deviation over the seeds; LA is the accuracy "
+        "on an experience right after it; *state* is the most that a method holds within an experience or between two, "
+        "*kept* what autograd keeps in the last one. Joint training sees all experiences at once. A-GEM, GEM and "
+        "replay keep 20 samples of an experience. GPM, scaled GPM, TRGP and CODE-CL promise what they promise for "
+        "plain SGD alone.",
+    ]
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for one in runs:
+        groups.setdefault((one["stream"], one["optimizer"]), []).append(one)
+    for (stream, optimizer), found in groups.items():
+        found = sorted(found, key=lambda one: METHODS.index(one["method"]))
+        seeds = {one["method"]: sum(1 for other in found if other["method"] == one["method"]) for one in found}
+        few = ", ".join(f"{LABELS[method]} {count}" for method, count in seeds.items() if count != max(seeds.values()))
+        parts.append(f"## {stream}, {optimizer}")
+        parts.append(f"{max(seeds.values())} seeds{f'; {few}' if few else ''}.")
+        parts.append(table(found, [column for column in COLUMNS if column[1] not in TIMES]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def draw(metrics: ContinualMetrics, title: str, path: Path) -> None:
@@ -219,6 +257,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--device", default="cpu")
     found.add_argument("--output", type=Path, default=Path("continual.json"), help="where the runs go as JSON")
+    found.add_argument("--resume", action="store_true", help="keep the runs in --output, and add those not yet there")
+    found.add_argument("--document", type=Path, help="Markdown page with the tables of all runs in --output")
     found.add_argument("--plots", type=Path, help="folder for a heat map of each run's accuracy matrix")
     return found
 
@@ -229,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     # Avalanche says so for each strategy: evaluation is the probes' work here.
     warnings.filterwarnings("ignore", message="No loggers specified")
     given = options(args.option)
-    runs: list[Run] = []
+    runs: list[Run] = json.loads(args.output.read_text()) if args.resume and args.output.exists() else []
     for name in args.streams:
         recipe = RECIPES[name]
         for optimizer_name in args.optimizers:
@@ -239,8 +279,6 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
             for seed in args.seeds:
                 scenario = recipe.stream(seed)
                 for method in args.methods:
-                    seed_everything(seed)
-                    model = MODELS[args.model or recipe.model]()
                     settings = Settings(
                         epochs=args.epochs or recipe.epochs,
                         batch_size=recipe.batch_size,
@@ -252,9 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
                         device=args.device,
                         method={key: {**own[key], **given.get(key, {})} for key in METHODS},
                     )
-                    optimizer = make_optimizer(optimizer_name, model, args.lr or recipe.lr)
-                    numbers, metrics = run(method, scenario, model, optimizer, settings)
-                    found = {
+                    found: Run = {
                         "stream": name,
                         "optimizer": optimizer_name,
                         "method": method,
@@ -268,12 +304,18 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
                         "options": settings.method[method],
                         "threads": args.threads,
                         "torch": torch.__version__,
-                        **numbers,
                     }
+                    if args.resume and any(all(one.get(key) == found[key] for key in found) for one in runs):
+                        continue
+                    seed_everything(seed)
+                    model = MODELS[args.model or recipe.model]()
+                    optimizer = make_optimizer(optimizer_name, model, args.lr or recipe.lr)
+                    numbers, metrics = run(method, scenario, model, optimizer, settings)
+                    found.update(numbers)
                     runs.append(found)
                     found["boundary_epochs"] = boundary_epochs(found, runs)
                     # After each run, so that an interrupted benchmark loses nothing.
-                    args.output.write_text(json.dumps(runs, indent=1))
+                    _write(args.output, json.dumps(runs, indent=1))
                     if args.plots is not None:
                         path = args.plots / f"{name}-{optimizer_name}-{method}-{seed}.png"
                         draw(metrics, f"{LABELS[method]}, {name}", path)
@@ -284,6 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
                     )
             chosen = [one for one in runs if (one["stream"], one["optimizer"]) == (name, optimizer_name)]
             print(f"\n{name}, {optimizer_name}, {len(args.seeds)} seeds\n\n{table(chosen)}\n", flush=True)
+            if args.document is not None:
+                _write(args.document, page(runs))
     return runs
 
 

@@ -20,7 +20,9 @@ from avalanche.training.plugins import (
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
+from examples.baselines.code_cl import CodeCLPlugin
 from examples.baselines.gpm import GPMPlugin, SGPPlugin
+from examples.baselines.trgp import TRGPPlugin
 from lightning_lance.avalanche import LanceStrategy
 
 
@@ -63,9 +65,9 @@ class Settings:
         epochs: over each experience; joint training sees all data this often.
         batch_size: samples of a training step.
         eval_batch_size: samples of an evaluation step.
-        threshold: energy protected after an experience, in GPM and scaled GPM; LANCE has its own default.
+        threshold: energy protected after an experience, in GPM, scaled GPM and TRGP; LANCE has its own default.
         threshold_growth: added to it after each experience.
-        samples: samples that define the directions of an experience, in the same methods.
+        samples: samples that define the directions of an experience, in these and in CODE-CL.
         memory_per_experience: samples that replay, A-GEM and GEM keep of each experience.
         experiences: length of the stream.
         seed: of what the methods draw themselves.
@@ -100,7 +102,7 @@ def _gpm(name: str, settings: Settings) -> SupervisedPlugin:
         samples=settings.samples,
         seed=settings.seed,
     )
-    return {"gpm": GPMPlugin, "sgp": SGPPlugin}[name](**options)
+    return {"gpm": GPMPlugin, "sgp": SGPPlugin, "trgp": TRGPPlugin}[name](**options)
 
 
 def _si(settings: Settings) -> SupervisedPlugin:
@@ -125,12 +127,14 @@ PLUGINS: dict[str, Callable[[Settings], SupervisedPlugin | None]] = {
     ),
     "gpm": lambda s: _gpm("gpm", s),
     "sgp": lambda s: _gpm("sgp", s),
+    "trgp": lambda s: _gpm("trgp", s),
+    "code-cl": lambda s: CodeCLPlugin(**s.options("code-cl", samples=s.samples, seed=s.seed)),
 }
 LANCE: dict[str, dict[str, Any]] = {
     "lance": {},
     "lance-4-bits": {"bits": 4},
 }
-METHODS = ("naive", "joint", "ewc", "si", "lwf", "replay", "agem", "gem", "gpm", "sgp", *LANCE)
+METHODS = ("naive", "joint", "ewc", "si", "lwf", "replay", "agem", "gem", "gpm", "sgp", "trgp", "code-cl", *LANCE)
 LABELS = {
     "naive": "Naive",
     "joint": "Joint",
@@ -142,6 +146,8 @@ LABELS = {
     "gem": "GEM",
     "gpm": "GPM",
     "sgp": "Scaled GPM",
+    "trgp": "TRGP",
+    "code-cl": "CODE-CL",
     "lance": "LANCE",
     "lance-4-bits": "LANCE, 4 bits",
 }
@@ -187,6 +193,7 @@ def make_strategy(
             "threshold_growth": settings.threshold_growth,
             "calibration_batches": max(1, settings.samples // settings.batch_size),
             "seed": settings.seed,
+            "verbose": False,
             **LANCE[name],
         }
         options = {**defaults, **settings.method.get("lance", {}), **settings.method.get(name, {})}

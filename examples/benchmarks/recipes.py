@@ -10,7 +10,8 @@ from torch import nn
 
 from examples.models.gpm_alexnet import GPMAlexNet
 from examples.models.multi_head import MultiHead
-from examples.models.small import conv_trunk, mlp_trunk
+from examples.models.small import conv_trunk, mlp_trunk, norm_trunk
+from examples.streams.coloured import coloured_digits
 from examples.streams.digits import permuted_mnist, rotated_digits, split_mnist
 from examples.streams.glyphs import split_glyphs
 
@@ -24,6 +25,7 @@ def alexnet(**options: Any) -> MultiHead:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: MultiHead(mlp_trunk(), 100),
     "conv": lambda: MultiHead(conv_trunk(), 128),
+    "conv-norms": lambda: MultiHead(norm_trunk(), 128),
     "alexnet": alexnet,
     # For the few epochs and small data of a table that is made in minutes: no dropout, and a norm that does not care
     # which tasks a batch holds.
@@ -41,7 +43,7 @@ class Recipe:
         epochs: over each experience.
         lr: learning rate of plain SGD.
         batch_size: samples of a training step.
-        threshold: energy protected after an experience, in GPM and scaled GPM; LANCE has its own default.
+        threshold: energy protected after an experience, in GPM, scaled GPM and TRGP; LANCE has its own default.
         method: options of single methods on this stream.
     """
 
@@ -59,4 +61,5 @@ RECIPES: dict[str, Recipe] = {
     "permuted-mnist": Recipe(lambda seed: permuted_mnist(seed=seed), "mlp", epochs=5, lr=0.05),
     "rotated-digits": Recipe(lambda seed: rotated_digits(seed=seed), "conv", epochs=3, lr=0.05),
     "glyphs": Recipe(lambda seed: split_glyphs(seed=seed), "alexnet-quarter", epochs=8, lr=0.05, threshold=0.975),
+    "coloured-digits": Recipe(lambda seed: coloured_digits(seed=seed), "conv-norms", epochs=4, lr=0.05),
 }

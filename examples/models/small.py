@@ -1,4 +1,4 @@
-"""Small trunks for digits: layers without biases, so that a basis of their inputs protects all they do."""
+"""Small trunks for digits. Those without biases and norms are protected whole by bases of their inputs."""
 
 from __future__ import annotations
 
@@ -29,4 +29,22 @@ def conv_trunk(channels: int = 1, width: int = 16, size: int = 28, features: int
         nn.Flatten(),
         nn.Linear(2 * width * side * side, features, bias=False),
         nn.ReLU(),
+    )
+
+
+def norm_trunk(channels: int = 3, width: int = 16) -> nn.Sequential:
+    """Three convolutions with biases and batch norms: `(B, channels, size, size)` to `(B, 8 width)`."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
     )

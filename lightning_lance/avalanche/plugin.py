@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from avalanche.core import SupervisedPlugin
-from avalanche.training.plugins import ReplayPlugin
+from avalanche.training.plugins import MIRPlugin, RARPlugin, ReplayPlugin
 from torch import Tensor
 
 from lightning_lance.avalanche.heads import find_heads, own_name, task_names
@@ -16,6 +16,10 @@ from lightning_lance.compression.config import LanceConfig, Layers, Rank
 from lightning_lance.compression.isolation import isolated
 from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
 from lightning_lance.errors import LanceWarning, StateError
+
+_REHEARSING = (ReplayPlugin, MIRPlugin, RARPlugin)
+"""They train samples of earlier experiences beside new ones. The last two also differentiate every parameter, and most
+of the model is frozen."""
 
 
 class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
@@ -51,6 +55,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         freeze_above: fraction of a layer's directions from which on its weight is frozen.
         feature_side: ``"patch"`` or ``"channel"``.
         heads: name patterns of modules that train freely and are not protected.
+        verbose: print a table of the layers after each experience: what is protected, free, its own, and frozen.
         skip: kinds of layers whose input is not projected, see :class:`~lightning_lance.LanceConfig`.
         calibration: mode of the forward passes that define the subspaces, see :class:`~lightning_lance.LanceConfig`.
         compress_first: whether inputs are projected in the first experience too.
@@ -82,12 +87,14 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | Sequence[str] = (),
+        verbose: bool = True,
         skip: str | Sequence[str] = (),
         calibration: Literal["training", "eval"] = "training",
         compress_first: bool = True,
         preset: str | None = None,
     ) -> None:
         super().__init__()
+        self.verbose = verbose
         config = LanceConfig(
             rank=rank,
             batch=batch,
@@ -148,6 +155,8 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Restore the model and protect what the experience needs."""
         self.session.end_experience(strategy.model, self._passes(strategy))
+        if self.verbose:
+            print(self.session.table())  # noqa: T201 - what verbose is for
 
     def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Evaluate with what the experience has for itself."""
@@ -246,7 +255,7 @@ def _refuse_replay(strategy: Any) -> None:
     heads and free directions, fits them to features that they are not evaluated with.
     """
     for plugin in strategy.plugins:
-        if isinstance(plugin, ReplayPlugin):
+        if isinstance(plugin, _REHEARSING):
             raise StateError(
                 f"{type(plugin).__name__} beside LANCE is not supported: the directions that replayed samples train "
                 "are those that are protected, and the heads of earlier tasks would follow features of the present "

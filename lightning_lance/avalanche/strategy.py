@@ -41,6 +41,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         freeze_above: fraction of a layer's directions from which on its weight is frozen.
         feature_side: ``"patch"`` or ``"channel"``.
         heads: name patterns of modules that train freely and are not protected.
+        verbose: print a table of the layers after each experience.
         skip: kinds of layers whose input is not projected, see :class:`~lightning_lance.LanceConfig`.
         calibration: mode of the forward passes that define the subspaces, see :class:`~lightning_lance.LanceConfig`.
         compress_first: whether inputs are projected in the first experience too.
@@ -73,6 +74,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         freeze_above: float = 0.95,
         feature_side: Literal["patch", "channel"] = "patch",
         heads: str | Sequence[str] = (),
+        verbose: bool = True,
         skip: str | Sequence[str] = (),
         calibration: Literal["training", "eval"] = "training",
         compress_first: bool = True,
@@ -96,6 +98,7 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
             freeze_above=freeze_above,
             feature_side=feature_side,
             heads=heads,
+            verbose=verbose,
             skip=skip,
             calibration=calibration,
             compress_first=compress_first,

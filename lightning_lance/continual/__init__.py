@@ -3,6 +3,7 @@
 Runs without any framework; :mod:`lightning_lance.avalanche` and the Lightning callback drive it.
 """
 
+from lightning_lance.continual.account import LayerAccount, plot_capacity
 from lightning_lance.continual.basis import Moments, complement, grow, reserve
 from lightning_lance.continual.config import ContinualConfig
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
@@ -15,11 +16,13 @@ __all__ = [
     "ContinualConfig",
     "ContinualSession",
     "FeatureMoments",
+    "LayerAccount",
     "LayerMemory",
     "Moments",
     "Stage",
     "complement",
     "grow",
+    "plot_capacity",
     "project_out",
     "reserve",
 ]

@@ -24,7 +24,10 @@ THRESHOLD_OF_COLUMNS = 0.90
 """Where each has columns of its own."""
 
 AUTO_DAMPING = 0.5
-"""With optimisers whose steps are as long in all directions."""
+"""With optimisers whose steps are as long in all directions, where all experiences share everything."""
+
+DAMPING_OF_COLUMNS = 0.1
+"""With the same optimisers, where each has columns of its own."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,10 @@ class ContinualConfig:
         damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
             energy all the same: a step is multiplied with ``b / (b + damping * a)``, where ``b`` is the share of the
             present experience's energy in a direction and ``a`` the sum of the shares of earlier ones. ``"auto"``: 0
-            with :class:`torch.optim.SGD`, whose steps are short there by themselves, and where experiences have columns
-            of their own, and .5 with other optimisers, such as Adam, whose steps are as long in all directions. With
-            damping a layer stores the directions outside of what is protected in which earlier experiences have energy.
+            with :class:`torch.optim.SGD`, whose steps are short there by themselves. With other optimisers, such as
+            Adam, whose steps are as long in all directions, .5, and .1 where experiences have columns of their own.
+            With damping a layer stores the directions outside of what is protected in which earlier experiences have
+            energy.
         feature_side: of convolutions. ``"patch"``: unfolded patches; ``"channel"``: channels, whose bases are smaller
             by the number of kernel positions squared, and fuller.
         heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
@@ -138,9 +142,9 @@ class ContinualConfig:
         """Damping with the given optimisers; ``own``: the experience has columns of its own."""
         if not isinstance(self.damping, str):
             return float(self.damping)
-        if own and self.rule == "columns":
+        if all(isinstance(found, torch.optim.SGD) for found in optimizers):
             return 0.0
-        return 0.0 if all(isinstance(found, torch.optim.SGD) for found in optimizers) else AUTO_DAMPING
+        return DAMPING_OF_COLUMNS if own and self.rule == "columns" else AUTO_DAMPING
 
 
 def _is_threshold(value: Any) -> bool:

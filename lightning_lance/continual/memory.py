@@ -80,9 +80,9 @@ class LayerMemory:
         device: device of the bases.
         compact: store the free directions where they are fewer; ``False``: always ``M``, whose columns then never
             change.
-        stored: dtype that ``M`` is stored in, where it is not compact; ``None``: ``dtype``. What is protected is the
-            span of the stored numbers, made orthonormal wherever it is used, so that few bits leave out a little of an
-            experience's energy and nothing of the promise.
+        stored: dtype that ``M`` and what is beside it are stored in, where it is not compact; ``None``: ``dtype``. What
+            is protected is the span of the stored numbers, made orthonormal wherever it is used, so that few bits leave
+            out a little of an experience's energy and nothing of the promise.
 
     Attributes:
         stage: the state.
@@ -132,7 +132,7 @@ class LayerMemory:
         self.counts = [0] * groups
         # What is left of earlier experiences outside of M: beside a stored M some directions of their own, beside the
         # free ones nothing but the energies along them.
-        self._soft = torch.empty(groups, width, 0, dtype=dtype, device=device)
+        self._soft = torch.empty(groups, width, 0, dtype=self._basis.dtype, device=device)
         self._energies = torch.empty(groups, 0, dtype=torch.float64)
         self._rest = [0.0] * groups
         self.reserved: Tensor | None = None
@@ -362,7 +362,7 @@ class LayerMemory:
                 self._store_free([inside(left, complement(b)) for b, left in zip(grown, lefts, strict=True)])
             else:
                 self._append(grown)
-                self._soft = self._stack([left.directions for left in lefts])
+                self._soft = self._stack([left.directions for left in lefts], self._basis.dtype)
                 self._store_energies(lefts)
         self.reserved = self.steps = self.opened = self.importance = None
         self.stage = Stage.CONSOLIDATED
@@ -391,10 +391,10 @@ class LayerMemory:
 
     def _open(self) -> Tensor:
         """The stored directions outside of ``M``."""
-        if self._is_free or self._basis.dtype == self._dtype or self._soft.shape[2] == 0:
+        if self._is_free or self._basis.dtype == self._dtype:
             return self._basis if self._is_free else self._soft
-        protected = self.protected  # which rounding has turned a little since
-        return self._soft - protected @ (protected.mT @ self._soft)
+        protected, soft = self.protected, self._soft.to(self._dtype)
+        return soft - protected @ (protected.mT @ soft)  # rounding has turned both a little
 
     def _leftovers(self) -> list[Leftover]:
         """What is left of earlier experiences outside of ``M``, in each group."""

@@ -16,6 +16,7 @@ from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.isolation import isolated
 from lightning_lance.compression.session import LanceSession, Pass
 from lightning_lance.compression.surgery import restore
+from lightning_lance.continual.account import Account, LayerAccount, account_table, plot_capacity
 from lightning_lance.continual.config import ContinualConfig
 from lightning_lance.continual.layers import (
     Reservation,
@@ -65,6 +66,7 @@ class ContinualSession:
     Attributes:
         experience: number of experiences that have ended.
         memories: layer name -> what it protects.
+        history: what each experience that has ended had taken of each layer, see :meth:`table`.
 
     Example:
         >>> import torch
@@ -91,6 +93,7 @@ class ContinualSession:
         self.options = options or ContinualConfig()
         self.experience = 0
         self.memories: dict[str, LayerMemory] = {}
+        self.history: list[Account] = []
         self.rule = RULES[self.options.rule](self.options)
         self._known: set[str] = set()
         self._said: set[str] = set()
@@ -237,6 +240,18 @@ class ContinualSession:
             made = self._reservation(run, name, layer)
             self._train(run, name, layer, order, optimizers, None if made is None else (made, None))
         run.flatten_after_steps()
+        self._check_something_trains(run)
+
+    def _check_something_trains(self, run: _Run) -> None:
+        reservations = [layer.reservation for layer in run.layers.values() if isinstance(layer, Reserved)]
+        if any(p.requires_grad for p in run.model.parameters()) or any(r.update is not None for r in reservations):
+            return
+        full = ", ".join(f"{name} ({found.protected} of {found.width})" for name, found in self.capacity().items())
+        raise StateError(
+            f"nothing is left to train in experience {self.experience}: the protected layers are full ({full}), and "
+            "everything else is frozen. Protect less from the start (a lower threshold, or freeze_above=1.0), name a "
+            "head in heads, or add a module that is new to the stream."
+        )
 
     def _compression(self, run: _Run) -> LanceSession:
         first = self.experience == 0 and not self.options.compress_first
@@ -390,7 +405,9 @@ class ContinualSession:
 
         Raises:
             StateError: no experience is running, or the model is another one.
-            CalibrationError: the inputs hold NaN or Inf. The model is restored and nothing is protected.
+            CalibrationError: the inputs hold NaN or Inf.
+
+        Whatever fails here, the model is restored and what was protected before stays as it was.
         """
         run = self._run
         if run is None:
@@ -398,6 +415,7 @@ class ContinualSession:
         if run.model is not model:
             raise StateError("end_experience() got another model than begin_experience().")
         run.hide()
+        frozen = {name for name in self.memories if name not in run.layers or not run.views[name].weight.requires_grad}
         run.restore()
         threshold = self.rule.threshold(run.now)
         # A sketch has to see a little more than what is to be protected.
@@ -416,22 +434,61 @@ class ContinualSession:
         finally:
             for handle in handles:
                 handle.remove()
-        self.rule.detach(run.views, run.now)
-        for name, found in moments.items():
-            memory = self.memories[name]
-            if found.count:
-                self.rule.consolidate(name, run.views[name]._replace(moments=found), run.now)
-            elif any(memory.counts):
-                memory.abandon()
-            else:
-                # Its forward never ran. Where its weight has changed, a function that we do not see uses it.
-                del self.memories[name]
+        self._consolidate(run, moments)
         self._known |= called | run.changed()
+        self.history.append(self._account(frozen, run.now.own))
         self.experience += 1
         self._run = None
         capacity = self.capacity()
         self._warn_of_little(capacity)
         return capacity
+
+    def _consolidate(self, run: _Run, moments: dict[str, FeatureMoments]) -> None:
+        """All layers, or none."""
+        rule = self.rule.state_dict()
+        memories = {name: copy.copy(memory) for name, memory in self.memories.items()}
+        try:
+            self.rule.detach(run.views, run.now)
+            for name, found in moments.items():
+                memory = self.memories[name]
+                if found.count:
+                    self.rule.consolidate(name, run.views[name]._replace(moments=found), run.now)
+                elif any(memory.counts):
+                    memory.abandon()
+                else:
+                    # Its forward never ran. Where its weight has changed, a function that we do not see uses it.
+                    del self.memories[name]
+        except BaseException:
+            self.memories = memories
+            self.abandon()
+            self.rule.load_state_dict(rule)
+            raise
+
+    def _account(self, frozen: set[str], own: str | None) -> Account:
+        columns = self.rule.own_columns(own)
+        account = []
+        for name, found in self.capacity().items():
+            count, size = columns.get(name, (0, 0))
+            account.append(LayerAccount(name, found.width, found.protected, count, found.bytes + size, name in frozen))
+        return account
+
+    def table(self) -> str:
+        """What the last experience that has ended left: a row for each layer; empty before the first one."""
+        return account_table(self.history[-1], len(self.history) - 1) if self.history else ""
+
+    def plot_capacity(self, ax: Any = None) -> tuple[Any, Any]:
+        """Protected share of each layer over the experiences.
+
+        Args:
+            ax: a matplotlib axis to draw into; a new figure by default.
+
+        Returns:
+            ``(figure, axis)``.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return plot_capacity(self.history, ax)
 
     def abandon(self) -> None:
         """End a failed experience: the model is restored, what it learned stays in it, nothing more is protected."""
@@ -725,6 +782,7 @@ class ContinualSession:
             "version": CONTINUAL_STATE_VERSION,
             "feature_side": self.options.feature_side,
             "experience": self.experience,
+            "history": [[list(row) for row in account] for account in self.history],
             "memories": memories,
             "known": sorted(self._known),
             "said": sorted(self._said),
@@ -751,6 +809,7 @@ class ContinualSession:
             )
         found = read_stream(state, self.options, self.rule)
         self.memories, self.experience, self.rule = found.memories, found.experience, found.rule
+        self.history = found.history
         self._known, self._said, self._pending = found.known, found.said, found.pending
         self._selected, self._shared, self._merged = found.selected, found.shared, found.merged
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_lance.continual.account import Account, LayerAccount
 from lightning_lance.continual.memory import LayerMemory
 from lightning_lance.continual.rules import Now, Rule
 from lightning_lance.continual.stored_memory import ADVICE, read_columns
@@ -25,6 +26,7 @@ class StoredStream(NamedTuple):
 
     Attributes:
         experience: experiences that have ended.
+        history: what each had taken of each layer; none of those that ended before there was a history.
         memories: layer name -> what it protects.
         known: names of modules that were there.
         said: what has been warned of.
@@ -36,6 +38,7 @@ class StoredStream(NamedTuple):
     """
 
     experience: int
+    history: list[Account]
     memories: dict[str, LayerMemory]
     known: set[str]
     said: set[str]
@@ -88,6 +91,7 @@ def read_stream(state: Any, options: ContinualConfig, fresh: Rule) -> StoredStre
     own, shared, merged = _selected(selected, following, found)
     return StoredStream(
         experience.integer(0),
+        _history(stored.fields("history")[0]) if "history" in state else [],
         found,
         {item.text() for item in known.items()},
         {item.text() for item in said.items()},
@@ -97,6 +101,19 @@ def read_stream(state: Any, options: ContinualConfig, fresh: Rule) -> StoredStre
         merged,
         pending.value,
     )
+
+
+def _history(stored: Stored) -> list[Account]:
+    history = []
+    for account in stored.items():
+        rows = []
+        for row in account.items():
+            layer, width, protected, own, size, frozen = row.items(len(LayerAccount._fields))
+            taken = protected.integer(0, width.integer(1))
+            numbers = width.integer(1), taken, own.integer(0, taken), size.integer(0)
+            rows.append(LayerAccount(layer.text(), *numbers, frozen.flag()))
+        history.append(rows)
+    return history
 
 
 def _known_layer(stored: Stored, name: str, memories: Mapping[str, LayerMemory]) -> LayerMemory:

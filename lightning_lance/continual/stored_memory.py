@@ -68,7 +68,7 @@ def read_memory(
             wide = part[:, :count].double()
             if torch.linalg.cholesky_ex(wide.T @ wide).info:
                 basis.refuse("columns that are independent of each other")
-    beside = soft.tensor((groups, width, 0 if free else None), (dtype,))
+    beside = soft.tensor((groups, width, 0 if free else None), {dtype, matrix.dtype})
     known = energies.tensor((groups, max(held) if free else beside.shape[2]), (torch.float64,))
     if bool((known < _ROUNDING).any()):
         energies.refuse("energies of at least 0", f"a tensor with {float(known.min()):.3g}")

@@ -13,7 +13,7 @@ from avalanche.models import MultiHeadClassifier, MultiTaskModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_lance.errors import ConfigError
 
@@ -87,7 +87,10 @@ class ContinualClassifier(pl.LightningModule):
             network is used as it is.
         optimizer: makes the optimiser of each experience from the parameters; SGD with a learning rate of 0.05 by
             default.
-        lr_scheduler: makes a scheduler from the optimiser, stepped after each epoch.
+        lr_scheduler: makes a scheduler from the optimiser, stepped after each epoch; one of the kind of
+            ``ReduceLROnPlateau`` is given the value of ``monitor``.
+        monitor: what such a scheduler looks at: ``"epoch_loss"``, the mean over the training batches, or
+            ``"val_loss"``, where there are validation batches.
 
     Raises:
         ConfigError: ``task_heads`` names no linear layer.
@@ -100,11 +103,14 @@ class ContinualClassifier(pl.LightningModule):
         # No optimiser as the default: the command line would keep its arguments for any other one that is asked for.
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        monitor: str = "epoch_loss",
     ) -> None:
         super().__init__()
         self.network = network if task_heads is None else TaskHeads(network, task_heads)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.monitor = monitor
+        self._plateau = False
 
     def forward(self, inputs: Tensor, task_labels: Tensor) -> Tensor:
         return call_network(self.network, inputs, task_labels)
@@ -112,6 +118,8 @@ class ContinualClassifier(pl.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(batch)
         self.log("loss", loss, prog_bar=True)
+        if self._plateau:
+            self.log("epoch_loss", loss, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -124,4 +132,10 @@ class ContinualClassifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.05) if self.optimizer is None else self.optimizer(trained)
-        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        self._plateau = isinstance(scheduler, ReduceLROnPlateau)
+        if self._plateau:
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.monitor}}
+        return [optimizer], [scheduler]

@@ -259,6 +259,8 @@ class ContinualCallback(LanceCallback):
         if trainer.world_size > 1:  # other processors may round an eigenvector in another way
             self.stream.load_state_dict(trainer.strategy.broadcast(self.stream.state_dict()))
         taken = {f"lance/protected/{name}": found.fraction for name, found in self.capacity.items()}
+        if self.verbose and trainer.is_global_zero:
+            print(f"\n{self.stream.table()}")  # noqa: T201 - what verbose is for
         for logger in trainer.loggers:
             logger.log_metrics({**taken, "lance/protected_bytes": self.stream.bytes}, step=trainer.global_step)
         self.stream.select(pl_module, self.own)

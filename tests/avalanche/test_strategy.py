@@ -15,7 +15,7 @@ from avalanche.evaluation.metrics import forgetting_metrics
 from avalanche.logging import InteractiveLogger, TextLogger
 from avalanche.models import MultiHeadClassifier, as_multitask
 from avalanche.training import Naive
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, MIRPlugin, RARPlugin, ReplayPlugin
 from torch import Tensor, nn
 
 from lightning_lance import ConfigError, LanceWarning, PlanError, StateError, is_swapped
@@ -264,11 +264,25 @@ def test_the_plugin_cleans_up_after_an_error_before_the_next_experience() -> Non
     assert plugin.session.experience == 2
 
 
-def test_replay_beside_the_plugin_is_refused() -> None:
-    strategy = Naive(plugins=[LancePlugin(), ReplayPlugin(mem_size=20)], **settings(MultiHead()))
-    with pytest.raises(StateError, match="ReplayPlugin beside LANCE is not supported"):
+REHEARSING = [ReplayPlugin(mem_size=20), MIRPlugin(8), RARPlugin(batch_size_mem=8)]
+
+
+@pytest.mark.parametrize("other", REHEARSING, ids=lambda plugin: type(plugin).__name__)
+def test_replay_beside_the_plugin_is_refused(other: Any) -> None:
+    strategy = Naive(plugins=[LancePlugin(), other], **settings(MultiHead()))
+    with pytest.raises(StateError, match=f"{type(other).__name__} beside LANCE is not supported"):
         strategy.train(next(iter(class_stream().train_stream)))
     assert not is_swapped(strategy.model)
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_a_table_is_printed_after_each_experience(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = LanceStrategy(verbose=verbose, **settings(MultiHead()))
+    for experience in list(class_stream().train_stream)[:2]:
+        strategy.train(experience)
+        printed = capsys.readouterr().out
+        assert (strategy.lance.session.table() in printed) == verbose
+        assert ("body.0" in printed) == verbose
 
 
 def test_each_experience_is_evaluated_with_its_own_columns_also_in_mixed_batches() -> None:

@@ -291,6 +291,8 @@ def test_damping_follows_the_optimiser_unless_it_is_given() -> None:
     options = ContinualConfig()
     assert options.damping_of([]) == options.damping_of([sgd, sgd]) == 0.0
     assert options.damping_of([adam]) == options.damping_of([sgd, adam]) == AUTO_DAMPING > 0.0
+    assert options.damping_of([sgd], own=True) == 0.0 < options.damping_of([adam], own=True) < AUTO_DAMPING
+    assert ContinualConfig(rule="threshold").damping_of([adam], own=True) == AUTO_DAMPING
     assert ContinualConfig(damping=0.5).damping_of([sgd]) == ContinualConfig(damping=0.5).damping_of([adam]) == 0.5
 
 

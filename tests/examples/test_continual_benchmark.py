@@ -51,7 +51,10 @@ def test_every_method_fills_its_row(tiny: str, capsys: pytest.CaptureFixture[str
         for name in ("ACC", "BWT", "FWT", "learning_accuracy"):
             assert (run[name] is None) == (method == "joint" and name != "ACC"), (method, name)
     # All methods see the same network and data in the first experience.
-    firsts = {method: by_method[method]["matrix"][0] for method in ("naive", "ewc", "si", "lwf", "gem", "gpm", "sgp")}
+    firsts = {
+        method: by_method[method]["matrix"][0]
+        for method in ("naive", "ewc", "si", "lwf", "gem", "gpm", "sgp", "trgp", "code-cl")
+    }
     assert all(row == firsts["naive"] for row in firsts.values())
     assert by_method["lance"]["kept_bytes"] < by_method["gpm"]["kept_bytes"] == by_method["naive"]["kept_bytes"]
     pixels = 28 * 28 * 4
@@ -59,6 +62,24 @@ def test_every_method_fills_its_row(tiny: str, capsys: pytest.CaptureFixture[str
     assert by_method["replay"]["state_bytes"] == pytest.approx(3 * 5 * pixels, rel=0.05)
     printed = capsys.readouterr().out
     assert all(f"| {continual.LABELS[method]} " in printed for method in METHODS)
+
+
+def test_an_interrupted_benchmark_goes_on_and_writes_its_page(tiny: str) -> None:
+    arguments = ["--streams", tiny, "--seeds", "0", "--output", "some.json", "--document", "page.md", "--resume"]
+    first = main([*arguments, "--methods", "naive", "replay"])
+    whole = main([*arguments, "--methods", "naive", "ewc", "replay", "--seeds", "0", "1"])
+    assert whole[:2] == first
+    assert [(run["method"], run["seed"]) for run in whole[2:]] == [("ewc", 0), ("naive", 1), ("ewc", 1), ("replay", 1)]
+    assert (
+        main([*arguments, "--methods", "ewc", "--seeds", "0", "1"])
+        == whole
+        == json.loads(Path("some.json").read_text())
+    )
+    assert main([*arguments, "--methods", "naive", "--epochs", "2"])[-1]["epochs"] == 2, "another run than the first"
+    page = Path("page.md").read_text()
+    assert f"## {tiny}, sgd" in page
+    assert page.index("| Naive") < page.index("| EWC") < page.index("| Replay")
+    assert "step ms" not in page
 
 
 def test_runs_repeat_and_seeds_differ(tiny: str) -> None:

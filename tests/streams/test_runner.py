@@ -14,11 +14,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from avalanche.models import MultiHeadClassifier
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_lance import ConfigError, LanceWarning, StateError, is_swapped
+from examples.streams.plateau import BestWeights
+from lightning_lance import ConfigError, ContinualCallback, LanceWarning, StateError, is_swapped
 from lightning_lance.continual import LayerMemory
 from lightning_lance.streams.evaluation import Evaluation
 from lightning_lance.streams.module import ContinualClassifier, TaskHeads, takes_task_labels
@@ -369,6 +370,81 @@ class TestStore:
         done.run()
         assert once.fits == 0
         assert len(list((cwd / "mine").glob("*.ckpt"))) > 0
+
+
+class Losses(Callback):
+    """Losses of each epoch by experience, and the last of them."""
+
+    def __init__(self, seen: list[list[float]]) -> None:
+        self.seen = seen
+
+    def __deepcopy__(self, memo: Any) -> Losses:
+        return self
+
+    def on_train_start(self, *_: Any) -> None:
+        self.seen.append([])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.seen[-1].append(float(trainer.callback_metrics["epoch_loss"]))
+
+
+class TestPlateau:
+    @staticmethod
+    def plateau(cwd: Path, **options: Any) -> StreamRunner:
+        done = runner(cwd / "run", lance={"heads": ["network.classifier"]}, continual=True, **options)
+        done.model.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.1, patience=0, threshold=10.0, threshold_mode="abs"
+        )
+        return done
+
+    def test_a_scheduler_that_waits_for_a_loss_is_given_one(self, cwd: Path) -> None:
+        rates: list[float] = []
+
+        class Rates(Callback):
+            def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+                rates.append(float(trainer.optimizers[0].param_groups[0]["lr"]))
+
+        done = self.plateau(cwd, trainer={"max_epochs": 3})
+        done.options["callbacks"] = [Rates()]
+        done.run()
+        # No epoch is ten better than the last: a cut after the second, and each experience begins anew.
+        assert rates == pytest.approx([0.05, 0.05, 0.005] * EXPERIENCES)
+
+    def test_early_stops_and_best_weights_within_an_experience(self, cwd: Path) -> None:
+        seen: list[list[float]] = []
+        moved: list[float] = []
+
+        class Moved(Callback):
+            """How far a fit moves what is closed to it."""
+
+            def __init__(self) -> None:
+                self.before: dict[str, Tensor] = {}
+                self.closed: dict[str, Tensor] = {}
+
+            def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+                self.before = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+            def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+                lance = next(found for found in trainer.callbacks if isinstance(found, ContinualCallback))
+                known = {name: memory for name, memory in lance.stream.memories.items() if any(memory.counts)}
+                self.closed = {f"{name}.weight": memory.closed()[0].clone() for name, memory in known.items()}
+
+            def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+                for name, closed in self.closed.items():
+                    before = self.before[name]
+                    moved.append(float(((module.state_dict()[name] - before) @ closed).norm() / before.norm()))
+
+        done = self.plateau(cwd, trainer={"max_epochs": 8})
+        stop = EarlyStopping("epoch_loss", patience=1, min_delta=0.05, check_on_train_epoch_end=True)
+        done.options["callbacks"] = [Moved(), stop, BestWeights("epoch_loss"), Losses(seen)]
+        result = done.run()
+        assert len(seen) == EXPERIENCES
+        assert any(len(losses) < 8 for losses in seen), "stops early"
+        assert all(len(losses) >= 2 for losses in seen), "and begins anew in each experience"
+        assert done._ends[-1] == 4 * sum(map(len, seen))
+        assert moved
+        assert max(moved) < 1e-5
+        assert result.summary["ACC"] > 0.2
 
 
 class TestLogging:

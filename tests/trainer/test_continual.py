@@ -265,3 +265,12 @@ def test_with_names_each_experience_has_columns_of_its_own() -> None:
         found = model.net[:6](next(iter(experience(index)))[0])
         # The threshold leaves out a tenth of the energy, which later experiences may move.
         assert float((found - expected).norm()) < 0.35 * float(expected.norm())
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_a_table_is_printed_after_each_fit(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    lance = callback(verbose=verbose)
+    fit(Learner(), [lance], experience(0))
+    printed = capsys.readouterr().out
+    assert (lance.stream.table() in printed) == verbose
+    assert "after experience 0" in lance.stream.table()

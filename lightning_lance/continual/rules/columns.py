@@ -160,6 +160,9 @@ class Columns(Threshold):
         values = _stacked([part @ found for part, found in zip(rows, memory.columns(opened), strict=True)])
         return change(layer, Own(opened, values - self._anchors[name], memory.counts))
 
+    def own_columns(self, own: str | None) -> dict[str, tuple[int, int]]:
+        return {name: (sum(map(len, found.indices)), found.values.nbytes) for name, found in self._of(own).items()}
+
     @property
     def names(self) -> list[str]:
         return list(self._own)

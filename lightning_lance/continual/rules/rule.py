@@ -118,6 +118,10 @@ class Rule:
         """The part of a weight in training, ``(groups, rows, K)``, that only the running experience has."""
         return None
 
+    def own_columns(self, own: str | None) -> dict[str, tuple[int, int]]:
+        """Layer name -> directions that an experience has for itself, and the bytes of what is stored of them."""
+        return {}
+
     @property
     def names(self) -> list[str]:
         """Names of the experiences that have something of their own, or may have."""
