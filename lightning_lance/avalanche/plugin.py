@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import ReplayPlugin
 from torch import Tensor
 
 from lightning_lance.avalanche.heads import find_heads, own_name, task_names
-from lightning_lance.compression.config import LanceConfig, Layers, Rank
 from lightning_lance.compression.isolation import isolated
-from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
+from lightning_lance.compression.options import takes
+from lightning_lance.continual import Capacity, ContinualOptions, ContinualSession
 from lightning_lance.errors import LanceWarning, StateError
 
 
@@ -31,26 +31,8 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     is between experiences. Where training fails, call :meth:`restore`, or use
     :class:`~lightning_lance.avalanche.LanceStrategy`, which does it for you.
 
-    Args:
-        rank: see :class:`~lightning_lance.LanceConfig`, as ``batch``, ``layers``, ``memory_budget``,
-            ``calibration_batches`` and ``seed``.
-        batch: ``"unbiased"`` or ``"projected"``.
-        bits: of each element of what is kept: 8 by default, since experience by experience noise in the gradient costs
-            more than in fine-tuning; 4, 2, or ``None``.
-        layers: which layers keep a compressed input. Which are protected does not depend on it.
-        memory_budget: bytes for the cores and factors of all compressed layers.
-        calibration_batches: batches of the experience that define the subspaces, before and after it.
-        seed: seed of the random sample orders.
-        rule: see :class:`~lightning_lance.continual.ContinualConfig`, as all that follow. Where the model has a head
-            for each task, each has columns of its own, and is evaluated with them.
-        threshold: fraction of an experience's input energy that is protected after it, or ``"auto"``.
-        threshold_growth: added to the threshold after each experience.
-        columns: fraction of the protected weights that an experience may have as columns of its own.
-        reserved: directions that an experience may change: ``"full"``, an int or a float.
-        damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
-        freeze_above: fraction of a layer's directions from which on its weight is frozen.
-        feature_side: ``"patch"`` or ``"channel"``.
-        heads: name patterns of modules that train freely and are not protected.
+    Takes the options of :class:`~lightning_lance.continual.ContinualOptions`. Where the model has a head for each task,
+    each has columns of its own, and is evaluated with them.
 
     Attributes:
         session: the bases and the state of the stream.
@@ -59,48 +41,11 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         ConfigError: an option has a value that is not allowed.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: Rank = None,
-        batch: Literal["unbiased", "projected"] = "unbiased",
-        bits: int | Literal["auto"] | None = 8,
-        layers: Layers = "trainable",
-        memory_budget: int | str | None = None,
-        calibration_batches: int = 8,
-        seed: int = 0,
-        rule: str = "columns",
-        threshold: float | Literal["auto"] = "auto",
-        threshold_growth: float = 0.003,
-        columns: float = 1 / 64,
-        reserved: int | float | Literal["full"] = "full",
-        damping: float | Literal["auto"] = "auto",
-        freeze_above: float = 0.95,
-        feature_side: Literal["patch", "channel"] = "patch",
-        heads: str | Sequence[str] = (),
-    ) -> None:
+    @takes(ContinualOptions)
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
-        config = LanceConfig(
-            rank=rank,
-            batch=batch,
-            bits=bits,
-            layers=layers,
-            memory_budget=memory_budget,
-            calibration_batches=calibration_batches,
-            seed=seed,
-        )
-        options = ContinualConfig(
-            rule=rule,
-            threshold=threshold,
-            threshold_growth=threshold_growth,
-            columns=columns,
-            reserved=reserved,
-            damping=damping,
-            freeze_above=freeze_above,
-            feature_side=feature_side,
-            heads=heads,
-        )
-        self.session = ContinualSession(config, options)
+        given = ContinualOptions(*args, **options)
+        self.session = ContinualSession(given, given)
         self._said: set[str] = set()
         self._mixed: _Mixed | None = None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any
 
 from avalanche.core import BasePlugin
 from avalanche.training.templates import SupervisedTemplate
@@ -11,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lance.avalanche.plugin import LancePlugin
-from lightning_lance.compression.config import Layers, Rank
+from lightning_lance.compression.options import also_takes
+from lightning_lance.continual import ContinualOptions
 
 
 class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
@@ -25,71 +27,25 @@ class LanceStrategy(SupervisedTemplate):  # type: ignore[misc]
         model: the model.
         optimizer: any optimiser of the model's parameters.
         plugins: further plugins, which come after ours; the list is not changed.
-        rank: see :class:`~lightning_lance.avalanche.LancePlugin`, as all that follow.
-        batch: ``"unbiased"`` or ``"projected"``.
-        bits: of each element of what is kept.
-        layers: which layers keep a compressed input.
-        memory_budget: bytes for the cores and factors of all compressed layers.
-        calibration_batches: batches that define the subspaces of an experience.
-        seed: seed of the random sample orders.
-        rule: which directions an experience may move and what is stored afterwards.
-        threshold: fraction of an experience's input energy that is protected after it, or ``"auto"``.
-        threshold_growth: added to the threshold after each experience.
-        columns: fraction of the protected weights that an experience may have as columns of its own.
-        reserved: directions that an experience may change: ``"full"``, an int or a float.
-        damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
-        freeze_above: fraction of a layer's directions from which on its weight is frozen.
-        feature_side: ``"patch"`` or ``"channel"``.
-        heads: name patterns of modules that train freely and are not protected.
-        base_kwargs: all other arguments of :class:`avalanche.training.templates.SupervisedTemplate`.
+        kwargs: the options of the plugin, and all other arguments of
+            :class:`avalanche.training.templates.SupervisedTemplate`.
 
     Attributes:
         lance: the plugin.
     """
 
+    @also_takes(ContinualOptions)
     def __init__(
         self,
         *,
         model: nn.Module,
         optimizer: Optimizer,
         plugins: Sequence[BasePlugin] | None = None,
-        rank: Rank = None,
-        batch: Literal["unbiased", "projected"] = "unbiased",
-        bits: int | Literal["auto"] | None = 8,
-        layers: Layers = "trainable",
-        memory_budget: int | str | None = None,
-        calibration_batches: int = 8,
-        seed: int = 0,
-        rule: str = "columns",
-        threshold: float | Literal["auto"] = "auto",
-        threshold_growth: float = 0.003,
-        columns: float = 1 / 64,
-        reserved: int | float | Literal["full"] = "full",
-        damping: float | Literal["auto"] = "auto",
-        freeze_above: float = 0.95,
-        feature_side: Literal["patch", "channel"] = "patch",
-        heads: str | Sequence[str] = (),
-        **base_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
-        lance = LancePlugin(
-            rank=rank,
-            batch=batch,
-            bits=bits,
-            layers=layers,
-            memory_budget=memory_budget,
-            calibration_batches=calibration_batches,
-            seed=seed,
-            rule=rule,
-            threshold=threshold,
-            threshold_growth=threshold_growth,
-            columns=columns,
-            reserved=reserved,
-            damping=damping,
-            freeze_above=freeze_above,
-            feature_side=feature_side,
-            heads=heads,
-        )
-        super().__init__(model=model, optimizer=optimizer, plugins=[lance, *(plugins or ())], **base_kwargs)
+        ours = {field.name for field in fields(ContinualOptions)}
+        lance = LancePlugin(**{name: kwargs.pop(name) for name in ours & kwargs.keys()})
+        super().__init__(model=model, optimizer=optimizer, plugins=[lance, *(plugins or ())], **kwargs)
 
     @property
     def lance(self) -> LancePlugin:

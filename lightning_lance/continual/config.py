@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_lance.compression.config import LanceConfig
 from lightning_lance.continual.moments import ROWS_PER_UPDATE
 from lightning_lance.continual.rules import RULES
 from lightning_lance.errors import ConfigError
@@ -128,6 +129,33 @@ class ContinualConfig:
         if own and self.rule == "columns":
             return 0.0
         return 0.0 if all(isinstance(found, torch.optim.SGD) for found in optimizers) else AUTO_DAMPING
+
+
+@dataclass(frozen=True)
+class ContinualOptions(ContinualConfig, LanceConfig):
+    """What to protect, and how far what autograd keeps is compressed meanwhile.
+
+    Attributes:
+        bits: as of :class:`~lightning_lance.LanceConfig`; 8 by default, since experience by experience noise in the
+            gradient costs more than in fine-tuning.
+        calibration_batches: batches of an experience that define its subspaces, before and after it.
+        layers: which layers may keep a projected input. Which are protected does not depend on it.
+        refresh: not allowed: the subspaces are found once for each experience.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    bits: int | Literal["auto"] | None = 8
+
+    def __post_init__(self) -> None:
+        ContinualConfig.__post_init__(self)
+        LanceConfig.__post_init__(self)
+        if self.refresh is not None:
+            raise ConfigError(
+                f"refresh={self.refresh!r} is not allowed in continual learning: the subspaces are found once for each "
+                "experience. Leave it out."
+            )
 
 
 def _is_threshold(value: Any) -> bool:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,9 +16,21 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_lance.compression.config import LanceConfig
+from lightning_lance.compression.options import takes
 from lightning_lance.compression.report import Report
 from lightning_lance.compression.session import LanceSession
 from lightning_lance.subspaces.subspace import LayerStatistics
+
+
+@dataclass(frozen=True)
+class CallbackOptions(LanceConfig):
+    """The options of :class:`LanceCallback`.
+
+    Attributes:
+        verbose: print the table of what is kept once per fit, and again when layers join.
+    """
+
+    verbose: bool = True
 
 
 class LanceCallback(Callback):
@@ -33,24 +45,8 @@ class LanceCallback(Callback):
 
     The subspaces are part of the checkpoint: a resumed run continues with them, bit for bit.
 
-    Args:
-        rank: on what the inputs of linear layers and convolutions are projected. ``"auto"``: nothing is projected
-            unless a ``memory_budget`` asks for it. ``None``: nothing is. ``"compact"``, for fine-tuning: batch rank
-            ``max(4, B / 6)`` without bias, spatial and token energy .9 where that pays. An int: that rank in every
-            mode, clipped to its size. A float in (0, 1]: that energy in every mode (the published rule). A mapping of
-            the modes ``batch``, ``channel`` (or ``feature``) and ``spatial`` (or ``token``) to an int, an energy,
-            ``"compact"`` or ``"full"``; or a mapping of layer patterns to any of these.
-        bits: of each element of what is kept: ``"auto"`` (4), 8, 4, 2 (for what gradients of weights alone need; 4 for
-            the rest), or ``None``: nothing is rounded, and gradients are exact.
-        batch: ``"unbiased"``: the weight gradient has no bias from the batch mode; ``"projected"``: as published.
-        layers: where to project: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n
-            of them), or shell-style name patterns; the name of a container means all layers in it.
-        freeze_norms: run batch-norm layers whose affine parameters are frozen in eval mode while training.
-        memory_budget: bytes, or a string such as ``"4MiB"``, for the cores and factors of all projected layers.
-        refresh: ``"epoch"`` or a number of training steps between two updates of the subspaces; ``None``: once.
-        calibration_batches: number of training steps that define the subspaces.
-        verbose: print the table of what is kept once per fit, and again when layers join.
-        seed: seed of the random sample orders.
+    Takes the options of :class:`~lightning_lance.LanceConfig`, and ``verbose`` (``True``): print the table of what is
+    kept once per fit, and again when layers join.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -58,22 +54,12 @@ class LanceCallback(Callback):
         CalibrationError: the steps that should define the subspaces saw NaN or Inf. The model is restored.
     """
 
-    def __init__(
-        self,
-        rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] | None = "auto",
-        bits: int | Literal["auto"] | None = "auto",
-        batch: Literal["unbiased", "projected"] = "unbiased",
-        layers: int | str | list[str] = "trainable",
-        freeze_norms: bool = False,
-        memory_budget: int | str | None = None,
-        refresh: int | Literal["epoch"] | None = None,
-        calibration_batches: int = 8,
-        verbose: bool = True,
-        seed: int = 0,
-    ) -> None:
-        given = locals()
-        self.config = LanceConfig(**{field.name: given[field.name] for field in fields(LanceConfig)})
-        self.verbose = verbose
+    _options: type[CallbackOptions] = CallbackOptions
+
+    @takes(CallbackOptions)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.config: CallbackOptions = self._options(*args, **options)
+        self.verbose = self.config.verbose
         self.session: LanceSession | None = None
         self._loaded: dict[str, Any] | None = None
         self._saved: dict[str, Any] = {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,15 +18,27 @@ from torch import Tensor
 
 from lightning_lance.compression.frozen_norms import FrozenNorms
 from lightning_lance.compression.isolation import isolated
-from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
-from lightning_lance.errors import CalibrationError, ConfigError, StateError
-from lightning_lance.trainer.callback import LanceCallback, _reduce
+from lightning_lance.compression.options import takes
+from lightning_lance.continual import Capacity, ContinualOptions, ContinualSession
+from lightning_lance.errors import CalibrationError, StateError
+from lightning_lance.trainer.callback import CallbackOptions, LanceCallback, _reduce
 from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
 
 _AVERAGING: tuple[type, ...] = tuple(
     getattr(stock, name) for name in ("WeightAveraging", "StochasticWeightAveraging") if hasattr(stock, name)
 )
 """Callbacks that put averages of the weights into the model; the first one is there from Lightning 2.6 on."""
+
+
+@dataclass(frozen=True)
+class StreamOptions(ContinualOptions, CallbackOptions):
+    """The options of :class:`ContinualCallback`.
+
+    Attributes:
+        forward_fn: ``forward_fn(module, batch)``, the forward pass on which the inputs of layers are looked at.
+    """
+
+    forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None
 
 
 class ContinualCallback(LanceCallback):
@@ -39,31 +52,11 @@ class ContinualCallback(LanceCallback):
 
     The state is part of the checkpoints: a run that was interrupted within an experience goes on bit for bit.
 
-    Args:
-        rule: which directions an experience may move and what is stored afterwards, see
-            :class:`~lightning_lance.continual.ContinualConfig`.
-        threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
-            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and .90 where experiences have
-            columns of their own.
-        threshold_growth: added to the threshold after each experience, up to 0.999.
-        columns: fraction of the protected weights that an experience may have as columns of its own, see :attr:`own`.
-        reserved: directions that an experience may change: ``"full"``, everything that is not protected; an int, that
-            many leading directions of the experience outside of what is protected; a float in (0, 1), those that hold
-            that energy. Fewer directions need less memory for gradients and optimiser state.
-        damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
-            energy all the same, see :class:`~lightning_lance.continual.ContinualConfig`. ``"auto"``: 0 with gradient
-            descent, .5 with optimisers such as Adam, whose steps are as long in all directions.
-        freeze_above: fraction of a layer's directions from which on its weight is frozen: the last few add little to
-            what can be learned. 1: a layer trains as long as it has any direction free.
-        feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
-            ``"channel"``, directions of channels, whose bases are smaller and fuller.
-        heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
-        bits: of each element of what is kept: 8 by default, since experience by experience noise in the gradient costs
-            more than in fine-tuning; 4, 2, or ``None``, see :class:`~lightning_lance.LanceCallback`.
-        forward_fn: ``forward_fn(module, batch)``, the forward pass on which the inputs of layers are looked at before
-            and after an experience, without gradients. By default ``module(inputs)``, or ``module(inputs, task
-            labels)`` where its ``forward`` takes two arguments, for batches ``[inputs, classes, task labels ...]``.
-        options: see :class:`~lightning_lance.LanceCallback`; ``refresh`` is not among them.
+    Takes the options of :class:`~lightning_lance.continual.ContinualOptions`, ``verbose`` (see
+    :class:`~lightning_lance.LanceCallback`), and ``forward_fn``: ``forward_fn(module, batch)``, the forward pass on
+    which the inputs of layers are looked at before and after an experience, without gradients. By default
+    ``module(inputs)``, or ``module(inputs, task labels)`` where its ``forward`` takes two arguments, for batches
+    ``[inputs, classes, task labels ...]``.
 
     Attributes:
         stream: what is protected.
@@ -77,42 +70,15 @@ class ContinualCallback(LanceCallback):
         StateError: at fit start, the strategy cannot train a model of which parts are frozen.
     """
 
-    def __init__(
-        self,
-        *,
-        rule: str = "columns",
-        threshold: float | Literal["auto"] = "auto",
-        threshold_growth: float = 0.003,
-        columns: float = 1 / 64,
-        reserved: int | float | Literal["full"] = "full",
-        damping: float | Literal["auto"] = "auto",
-        freeze_above: float = 0.95,
-        feature_side: Literal["patch", "channel"] = "patch",
-        heads: str | list[str] | None = None,
-        bits: int | Literal["auto"] | None = 8,
-        forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(bits=bits, **options)
-        self.forward_fn = forward_fn or _bare
+    _options = StreamOptions
+
+    @takes(StreamOptions)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        assert isinstance(self.config, StreamOptions)
+        self.forward_fn = self.config.forward_fn or _bare
         self._norms: FrozenNorms | None = None
-        if self.config.refresh is not None:
-            raise ConfigError(
-                f"refresh={self.config.refresh!r} is not allowed in continual learning: the subspaces are found once "
-                "for each experience. Leave it out."
-            )
-        protection = ContinualConfig(
-            rule=rule,
-            threshold=threshold,
-            threshold_growth=threshold_growth,
-            columns=columns,
-            reserved=reserved,
-            damping=damping,
-            freeze_above=freeze_above,
-            feature_side=feature_side,
-            heads=heads or (),
-        )
-        self.stream = ContinualSession(self.config, protection)
+        self.stream = ContinualSession(self.config, self.config)
         self.own_heads: Sequence[str] = ()
         self.own: str | None = None
         self._averaged = False
