@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lance.compression.isolation import isolated
+from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.surgery import LeftAlone, compressed_layers
 from lightning_lance.errors import CalibrationError, LanceWarning, StateError
 from lightning_lance.layers.compressed import Compressed
@@ -19,9 +20,6 @@ from lightning_lance.layers.registry import base_class, uninstall
 from lightning_lance.layers.sharing import link
 from lightning_lance.subspaces.budget import BudgetedLayer, allocate, gathering_ranks
 from lightning_lance.subspaces.subspace import LayerSpectra, LayerStatistics, LayerSubspace, ZeroInputError
-
-Reduce = Callable[[dict[str, LayerStatistics]], None]
-"""Sums the accumulators over processes, in place."""
 
 
 def _with_joint_work(spectra: dict[str, LayerSpectra]) -> dict[str, LayerSpectra]:
@@ -80,17 +78,27 @@ class Calibration:
         for layer in self.layers.values():
             layer._lance.observer = None
 
-    def finish(self, reduce: Reduce | None = None) -> None:
+    def _sum_over(self, processes: Processes) -> None:
+        local = {name: found.signature() for name, found in self.statistics.items() if found.tensors()}
+        gathered = processes.gather(local)
+        for name in sorted(self.statistics):
+            for signatures in gathered:
+                if name in signatures:
+                    module: Any = self.layers[name]
+                    self.statistics[name].extend(signatures[name], module.weight.device)
+            processes.sum(self.statistics[name].tensors())
+
+    def finish(self, processes: Processes | None = None) -> None:
         """Assign the subspaces. A layer that saw nothing, or only zeros, keeps the one it has, or is swapped back.
 
         Args:
-            reduce: sums the accumulators over the processes of a distributed run.
+            processes: those of a distributed run, over which to sum what was seen.
 
         Raises:
             CalibrationError: a layer's inputs hold NaN or Inf, or no layer saw any input. No subspace is assigned.
         """
-        if reduce is not None:
-            reduce(self.statistics)
+        if processes is not None and processes.count > 1:
+            self._sum_over(processes)
         spectra: dict[str, LayerSpectra] = {}
         gone: dict[str, str] = {}
         for name, statistics in self.statistics.items():
@@ -151,7 +159,7 @@ class Calibration:
 @contextmanager
 def calibrate(
     model: nn.Module,
-    reduce: Reduce | None = None,
+    processes: Processes | None = None,
     only: set[str] | None = None,
     budget: int | None = None,
     bits: int | None = None,
@@ -163,7 +171,7 @@ def calibrate(
 
     Args:
         model: a swapped model.
-        reduce: sums the accumulators over processes.
+        processes: those of a distributed run, over which to sum what was seen.
         only: names of the layers to calibrate.
         budget: bytes for the cores and factors of all layers together.
         bits: in which an element of a core will be kept; ``None``: as it is.
@@ -189,7 +197,7 @@ def calibrate(
             yield calibration
         finally:
             calibration.stop()
-    calibration.finish(reduce)
+    calibration.finish(processes)
 
 
 def eager() -> Any:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lance.compression.calibration import Calibration, Reduce, calibrate, eager
+from lightning_lance.compression.calibration import Calibration, calibrate, eager
 from lightning_lance.compression.config import BITS, LanceConfig
 from lightning_lance.compression.frozen_norms import FrozenNorms, frozen_norms
 from lightning_lance.compression.operators import Watch
+from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.report import LayerReport, Report
 from lightning_lance.compression.saved_bytes import ModuleNames, SavedBytes
+from lightning_lance.compression.steps import Steps
 from lightning_lance.compression.store import Saved, Store
 from lightning_lance.compression.surgery import (
     LeftAlone,
@@ -45,9 +47,6 @@ FIRST_BITS = BITS[2]
 Pass = Callable[[], Any]
 """Runs one forward pass in training mode and returns the loss or the outputs."""
 
-Share = Callable[[Any], Any]
-"""Returns process 0's object on every process."""
-
 
 class Stage(Enum):
     """Where a session stands."""
@@ -57,7 +56,7 @@ class Stage(Enum):
     STEADY = "steady"
 
 
-class LanceSession:
+class LanceSession(Steps):
     """Compress what autograd keeps of each training step, and report it.
 
     Around a step everything that autograd saves is kept rounded, as ``bits`` says. Where ``rank`` asks for it, inputs
@@ -75,8 +74,8 @@ class LanceSession:
         left: layers with trainable parameters that are not projected, where others are.
         observed: training steps in the current observation.
         steps: training steps so far.
-        reduce: sums accumulators over the processes of a distributed run, in place.
-        share: hands process 0's subspaces to all.
+        processes: those of a distributed run. All see the same subspaces, and each draws sample orders of its own:
+            averaging over processes then averages them too.
 
     Example:
         >>> import torch
@@ -101,8 +100,7 @@ class LanceSession:
         self.left: list[LeftAlone] = []
         self.observed = 0
         self.steps = 0
-        self.reduce: Reduce | None = None
-        self.share: Share | None = None
+        self.processes = Processes()
         self._store = Store(self.config.kept_bits)
         self._store.mode = Watch(self._store)
         self._dropped: dict[str, LeftAlone] = {}
@@ -131,6 +129,7 @@ class LanceSession:
         self._reported = False
         self._trainable = self._flags()
         swap(self.model, made)
+        self._spread()
         self.stage = Stage.STEADY
         if observe and made.entries:
             self.observe()
@@ -145,14 +144,9 @@ class LanceSession:
         self._norms.release()
         restore(self.model)
 
-    def spread(self, rank: int) -> None:
-        """Let one of several processes draw sample orders of its own: averaging over processes then averages them too.
-
-        Args:
-            rank: of the process.
-        """
+    def _spread(self) -> None:
         for layer in self.layers.values():
-            layer._lance.order.offset = rank
+            layer._lance.order.offset = self.processes.rank
 
     def join(self) -> list[str]:
         """Swap layers that have become trainable since, as fine-tuning schedules do. Cheap where nothing has.
@@ -173,6 +167,7 @@ class LanceSession:
         if not made.entries:
             return []
         joined = join(self.model, made) if is_swapped(self.model) else [e.name for e in swap(self.model, made).entries]
+        self._spread()
         self._reported = self._reported and not joined
         return joined
 
@@ -197,23 +192,14 @@ class LanceSession:
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Context of one training step: its forward passes, and whatever else belongs to it.
+    def begin_step(self) -> None:
+        """The first half of :meth:`step`.
 
         Raises:
             StateError: the session was not started, or a step is running already.
             CalibrationError: the steps that should define the subspaces saw NaN or Inf.
             ConfigError: the memory budget is below what the lowest ranks need.
         """
-        self.begin_step()
-        try:
-            yield
-        finally:
-            self.end_step()
-
-    def begin_step(self) -> None:
-        """The first half of :meth:`step`, for drivers with a hook before and one after the forward pass."""
         if self._inside is not None:
             raise StateError("begin_step() inside of a step: call end_step() first.")
         if self.stage is Stage.IDLE:
@@ -286,16 +272,12 @@ class LanceSession:
     def calibrate(
         self,
         passes: Sequence[Pass],
-        reduce: Reduce | None = None,
-        share: Share | None = None,
         only: set[str] | None = None,
     ) -> None:
         """Find the subspaces from forward passes that leave no trace, in place of the first training steps.
 
         Args:
             passes: forward passes, one for each calibration batch.
-            reduce: sums accumulators over the processes of a distributed run.
-            share: hands process 0's factors to all.
             only: names of the layers; all by default, and always where a memory budget is to be shared by all.
 
         Raises:
@@ -305,10 +287,10 @@ class LanceSession:
         if self.layers:
             only = None if self.config.budget is not None else only
             bits = self.config.kept_bits.weight
-            with calibrate(self.model, reduce, only, self.config.budget, bits) as calibration:
+            with calibrate(self.model, self.processes, only, self.config.budget, bits) as calibration:
                 for run in passes:
                     run()
-            self._settle(calibration, share)
+            self._settle(calibration)
         self.stage = Stage.STEADY
 
     def observe(self, only: set[str] | None = None) -> None:
@@ -346,19 +328,19 @@ class LanceSession:
             _warn("the subspaces were not refreshed: no step was observed. Run training steps after observe().")
             return
         try:
-            calibration.finish(self.reduce)
+            calibration.finish(self.processes)
         except CalibrationError as error:
             if not self.calibrated:
                 raise
             _warn(f"the subspaces were not refreshed: {error}")
             return
-        self._settle(calibration, self.share)
+        self._settle(calibration)
 
-    def _settle(self, calibration: Calibration, share: Share | None) -> None:
+    def _settle(self, calibration: Calibration) -> None:
         self._dropped |= {item.name: item for item in calibration.left}
         self.left += calibration.left
-        if share is not None:
-            shared = share(self._subspaces())
+        if self.processes.count > 1:
+            shared = self.processes.first(self._subspaces())
             self._assign({name: LayerSubspace.from_state_dict(found) for name, found in shared.items()})
 
     def _subspaces(self) -> dict[str, Any]:

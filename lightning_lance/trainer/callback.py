@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.options import takes
+from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.report import Report
 from lightning_lance.compression.session import LanceSession
-from lightning_lance.subspaces.subspace import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class LanceCallback(Callback):
         self._ready = False
         self._saved = {}
         session = self.session = LanceSession(pl_module, self.config)
-        session.reduce, session.share = _reduce(trainer), _share(trainer)
+        session.processes = Processes(trainer.world_size, trainer.global_rank)
         session.start()
         self._wrap_training_step(pl_module, session)
 
@@ -94,7 +92,6 @@ class LanceCallback(Callback):
         stored, self._loaded = self._loaded, None
         if first:
             self._published = None
-            session.spread(trainer.global_rank)
         if stored is not None:
             session.load_state_dict(stored)
         if batch_idx == 0:
@@ -167,28 +164,6 @@ class LanceCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a stored state for the first batch of the fit that follows."""
         self._loaded = state_dict
-
-
-def _reduce(trainer: pl.Trainer) -> Callable[[Mapping[str, LayerStatistics]], None] | None:
-    if trainer.world_size == 1:
-        return None
-
-    def reduce(statistics: Mapping[str, LayerStatistics]) -> None:
-        local = {name: found.signature() for name, found in statistics.items() if found.tensors()}
-        gathered: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(gathered, local)
-        for name in sorted(statistics):
-            for signatures in gathered:
-                if name in signatures:
-                    statistics[name].extend(signatures[name], trainer.strategy.root_device)
-            for tensor in statistics[name].tensors():
-                trainer.strategy.reduce(tensor, reduce_op="sum")
-
-    return reduce
-
-
-def _share(trainer: pl.Trainer) -> Callable[[Any], Any] | None:
-    return None if trainer.world_size == 1 else trainer.strategy.broadcast
 
 
 @rank_zero_only

@@ -10,18 +10,17 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch import callbacks as stock
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
 
 from lightning_lance.compression.frozen_norms import FrozenNorms
 from lightning_lance.compression.isolation import isolated
 from lightning_lance.compression.options import takes
+from lightning_lance.compression.processes import Processes
 from lightning_lance.continual import Capacity, ContinualOptions, ContinualSession
 from lightning_lance.errors import CalibrationError, StateError
-from lightning_lance.trainer.callback import CallbackOptions, LanceCallback, _reduce
+from lightning_lance.trainer.callback import CallbackOptions, LanceCallback
 from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
 
 _AVERAGING: tuple[type, ...] = tuple(
@@ -93,6 +92,7 @@ class ContinualCallback(LanceCallback):
         self._averaged = self._go_after_averaging(trainer)
         if self.stream.running:  # an interrupted fit has left it
             self.stream.abandon()
+        self.stream.processes = Processes(trainer.world_size, trainer.global_rank)
         self.session = None
         self._ready = False
         self._norms = FrozenNorms(pl_module) if self.config.freeze_norms else None
@@ -163,8 +163,6 @@ class ContinualCallback(LanceCallback):
                 passes,
                 trainer.optimizers,
                 self.own_heads,
-                _reduce(trainer),
-                _sum_over(trainer),
                 whole=trainer.world_size > 1 or self._averaged,
                 own=self.own,
                 flat=self._averaged,
@@ -202,9 +200,9 @@ class ContinualCallback(LanceCallback):
         passes = [functools.partial(self._pass, trainer, pl_module, found) for found in ready]
         if self._averaged:
             self.stream.adopt(pl_module)
-        self.stream.end_experience(pl_module, passes, _sum_over(trainer))
+        self.stream.end_experience(pl_module, passes)
         if trainer.world_size > 1:  # other processors may round an eigenvector in another way
-            self.stream.load_state_dict(trainer.strategy.broadcast(self.stream.state_dict()))
+            self.stream.load_state_dict(self.stream.processes.first(self.stream.state_dict()))
         taken = {f"lance/protected/{name}": found.fraction for name, found in self.capacity.items()}
         for logger in trainer.loggers:
             logger.log_metrics({**taken, "lance/protected_bytes": self.stream.bytes}, step=trainer.global_step)
@@ -234,14 +232,3 @@ def _bare(module: pl.LightningModule, batch: Any) -> Any:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     taken = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
     return module(parts[0], parts[2]) if len(taken) > 1 and len(parts) > 2 else module(parts[0])
-
-
-def _sum_over(trainer: pl.Trainer) -> Any:
-    if trainer.world_size == 1:
-        return None
-
-    def sum_over(tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-
-    return sum_over
