@@ -39,12 +39,13 @@ class Calibration:
     Args:
         model: a swapped model.
         only: names of the layers to calibrate; all by default.
-        budget: bytes for the cores and factors of all layers together; ``None`` for the ranks as asked for.
+        budget: bytes for all that is kept; ``None`` for the ranks as asked for.
         bits: in which an element of a core will be kept; ``None``: as it is.
 
     Attributes:
         statistics: layer name -> what was seen.
         left: layers that were swapped back, and why.
+        fixed: bytes of the budget that are kept whatever the ranks.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Calibration:
         if not self.layers:
             raise StateError("the model has no swapped layer to calibrate. Call swap(model) first.")
         self.budget = budget
+        self.fixed = 0
         self.bits = bits
         self.statistics = {
             name: LayerStatistics(
@@ -153,7 +155,7 @@ class Calibration:
             for name, found in spectra.items()
         }
         state = next(iter(states.values()))
-        return allocate(budgeted, self.budget, state.unbiased, self.bits)
+        return allocate(budgeted, self.budget, state.unbiased, self.bits, self.fixed)
 
 
 @contextmanager
@@ -173,7 +175,7 @@ def calibrate(
         model: a swapped model.
         processes: those of a distributed run, over which to sum what was seen.
         only: names of the layers to calibrate.
-        budget: bytes for the cores and factors of all layers together.
+        budget: bytes for all that is kept.
         bits: in which an element of a core will be kept; ``None``: as it is.
 
     Raises:

@@ -219,6 +219,8 @@ class _WithWeight:
 
     __slots__ = ("weight",)
 
+    for_weight = True
+
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lightning_lance.compression.calibration import Calibration, calibrate, eager
 from lightning_lance.compression.config import BITS, LanceConfig
-from lightning_lance.compression.frozen_norms import FrozenNorms, frozen_norms
+from lightning_lance.compression.frozen_norms import FrozenNorms
+from lightning_lance.compression.ledger import Ledger
 from lightning_lance.compression.operators import Watch
 from lightning_lance.compression.processes import Processes
-from lightning_lance.compression.report import LayerReport, Report
-from lightning_lance.compression.saved_bytes import ModuleNames, SavedBytes
+from lightning_lance.compression.report import Report
 from lightning_lance.compression.steps import Steps
-from lightning_lance.compression.store import Saved, Store
+from lightning_lance.compression.store import Store
 from lightning_lance.compression.surgery import (
     LeftAlone,
     Plan,
@@ -33,13 +33,13 @@ from lightning_lance.compression.surgery import (
 )
 from lightning_lance.errors import CalibrationError, ConfigError, LanceWarning, PlanError, StateError
 from lightning_lance.layers.compressed import Compressed
-from lightning_lance.layers.registry import base_class, find, uninstall
+from lightning_lance.layers.registry import find, uninstall
 from lightning_lance.layers.sharing import link
 from lightning_lance.subspaces.budget import gathering_ranks
 from lightning_lance.subspaces.stored import StoredRun, check_session_state
-from lightning_lance.subspaces.subspace import CapturedEnergy, LayerStatistics, LayerSubspace
+from lightning_lance.subspaces.subspace import LayerStatistics, LayerSubspace
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 FIRST_BITS = BITS[2]
 """Of what is kept in the steps that define the subspaces: a run that fits with them shall fit at first too."""
@@ -107,7 +107,8 @@ class LanceSession(Steps):
         self._observing: Calibration | None = None
         self._trainable: list[bool] = []
         self._norms = FrozenNorms(model)
-        self._ledger: _Ledger | None = None
+        self._ledger: Ledger | None = None
+        self._fixed = 0
         self._reported = False
         self._inside: ExitStack | None = None
 
@@ -207,16 +208,15 @@ class LanceSession(Steps):
         self._prepare()
         store = self._store
         store.bits = FIRST_BITS if self._first_bits else self.config.kept_bits
-        factors = (factor for layer in self.layers.values() for factor in _factors(layer))
-        store.protect([*self.model.parameters(), *self.model.buffers(), *factors])
+        self._protect()
         with ExitStack() as inside:
             if self._observing is not None:
                 self._observing.observe()
                 inside.callback(self._observing.stop)
                 inside.enter_context(eager())  # a compiled graph would hold the observers
                 self.observed += 1
-            if not self._reported:
-                self._ledger = _Ledger(self)
+            if not self._reported or (self._observing is not None and self.config.budget is not None):
+                self._ledger = Ledger(self)
                 inside.enter_context(self._ledger.open())
                 if self._ledger.energies:
                     inside.enter_context(eager())  # likewise
@@ -231,9 +231,15 @@ class LanceSession(Steps):
         inside.close()
         self.steps += 1
         if self._ledger is not None:
-            self.report = self._ledger.report()
+            self._fixed = max(self._fixed, self._ledger.fixed)
+            if not self._reported:
+                self.report = self._ledger.report()
             self._reported = self.report is not None and self.stage is Stage.STEADY
             self._ledger = None
+
+    def _protect(self) -> None:
+        factors = (factor for layer in self.layers.values() for factor in _factors(layer))
+        self._store.protect([*self.model.parameters(), *self.model.buffers(), *factors])
 
     @property
     def reported(self) -> bool:
@@ -288,10 +294,25 @@ class LanceSession(Steps):
             only = None if self.config.budget is not None else only
             bits = self.config.kept_bits.weight
             with calibrate(self.model, self.processes, only, self.config.budget, bits) as calibration:
-                for run in passes:
-                    run()
+                for index, run in enumerate(passes):
+                    if index or self.config.budget is None:
+                        run()
+                    else:
+                        calibration.fixed = self._fixed_of(run)
             self._settle(calibration)
         self.stage = Stage.STEADY
+
+    def _fixed_of(self, run: Pass) -> int:
+        """Bytes that a pass keeps whatever the ranks."""
+        ledger = Ledger(self)
+        self._store.bits = self.config.kept_bits
+        self._protect()
+        with ledger.open():
+            with torch.enable_grad(), self._store:
+                kept = run()
+            ledger.look()
+        del kept
+        return ledger.fixed
 
     def observe(self, only: set[str] | None = None) -> None:
         """Let the next ``calibration_batches`` steps define the subspaces.
@@ -301,7 +322,7 @@ class LanceSession(Steps):
         """
         only = None if self.config.budget is not None else only
         self._observing = Calibration(self.model, only, self.config.budget, self.config.kept_bits.weight)
-        self.observed = 0
+        self.observed = self._fixed = 0
         self.stage = Stage.OBSERVING
 
     @property
@@ -327,8 +348,12 @@ class LanceSession(Steps):
         if self.observed == 0:
             _warn("the subspaces were not refreshed: no step was observed. Run training steps after observe().")
             return
+        calibration.fixed = self._fixed
         try:
             calibration.finish(self.processes)
+        except ConfigError as error:
+            notes = [] if self.report is None else self.report.notes
+            raise ConfigError("\n".join([str(error), *notes])) from None
         except CalibrationError as error:
             if not self.calibrated:
                 raise
@@ -379,6 +404,7 @@ class LanceSession(Steps):
             "observed": self.observed,
             "steps": self.steps,
             "draws": self._store.draws,
+            "fixed": self._fixed,
             "observing": None
             if observing is None
             else {name: statistics.state_dict() for name, statistics in observing.statistics.items()},
@@ -428,7 +454,8 @@ class LanceSession(Steps):
             for name, statistics in observing.statistics.items():
                 if name in observed:
                     statistics.load_state_dict(observed[name], observing.layers[name].weight.device)
-        self.observed, self.steps, self._store.draws = stored.observed, stored.steps, stored.draws
+        self.observed, self.steps = stored.observed, stored.steps
+        self._store.draws, self._fixed = stored.draws, stored.fixed
 
     def _checked(self, state: Any) -> tuple[StoredRun, LanceConfig]:
         """A stored state that is whole and fits the model, and the options that it asks for; nothing is changed."""
@@ -460,89 +487,6 @@ class LanceSession(Steps):
 def _width(module: Any) -> int:
     """Channels or features of the input of a supported layer."""
     return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)
-
-
-class _Ledger:
-    """What one step keeps: written by the store, read where that is most, before a backward pass or at the end."""
-
-    def __init__(self, session: LanceSession) -> None:
-        self.session = session
-        self.store = session._store
-        self.energies: dict[str, CapturedEnergy] = {}
-        self._found: tuple[SavedBytes, SavedBytes] | None = None
-        self._read = 0
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        names = ModuleNames()
-        store, layers = self.store, self.session.layers
-        for name, layer in layers.items():
-            if layer._lance.observer is None and layer._lance.subspace is not None:
-                self.energies[name] = layer._lance.observer = CapturedEnergy(layer._lance.subspace, layer.channel_axis)
-        store.ledger, store.names, store.on_backward = [], names, self.look
-        try:
-            with names.of(self.session.model):
-                yield
-            self.look()
-        finally:
-            store.ledger, store.names, store.on_backward = None, None, None
-            for name in self.energies:
-                layers[name]._lance.observer = None
-
-    def look(self) -> None:
-        """Count what is alive, if more was saved since the last time."""
-        ledger = self.store.ledger
-        if ledger is None or len(ledger) == self._read:
-            return
-        self._read = len(ledger)
-        plain: list[Saved] = []
-        kept: dict[int, Saved] = {}
-        for saved in ledger:
-            if saved.kept is None:
-                plain.append(saved)
-                continue
-            alive = saved.kept()
-            if alive is None:
-                continue
-            if not saved.ours:
-                plain.append(saved)
-            for identity, nbytes in alive.parts():
-                kept.setdefault(identity, saved._replace(nbytes=nbytes))
-        found = SavedBytes.of(plain), SavedBytes.listed(kept.values())
-        if self._found is None or found[0].total > self._found[0].total:
-            self._found = found
-
-    def report(self) -> Report | None:
-        """What was found; ``None`` where nothing was kept at all."""
-        if self._found is None:
-            return None
-        session, (plain, kept) = self.session, self._found
-        measured = kept.by_module()
-        rows = []
-        for name, layer in session.layers.items():
-            seen, subspace = self.energies.get(name), layer._lance.subspace
-            if seen is None or subspace is None or not seen.shapes:
-                continue
-            shape = seen.shapes[0]
-            sizes = [(s[0], s[1], s[2:]) for s in seen.shapes]
-            whole = sum(torch.Size(s).numel() * seen.itemsize for s in seen.shapes)
-            core = subspace.core_shape(*sizes[0]) if subspace.shrinks(*sizes[0]) else shape
-            formula = sum(subspace.formula_bytes(*size, seen.itemsize) for size in sizes)
-            kind = base_class(layer).__name__  # type: ignore[arg-type]
-            energy = dict(subspace.energy)
-            rows.append(LayerReport(name, kind, shape, core, energy, whole, formula, measured.get(name, 0)))
-        held, total = sum(e.kept for e in self.energies.values()), sum(e.total for e in self.energies.values())
-        return Report(rows, list(session.left), plain, kept, held / total if total else None, self._notes(measured))
-
-    def _notes(self, measured: Mapping[str, int]) -> list[str]:
-        norms = [name for name, module in frozen_norms(self.session.model).items() if module.training]
-        held = sum(measured.get(name, 0) for name in norms)
-        if not held:
-            return []
-        return [
-            f"{len(norms)} batch-norm layers in training mode hold {held / 1e6:.3g} MB although their affine "
-            "parameters are frozen; freeze_norms=True runs them in eval mode and frees it."
-        ]
 
 
 def _factors(layer: Compressed) -> list[Tensor]:

@@ -24,6 +24,7 @@ class StoredRun:
         observed: steps in the running observation.
         steps: training steps so far.
         draws: tensors rounded with dither so far.
+        fixed: bytes that the steps of the running observation kept whatever the ranks.
         observing: layer name -> state of its statistics; ``None`` where nothing was observed.
     """
 
@@ -34,6 +35,7 @@ class StoredRun:
     observed: int
     steps: int
     draws: int
+    fixed: int
     observing: dict[str, Any] | None
 
 
@@ -61,8 +63,8 @@ def check_session_state(
     (found,) = stored.fields("version")
     if isinstance(found.value, bool) or not isinstance(found.value, int) or found.value != version:
         found.refuse(f"version {version}, the one that this package reads")
-    config, subspaces, order, dropped, observed, steps, draws, observing = stored.fields(
-        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "observing"
+    config, subspaces, order, dropped, observed, steps, draws, fixed, observing = stored.fields(
+        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "fixed", "observing"
     )
     options = {name: item.value for name, item in config.named()}
     factors = {
@@ -88,4 +90,5 @@ def check_session_state(
                 LayerStatistics(fresh.ranks, fresh.channel_axis, name, fresh.work).load_state_dict(
                     item.value, torch.device("cpu"), channels.get(name)
                 )
-    return StoredRun(options, factors, drawn, left, observed.integer(0), steps.integer(0), draws.integer(0), seen)
+    counts = [item.integer(0) for item in (observed, steps, draws, fixed)]
+    return StoredRun(options, factors, drawn, left, counts[0], counts[1], counts[2], counts[3], seen)
