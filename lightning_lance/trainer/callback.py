@@ -18,6 +18,7 @@ from lightning_lance.compression.options import takes
 from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.report import Report
 from lightning_lance.compression.session import LanceSession
+from lightning_lance.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class LanceCallback(Callback):
     that the first steps define; these are ordinary steps. At the end, on an exception and on Ctrl-C the model gets its
     own layers back. Layers that a fine-tuning schedule unfreezes join. Method: LANCE (Apolinario & Roy, arXiv
     2509.21617), with a batch mode that is unbiased.
+
+    One serves a Trainer. Parts of a network are told apart by ``rank={"layer3.*": "compact", "fc": 8}``.
 
     The subspaces are part of the checkpoint: a resumed run continues with them, bit for bit.
 
@@ -74,6 +77,13 @@ class LanceCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # A state that an earlier test or validation run has loaded must not leak into this fit.
         self._loaded = None
+        others = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LanceCallback) and c is not self]  # type: ignore[attr-defined]
+        if stage == "fit" and others:
+            raise ConfigError(
+                f"{type(self).__name__} and {', '.join(others)} in one Trainer: what autograd saves is kept by one of "
+                "them. Give one. Layers have ranks of their own in its rank={'layer3.*': 'compact', 'fc': 8}, "
+                "which leaves the others unprojected."
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready = False

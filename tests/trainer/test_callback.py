@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from lightning_lance import (
     CalibrationError,
     ConfigError,
+    ContinualCallback,
     LanceWarning,
     PlanError,
     StateError,
@@ -637,6 +638,19 @@ def test_frozen_norms_in_training_mode_are_pointed_out() -> None:
     assert "freeze_norms=True runs 1 batch norm with frozen weights in eval mode" in str(callback.report)
     assert "freeze_norms" not in str(other.report)
     assert other.report.compressed.total < callback.report.compressed.total  # type: ignore[union-attr]
+
+
+def test_one_callback_serves_a_trainer() -> None:
+    module = Classifier(small_net())
+    before = snapshot(module)
+    with pytest.raises(ConfigError, match=r"LanceCallback and ContinualCallback in one Trainer.*rank=\{'layer3"):
+        fit(module, [lance(), ContinualCallback()], max_epochs=1)
+    assert_restored(module, before)
+    callback = lance(rank={"net.0": "compact", "net.9": 4})
+    fit(module, [callback], max_epochs=1)
+    assert callback.report is not None
+    assert [layer.name for layer in callback.report.layers] == ["net.0", "net.9"]
+    assert callback.report.layers[1].core_shape[0] == 4
 
 
 # --- options -------------------------------------------------------------------------------------------------------
