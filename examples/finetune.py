@@ -82,11 +82,12 @@ class ImageClassifier(L.LightningModule):
     def _make(self, classes: int) -> None:
         given = self.hparams
         network = make_network(given["network"], classes, given["pretrained"], given["weights"], given["config"])
-        # One name for the classifier of every network.
+        # One name for the classifier of every network; it comes last, as in the network itself.
         parent, _, name = classifier_of(network, given["network"]).rpartition(".")
-        self.classifier = network.get_submodule(parent).get_submodule(name)
+        classifier = network.get_submodule(parent).get_submodule(name)
         setattr(network.get_submodule(parent), name, nn.Identity())
         self.model = network
+        self.classifier = classifier
         self.accuracy = MulticlassAccuracy(classes, average="micro")
         if given["last"] != "all":
             network.requires_grad_(False)

@@ -58,14 +58,10 @@ def compact() -> list[Callback]:
 
 
 def published() -> list[Callback]:
-    """The method of the paper: energy 0.7 in every mode, batch mode projected, nothing rounded.
-
-    For the convolutions, as there: the classifier would be left with a few directions for its ten classes.
-    """
+    """The method of the paper."""
     from lightning_lance import LanceCallback
 
-    rank = {"model.classifier": "full", "*": 0.7}
-    return [LanceCallback(rank=rank, batch="projected", bits=None, verbose=False)]
+    return [LanceCallback(preset="published", verbose=False)]
 
 
 # By default the C library of Linux gives large blocks back to the system whenever they are freed, and gets them again
@@ -249,7 +245,8 @@ def peak(device: torch.device) -> int:
 
 def work(options: argparse.Namespace) -> Run:
     """One run, in this process."""
-    for message in (".*does not have many workers", "Total length of `list` across ranks is zero", ".*LeafSpec"):
+    quiet = (".*does not have many workers", "Total length of `list` across ranks is zero", ".*LeafSpec")
+    for message in (*quiet, "Found .* in eval mode"):  # frozen batch norms are meant to be
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -37,8 +37,7 @@ class RunRecord(Callback):
     Args:
         folder: of the files; the subfolder ``records`` of the Trainer's ``default_root_dir`` by default.
         method: name of the method in tables. By default ``"plain"`` without a
-            :class:`~lightning_lance.LanceCallback`, ``"published"`` with one whose batch mode is the published one,
-            otherwise ``"lance"``.
+            :class:`~lightning_lance.LanceCallback`, otherwise the name of its preset, or ``"lance"``.
         name: of the file, without its suffix; by default made of the image set, the network, the number of trained
             layers, the method and the seed.
 
@@ -235,8 +234,7 @@ def _lance(trainer: L.Trainer) -> LanceCallback | None:
 def _method(lance: LanceCallback | None) -> str:
     if lance is None:
         return "plain"
-    preset = getattr(lance.config, "preset", None)
-    return str(preset or ("published" if getattr(lance.config, "batch", None) == "projected" else "lance"))
+    return str(lance.config.preset or "lance")
 
 
 def _batch_size(trainer: L.Trainer) -> int | None:

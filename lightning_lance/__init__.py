@@ -11,7 +11,7 @@ from lightning_lance.trainer.callback import LanceCallback
 from lightning_lance.trainer.continual import ContinualCallback
 from lightning_lance.trainer.metrics import ContinualMetrics, continual_metrics
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "CalibrationError",

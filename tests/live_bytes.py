@@ -28,8 +28,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for key in [key for key, (reference, _) in self._storages.items() if reference.expired()]:
-            del self._storages[key]
+        self._drop()
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
                 storage = leaf.untyped_storage()
@@ -38,3 +37,12 @@ class LiveBytes(TorchDispatchMode):
                     self._storages.setdefault(reference.cdata, (reference, storage.nbytes()))
         self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
         return result
+
+    def alive(self) -> int:
+        """Bytes of the storages that are alive."""
+        self._drop()
+        return sum(size for _, size in self._storages.values())
+
+    def _drop(self) -> None:
+        for key in [key for key, (reference, _) in self._storages.items() if reference.expired()]:
+            del self._storages[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_lance import StateError
+
+EXAMPLES = int(os.environ.get("MUTATIONS", "200"))
+"""Changes that are drawn in each test; a long run asks for more."""
 
 DELETED = object()
 

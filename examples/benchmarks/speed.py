@@ -128,7 +128,7 @@ def refresh_seconds(method: Lance, ours: Trainer, batches: Sequence[tuple[Tensor
     session = method.session
 
     def passes() -> list[float]:
-        chosen = [batches[index % len(batches)] for index in range(session.config.calibration_batches)]
+        chosen = [batches[index % len(batches)] for index in range(session.config.batches)]
         return [seconds(lambda batch=batch: method.loss(ours.case, ours.model, batch)) for batch in chosen]  # type: ignore[misc]
 
     alone = passes()

@@ -45,8 +45,8 @@ SETTINGS: dict[str, LanceConfig | None] = {
     "plain back-propagation": None,
     "default": LanceConfig(),
     "compact": LanceConfig(rank="compact"),
-    "published, energy .7": LanceConfig(rank=0.7, batch="projected", bits=None),
-    "published, energy .9": LanceConfig(rank=0.9, batch="projected", bits=None),
+    "published, energy .7": LanceConfig(rank=0.7, batch="learned", bits=None),
+    "published, energy .9": LanceConfig(rank=0.9, batch="learned", bits=None),
     "batch 8 projected": LanceConfig(rank={"batch": 8}, batch="projected", bits=None),
     "batch 8": _cores(None, batch=8),
     "batch 4": _cores(None, batch=4),
@@ -65,8 +65,8 @@ SETTINGS: dict[str, LanceConfig | None] = {
     "batch 16, spatial .9, 8 bits": _cores(8, batch=16, spatial=0.9),
     "batch 8, spatial .9, 4 bits": _cores(4, batch=8, spatial=0.9),
     "batch 8, spatial .9, 8 bits": _cores(8, batch=8, spatial=0.9),
-    "published, energy .7, refresh": LanceConfig(rank=0.7, batch="projected", bits=None, refresh="epoch"),
-    "published, energy .9, refresh": LanceConfig(rank=0.9, batch="projected", bits=None, refresh="epoch"),
+    "published, energy .7, refresh": LanceConfig(rank=0.7, batch="learned", bits=None, refresh="epoch"),
+    "published, energy .9, refresh": LanceConfig(rank=0.9, batch="learned", bits=None, refresh="epoch"),
 }
 
 

@@ -154,7 +154,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "checkpointing": Checkpointing,
     "hosvd": lambda: PerStep(install_hosvd),
     "asi": lambda: WarmStart(install_asi),
-    "published": lambda: Lance(LanceConfig(rank=0.7, batch="projected", bits=None)),
+    "published": lambda: Lance(LanceConfig(preset="published")),
     "default": lambda: Lance(LanceConfig()),
     "two-bits": lambda: Lance(LanceConfig(bits=2)),
     "unrounded": lambda: Lance(LanceConfig(bits=None)),

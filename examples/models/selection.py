@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_lance import ConfigError
+from lightning_lance.compression.skipping import counted_layers
 
 
 def select_published(model: nn.Module, last: int, classifier: str | None = None) -> list[str]:
@@ -26,7 +27,7 @@ def select_published(model: nn.Module, last: int, classifier: str | None = None)
     """
     if isinstance(last, bool) or last < 1:
         raise ConfigError(f"last={last!r} is not allowed. Allowed: an int of at least 1.")
-    counted = [name for name, module in model.named_modules() if _counts(module)]
+    counted = counted_layers(model)
     if classifier is None:
         found = counted[:-1]
     elif any(name == classifier for name, _ in model.named_modules()):
@@ -42,11 +43,3 @@ def select_published(model: nn.Module, last: int, classifier: str | None = None)
             "beside its classifier and depthwise convolutions. Allowed: at most that many."
         )
     return found[-last:]
-
-
-def _counts(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return not module.transposed and (module.groups == 1 or module.groups < module.in_channels)
-    return isinstance(module, nn.Linear)

@@ -113,7 +113,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     def _passes(self, strategy: Any) -> list[Callable[[], Any]]:
         """Forward passes of the strategy on the first batches of its loader, drawn without a trace."""
         with isolated(strategy.model):
-            batches = list(islice(strategy.dataloader, self.session.config.calibration_batches))
+            batches = list(islice(strategy.dataloader, self.session.config.batches))
 
         def run(batch: Any) -> Any:
             current = strategy.mbatch

@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from lightning_lance import __version__
+
 PROGRAM = "lightning-lance"
 
 
@@ -23,6 +25,9 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: with 2 for an argument that is not allowed or a package that is missing, with 1 where the model
             and the options do not fit together.
     """
+    if (sys.argv[1:] if args is None else list(args)) == ["--version"]:  # also where the extra is not installed
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        return
     if importlib.util.find_spec("jsonargparse") is None:
         _leave("the command line needs jsonargparse; pip install 'lightning-lance[cli]' installs it.", 2)
     if os.getcwd() not in sys.path:  # "" would not do: a configuration is read from within its own folder

@@ -12,6 +12,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_lance import __version__
 from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.fitting import Measured
 from lightning_lance.cli.fitting import fit as fit_settings
@@ -115,7 +116,7 @@ class LanceCLI(BaseCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION},
+            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "version": __version__},
             args=args,
             **kwargs,
         )
@@ -156,7 +157,8 @@ class LanceCLI(BaseCLI):
 
     def profiled_batches(self) -> int:
         """Batches that the subcommand ``profile`` may need: one after those that define subspaces."""
-        return int(self._get(self.config, "lance")["calibration_batches"]) + 1
+        section = self._get(self.config, "lance")
+        return LanceConfig(preset=section["preset"], calibration_batches=section["calibration_batches"]).batches + 1
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         given = config.get("callbacks") or []

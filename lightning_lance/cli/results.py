@@ -117,7 +117,7 @@ def _stream(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     records = [_json(each) for each in sorted((path.parent / "records").glob("experience_*.json"))]
     model = (config.get("model") or {}).get("init_args") or {}
     lance = config.get("lance") or {}
-    method = "plain" if config.get("plain") else "published" if lance.get("batch") == "projected" else "lance"
+    method = "plain" if config.get("plain") else lance.get("preset") or "lance"
     kept = [values[-1] for values in found.get("kept_bytes", []) if values]
     plain = [values[0] for values in found.get("kept_bytes", []) if len(values) > 1]
     recorded = {
@@ -129,7 +129,7 @@ def _stream(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "benchmark": _last((config.get("data") or {}).get("benchmark"), path.parent.name),
         "network": _network(model.get("network")),
-        "method": records[0].get("method") if records and lance.get("preset") else method,
+        "method": method,
         "seed": config.get("seed_everything"),
         "whole": whole,
         "experiences": len(found["matrix"]),
@@ -192,12 +192,13 @@ def read_published(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def tables(folder: Path, published: Sequence[dict[str, Any]] = ()) -> str:
+def tables(folder: Path, published: Sequence[dict[str, Any]] = (), without: Sequence[str] = ()) -> str:
     """All tables of a folder, in Markdown.
 
     Args:
         folder: of the runs.
         published: entries of :func:`read_published`, shown below our rows and named as published.
+        without: names of columns to leave out.
     """
     tuned, streams = read_runs(folder)
     parts = []
@@ -206,12 +207,12 @@ def tables(folder: Path, published: Sequence[dict[str, Any]] = ()) -> str:
         rows += [_published_tuned(entry) for entry in published if entry.get("set") == name]
         header = "network, last layers, method, accuracy, inputs, kept of them, all kept, peak, forward, weight "
         header += "gradient, input gradient, s/step, seeds"
-        parts.append(f"### {name}\n\n{markdown(header.split(', '), rows)}")
+        parts.append(f"### {name}\n\n{_without(without, header.split(', '), rows)}")
     for name in dict.fromkeys(group.key[0] for group in streams):
         rows = [_stream_row(group) for group in streams if group.key[0] == name]
         rows += [_published_stream(entry) for entry in published if entry.get("benchmark") == name]
         header = "network, method, ACC, BWT, all kept, plainly, s/step, seeds"
-        parts.append(f"### {name}\n\n{markdown(header.split(', '), rows)}")
+        parts.append(f"### {name}\n\n{_without(without, header.split(', '), rows)}")
     return "\n\n".join([*parts, _notes(tuned, streams)]) + "\n"
 
 
@@ -307,6 +308,11 @@ def _flops(count: float | None) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f}"
+
+
+def _without(names: Sequence[str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    kept = [index for index, name in enumerate(header) if name not in names]
+    return markdown([header[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

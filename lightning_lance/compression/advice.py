@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from lightning_lance.compression.config import BITS, LanceConfig
 from lightning_lance.compression.frozen_norms import frozen_norms
 from lightning_lance.compression.saved_bytes import Holder, SavedBytes
+from lightning_lance.compression.store import Bits
 from lightning_lance.compression.surgery import plan
 from lightning_lance.errors import PlanError
 from lightning_lance.subspaces.ranks import compact_batch_rank
@@ -48,7 +49,9 @@ class Change:
         return f"{format_bytes(self.saves):>7} less: {self.text}"
 
 
-def advice(kept: SavedBytes, config: LanceConfig, model: nn.Module, projected: Collection[str] = ()) -> list[Change]:
+def advice(
+    kept: SavedBytes, config: LanceConfig, model: nn.Module, projected: Collection[str], now: Bits
+) -> list[Change]:
     """The one or two changes that would help most, the best one first; none that does not apply.
 
     Args:
@@ -56,8 +59,9 @@ def advice(kept: SavedBytes, config: LanceConfig, model: nn.Module, projected: C
         config: the options with which it did.
         model: the model.
         projected: names of the layers whose inputs are projected.
+        now: bits in which the step kept it, which may be fewer than the options say.
     """
-    holders = [replace(holder, bytes=in_bits(holder, config)) for holder in kept.holders]
+    holders = [in_bits(holder, now, config.kept_bits) for holder in kept.holders]
     kept = SavedBytes(sum(holder.bytes for holder in holders), holders)
     found = [_micro_batches(kept, model), _fewer_bits(kept, config), _frozen_norms(kept, model)]
     if not projected:
@@ -66,17 +70,14 @@ def advice(kept: SavedBytes, config: LanceConfig, model: nn.Module, projected: C
     return sorted(worth, key=lambda change: -change.saves)[:MOST]
 
 
-def in_bits(holder: Holder, config: LanceConfig) -> int:
-    """Bytes of what is kept, if it were rounded as other options say; what is not rounded stays as it is."""
-    bits = config.kept_bits.weight if holder.for_weight else config.kept_bits.other
-    if holder.bits is None or bits is None:
-        return holder.bytes
-    before, after = (kept_bytes(FEWEST, 4, width) for width in (holder.bits, bits))
-    return holder.bytes * after // before
-
-
-def _saved(holders: Iterable[Holder], config: LanceConfig) -> int:
-    return sum(holder.bytes - in_bits(holder, config) for holder in holders)
+def in_bits(holder: Holder, now: Bits, then: Bits) -> Holder:
+    """What is kept, if it were rounded to other bits than now; what is not rounded stays as it is."""
+    before, after = (now.weight, then.weight) if holder.for_weight else (now.other, then.other)
+    if holder.bits is None or before is None or after is None:
+        return holder
+    width = min(max(holder.bits * after // before, 2), 8)
+    sizes = [kept_bytes(FEWEST, 4, bits) for bits in (holder.bits, width)]
+    return replace(holder, bytes=holder.bytes * sizes[1] // sizes[0], bits=width)
 
 
 def _fewer_bits(kept: SavedBytes, config: LanceConfig) -> Change | None:
@@ -88,16 +89,16 @@ def _fewer_bits(kept: SavedBytes, config: LanceConfig) -> Change | None:
         bits = BITS[lower].other
         saves = sum(h.bytes - kept_bytes(h.bytes // h.dtype.itemsize, h.dtype.itemsize, bits) for h in floating)
     else:
-        saves = _saved(kept.holders, replace(config, bits=lower))
+        saves = sum(h.bytes - in_bits(h, config.kept_bits, BITS[lower]).bytes for h in kept.holders)
     return Change(saves, f"bits={lower!r}, {WHY[lower]}")
 
 
 def _frozen_norms(kept: SavedBytes, model: nn.Module) -> Change | None:
     norms = [name for name, module in frozen_norms(model).items() if module.training]
-    held = kept.by_module()
     many = "batch norm" if len(norms) == 1 else "batch norms"
-    text = f"freeze_norms=True runs {len(norms)} {many} with frozen weights in eval mode"
-    return Change(sum(held.get(name, 0) for name in norms), text) if norms else None
+    text = f"freeze_norms=True, {len(norms)} {many} with frozen weights"
+    saves = sum(holder.bytes for holder in kept.holders if holder.module in norms and not holder.shared)
+    return Change(saves, text) if norms else None
 
 
 def _micro_batches(kept: SavedBytes, model: nn.Module) -> Change | None:

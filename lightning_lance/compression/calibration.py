@@ -65,6 +65,7 @@ class Calibration:
                 layer.channel_axis,
                 name,
                 layer.lance_work(),
+                layer._lance.learned,
             )
             for name, layer in self.layers.items()
         }
@@ -165,6 +166,7 @@ def calibrate(
     only: set[str] | None = None,
     budget: int | None = None,
     bits: int | None = None,
+    evaluating: bool = False,
 ) -> Iterator[Calibration]:
     """Calibrate a swapped model on the forward passes inside the block.
 
@@ -177,6 +179,7 @@ def calibrate(
         only: names of the layers to calibrate.
         budget: bytes for all that is kept.
         bits: in which an element of a core will be kept; ``None``: as it is.
+        evaluating: run the passes in eval mode; otherwise in the mode that the model is in.
 
     Raises:
         ConfigError: the budget is below what the lowest ranks need.
@@ -194,6 +197,8 @@ def calibrate(
     """
     calibration = Calibration(model, only, budget, bits)
     with isolated(model), torch.no_grad(), eager():
+        if evaluating:
+            model.eval()
         calibration.observe()
         try:
             yield calibration

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+from lightning_lance.compression.presets import preset_named, settle
+from lightning_lance.compression.skipping import KINDS
 from lightning_lance.compression.store import Bits
 from lightning_lance.errors import ConfigError
 from lightning_lance.subspaces.ranks import RankRules
@@ -24,6 +26,14 @@ BITS: dict[Any, Bits] = {
 """What ``bits`` stands for. Two bits are enough for the gradient of a weight; the error of what input gradients are
 computed from is passed on to every layer before."""
 
+STREAM_BITS = 8
+"""What ``"auto"`` is in a stream: experience by experience noise in the gradient costs more than in fine-tuning."""
+
+CALIBRATION_BATCHES = 8
+
+BATCH = ("unbiased", "projected", "learned")
+CALIBRATION = ("training", "eval")
+
 
 @dataclass(frozen=True)
 class LanceConfig:
@@ -41,7 +51,9 @@ class LanceConfig:
         bits: of each element of what is kept: ``"auto"`` (4), 8, 4, 2 (for what gradients of weights alone need; 4 for
             the rest), or ``None``: nothing is rounded, and gradients are exact.
         batch: ``"unbiased"`` weights sums over random groups of samples so that the weight gradient has no bias
-            from the batch mode; ``"projected"`` projects it, as published.
+            from the batch mode; ``"projected"`` leaves the weights out; ``"learned"`` is the published one: a factor
+            from the singular vectors of the batch positions of what defines the subspaces, for batches of that size,
+            and inputs are projected also where the core is no smaller.
         layers: where to project: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n
             of them), or shell-style patterns of module names; the name of a container means all in it.
         freeze_norms: run batch-norm layers whose affine parameters are frozen in eval mode while training, as the paper
@@ -51,8 +63,17 @@ class LanceConfig:
             are lowered, in this order, until the rest fits.
         refresh: ``"epoch"`` or a number of training steps: recompute the subspaces that often from ordinary training
             steps. ``None``: the published one-shot method.
-        calibration_batches: number of training steps whose inputs define the subspaces.
+        calibration_batches: number of batches whose inputs define the subspaces. ``None``: 8, or what the preset says.
         seed: seed of the random sample orders.
+        skip: kinds of layers that are neither projected nor counted by ``layers``: ``"depthwise"`` convolutions, the
+            ``"classifier"``, which is the last layer of the model, or in a stream the heads.
+        calibration: what defines the subspaces. ``"training"``: the first training steps; in a stream forward passes in
+            training mode. ``"eval"``: forward passes in eval mode, without gradients, before the first training step.
+        preset: ``"published"``, the method of arXiv 2509.21617 as its authors have it: energy .7 in every mode, also
+            the batch mode, whose factor is learned, from 100 batches in eval mode; no rounding; depthwise convolutions
+            and the classifier train plainly; frozen batch norms in eval mode. It sets ``rank``, ``batch``, ``bits``,
+            ``skip``, ``calibration``, ``freeze_norms``, ``memory_budget`` and ``refresh``; an option that has its
+            default counts as not given.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -60,18 +81,42 @@ class LanceConfig:
 
     rank: Rank = "auto"
     bits: int | Literal["auto"] | None = "auto"
-    batch: Literal["unbiased", "projected"] = "unbiased"
+    batch: Literal["unbiased", "projected", "learned"] = "unbiased"
     layers: Layers = "trainable"
     freeze_norms: bool = False
     memory_budget: int | str | None = None
     refresh: Literal["epoch"] | int | None = None
-    calibration_batches: int = 8
+    calibration_batches: int | None = None
     seed: int = 0
+    skip: str | Sequence[str] = ()
+    calibration: Literal["training", "eval"] = "training"
+    preset: str | None = None
 
     def __post_init__(self) -> None:
+        skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip or ())
+        object.__setattr__(self, "skip", skip)
+        preset = preset_named(self.preset)
+        usual: Mapping[str, Any] = {}
+        if preset is not None:
+            settle(self, str(self.preset), preset.compression, preset.stream)
+            usual = preset.usual
+        if self.calibration_batches is None:
+            object.__setattr__(self, "calibration_batches", usual.get("calibration_batches", CALIBRATION_BATCHES))
         rules = RankRules(self.rank)
-        if self.batch not in ("unbiased", "projected"):
-            raise ConfigError(f"batch={self.batch!r} is not allowed. Allowed: 'unbiased', 'projected'.")
+        if self.batch not in BATCH:
+            raise ConfigError(f"batch={self.batch!r} is not allowed. Allowed: {', '.join(map(repr, BATCH))}.")
+        if self.batch == "learned" and self.memory_budget is not None:
+            raise ConfigError(
+                f"memory_budget={self.memory_budget!r} with batch='learned', whose rank is that of its energy. Allowed "
+                "with a budget: batch='unbiased', 'projected'."
+            )
+        if self.calibration not in CALIBRATION:
+            raise ConfigError(
+                f"calibration={self.calibration!r} is not allowed. Allowed: {', '.join(map(repr, CALIBRATION))}."
+            )
+        unknown = [kind for kind in self.skip if kind not in KINDS]
+        if unknown:
+            raise ConfigError(f"skip={unknown[0]!r} is not allowed. Allowed: {', '.join(map(repr, KINDS))}.")
         if self.batch == "unbiased" and any(
             ranks.batch == 1 and type(ranks.batch) is int for ranks in rules.all_rules()
         ):
@@ -105,6 +150,23 @@ class LanceConfig:
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed!r} is not allowed. Allowed: an int of 64 bits.")
+
+    @property
+    def batches(self) -> int:
+        """How many batches define the subspaces."""
+        assert self.calibration_batches is not None
+        return self.calibration_batches
+
+    def in_stream(self) -> LanceConfig:
+        """The same options for a stream of experiences, where some defaults and values of presets are others."""
+        preset = preset_named(self.preset)
+        if preset is not None:
+            return replace(self, **preset.stream)
+        return replace(self, bits=STREAM_BITS) if self.bits == "auto" else self
+
+    def uncompressed(self) -> LanceConfig:
+        """The same options without projections."""
+        return replace(self, preset=None, rank=None, memory_budget=None)
 
     @property
     def kept_bits(self) -> Bits:

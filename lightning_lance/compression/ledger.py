@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_lance.compression.advice import advice, in_bits
+from lightning_lance.compression.kept import Kept, Stretch, View
+from lightning_lance.compression.recipes import NormInput
 from lightning_lance.compression.report import LayerReport, Report
 from lightning_lance.compression.saved_bytes import Holder, ModuleNames, SavedBytes
-from lightning_lance.compression.store import Saved, View
+from lightning_lance.compression.store import Saved
 from lightning_lance.layers.registry import base_class
 from lightning_lance.subspaces.subspace import CapturedEnergy
 
@@ -34,6 +36,7 @@ class Ledger:
         self.store = session._store
         self.energies: dict[str, CapturedEnergy] = {}
         self._found: tuple[SavedBytes, SavedBytes] | None = None
+        self._kept_in = self.store.bits
         self._read = 0
         self.fixed = 0
 
@@ -73,17 +76,22 @@ class Ledger:
                 continue
             if not saved.ours:
                 plain.append(saved)
-            bits = alive.stretch.bits if isinstance(alive, View) else None
+            bits = _bits(alive)
             for identity, nbytes in alive.parts():
                 first = kept.setdefault(identity, saved._replace(nbytes=nbytes, bits=bits))
-                if first.for_weight and not saved.for_weight:
-                    kept[identity] = first._replace(for_weight=False)
+                for_weight = first.for_weight and saved.for_weight
+                kept[identity] = first._replace(
+                    for_weight=for_weight,
+                    bits=first.bits or bits,
+                    shared=first.shared or first.module != saved.module,
+                )
                 if not saved.for_weight or saved.module not in projected:
                     fixed.add(identity)
         found = SavedBytes.of(plain), SavedBytes.listed(kept.values())
         if self._found is None or found[0].total > self._found[0].total:
-            self._found = found
-            self.fixed = sum(in_bits(Holder.of(kept[identity]), self.session.config) for identity in fixed)
+            self._found, self._kept_in = found, self.store.bits
+            asked = self.session.config.kept_bits
+            self.fixed = sum(in_bits(Holder.of(kept[name]), self.store.bits, asked).bytes for name in fixed)
 
     def report(self) -> Report | None:
         """What was found; ``None`` where nothing was kept at all."""
@@ -109,5 +117,13 @@ class Ledger:
 
     def _notes(self, kept: SavedBytes) -> list[str]:
         session = self.session
-        changes = advice(kept, session.config, session.model, session.layers)
+        changes = advice(kept, session.config, session.model, session.layers, self._kept_in)
         return ["to keep less:", *(f"  {change}" for change in changes)] if changes else []
+
+
+def _bits(kept: Kept | None) -> int | None:
+    """Bits of an element of what stands for a tensor; ``None``: it is not rounded."""
+    if isinstance(kept, NormInput):
+        kept = kept.kept
+    memory = kept.stretch if isinstance(kept, View) else None
+    return memory.bits if isinstance(memory, Stretch) else None

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lance.compression.store import Kept, Shape, Store
-from lightning_lance.ops.saving import Rule, saving
+from lightning_lance.compression.kept import Kept, Shape
+from lightning_lance.compression.recipes import Dropped, Function, Normalisation, NormInput
+from lightning_lance.compression.store import Store
+from lightning_lance.ops.saving import FinishedRule, Rule, reading, saving
 from lightning_lance.ops.watching import WatchingMode
 from lightning_lance.tensors import places
 
@@ -65,13 +67,17 @@ class Watch(WatchingMode):
         if torch.compiler.is_compiling() or saving.store is None:
             return func(*args, **kwargs)
         make = _RULES.get(func)
+        if saving.pending is not None and func not in _SMOOTH and getattr(func, "__name__", "") != "__get__":
+            self.store.settle()
         before = saving.rule, saving.arguments, saving.name
-        saving.rule = None if make is None else _made(make, args, kwargs)
+        saving.rule = rule = None if make is None else _made(make, args, kwargs)
         saving.arguments, saving.name = args, getattr(func, "__name__", "")
         try:
             result = func(*args, **kwargs)
         finally:
             saving.rule, saving.arguments, saving.name = before
+        if isinstance(rule, FinishedRule) and type(result) is Tensor:
+            rule.finish(result, self.store)
         if make is None and args and type(result) is Tensor and self._from_weights(args):
             self.store.derive(result)
         return result
@@ -90,56 +96,164 @@ def _made(make: Callable[..., Rule | None], args: tuple[Any, ...], kwargs: dict[
         return None
 
 
-# Activations with two derivatives -------------------------------------------------------------------------------------
+# Activations ----------------------------------------------------------------------------------------------------------
 
 
-@_always(F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_)
+class _Activation(FinishedRule):
+    """Of an elementwise operator: its result is computed again from what its argument is computed from."""
+
+    __slots__ = ("recipe", "rule", "step")
+
+    def __init__(self, input: Any, rule: Rule, function: Callable[[Tensor, bool], Tensor]) -> None:
+        self.rule, self.step = rule, Function(function)
+        self.recipe = saving.store.recipes.find(input)
+
+    def __call__(self, saved: Tensor, store: Store) -> Any:
+        return self.rule(saved, store)
+
+    def finish(self, result: Tensor, store: Store) -> None:
+        if self.recipe is not None:
+            store.recipes.extend(self.recipe, result, self.step)
+
+
+@_keeps(F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_)
+def _relu(input: Tensor, inplace: bool = False) -> Rule | None:
+    return _Activation(input, _positive, lambda x, own: torch.relu_(x) if own else torch.relu(x))
+
+
 def _positive(output: Tensor, store: Store) -> Any:
     return store.flags(output, output.bool(), 0, 1)  # positive or NaN: several times as fast as a comparison
 
 
-@_always(F.leaky_relu, F.leaky_relu_)
+def _derivative(backward: Any, input: Tensor, *arguments: Any) -> Tensor:
+    """Where the kernel of the backward pass, asked with a gradient of one, has a derivative other than zero.
+
+    One pass; of torch's comparisons on the CPU each takes several times as long.
+    """
+    one = torch.ones((), dtype=input.dtype, device=input.device).expand(input.shape)
+    return backward(one, input.detach(), *arguments).bool()  # type: ignore[no-any-return]
+
+
+@_keeps(F.leaky_relu, F.leaky_relu_)
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Rule | None:
+    return _Activation(input, _sign, lambda x, own: F.leaky_relu(x, negative_slope, own))
+
+
 def _sign(input: Tensor, store: Store) -> Any:
-    return store.flags(input, input > 0, -1, 1)
+    return store.flags(input, _derivative(torch.ops.aten.leaky_relu_backward, input, 0.0, False), -1, 1)
 
 
 @_always(F.hardsigmoid)
 def _between_threes(input: Tensor, store: Store) -> Any:
-    return store.flags(input, input.gt(-3).logical_and_(input.lt(3)), 4, 0)
+    return store.flags(input, _derivative(torch.ops.aten.hardsigmoid_backward, input), 4, 0)
 
 
 @_keeps(F.relu6)
 def _relu6(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _clamped(0.0, 6.0)
+    return _clamped(input, 0.0, 6.0)
 
 
 @_keeps(F.hardtanh, F.hardtanh_)
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Rule | None:
-    return _clamped(float(min_val), float(max_val))
+    return _clamped(input, float(min_val), float(max_val))
 
 
-def _clamped(low: float, high: float) -> Rule | None:
+def _clamped(input: Tensor, low: float, high: float) -> Rule | None:
     inside = next((n for n in (0.0, 1.0, (low + high) / 2) if low < n < high), None)
     if inside is None or not (math.isfinite(low) and math.isfinite(high)):
         return None
 
     def rule(input: Tensor, store: Store) -> Any:
-        # Compared as the kernel does: in half precision the thresholds would be rounded.
-        wide = input.float() if input.dtype.itemsize == 2 else input
-        return store.flags(input, wide.le(low).logical_or_(wide.ge(high)).logical_not_(), low, inside)
+        return store.flags(input, _derivative(torch.ops.aten.hardtanh_backward, input, low, high), low, inside)
 
-    return rule
+    return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high))
+
+
+class _Smooth(FinishedRule):
+    """Of an elementwise operator that reads its argument in the backward pass.
+
+    Behind a normalisation that is computed from the input of the norm, which then has more bits; and the result is
+    computed from the argument.
+    """
+
+    __slots__ = ("kept", "recipe", "step")
+
+    def __init__(self, input: Any, function: Callable[[Tensor, bool], Tensor]) -> None:
+        self.step = Function(function)
+        self.kept: Any = None
+        recipe = saving.store.recipes.find(input)
+        pending = saving.pending
+        if pending is not None and recipe is not None and recipe.base() is pending:
+            pending.settle(min(8, 2 * saving.store.bits.other))
+        saving.store.settle()
+        self.recipe = recipe if recipe is not None and recipe.is_normalisation else None
+
+    def __call__(self, saved: Tensor, store: Store) -> Any:
+        if not saved.is_floating_point() or store.bits.other is None:
+            return NotImplemented
+        if self.recipe is not None:
+            self.kept = store.recipes.view(self.recipe, saved)
+        if self.kept is None:
+            self.recipe = None
+            self.kept = store.rounded(saved, store.bits.other)
+        return self.kept
+
+    def finish(self, result: Tensor, store: Store) -> None:
+        if self.recipe is not None:
+            store.recipes.extend(self.recipe, result, self.step)
+        elif isinstance(self.kept, Kept):
+            store.recipes.add(result, self.kept, (self.step,))
+
+
+@_keeps(F.silu)
+def _silu(input: Tensor, inplace: bool = False) -> Rule | None:
+    return _Smooth(input, F.silu)
+
+
+@_keeps(F.hardswish)
+def _hardswish(input: Tensor, inplace: bool = False) -> Rule | None:
+    return _Smooth(input, F.hardswish)
+
+
+@_keeps(F.mish)
+def _mish(input: Tensor, inplace: bool = False) -> Rule | None:
+    return _Smooth(input, F.mish)
+
+
+@_keeps(F.gelu)
+def _gelu(input: Tensor, approximate: str = "none") -> Rule | None:
+    return _Smooth(input, lambda x, own: F.gelu(x, approximate=approximate))
+
+
+_SMOOTH = (F.silu, F.hardswish, F.mish, F.gelu)
 
 
 @_keeps(F.dropout, torch.dropout, torch.dropout_)
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Rule | None:
-    def rule(noise: Tensor, store: Store) -> Any:
+    return _Dropout(input, p)
+
+
+class _Dropout(FinishedRule):
+    """Keeps one bit an element; the result is computed again as that of an activation is."""
+
+    __slots__ = ("kept", "p", "recipe")
+
+    def __init__(self, input: Tensor, p: float) -> None:
+        self.p = p
+        self.kept: Any = None
+        self.recipe = saving.store.recipes.find(input)
+
+    def __call__(self, noise: Tensor, store: Store) -> Any:
         if not noise.is_floating_point():
             return NotImplemented
         # The stock operator divides ones by 1 - p in the dtype of the input.
-        return store.flags(noise, noise.bool(), 0, float(torch.ones((), dtype=noise.dtype).div_(1 - p)))
+        on = float(torch.ones((), dtype=noise.dtype).div_(1 - self.p))
+        self.kept = store.flags(noise, noise.bool(), 0, on)
+        return self.kept
 
-    return rule
+    def finish(self, result: Tensor, store: Store) -> None:
+        if self.recipe is not None and isinstance(self.kept, Kept):
+            store.recipes.extend(self.recipe, result, Dropped(self.kept))
 
 
 # Pooling --------------------------------------------------------------------------------------------------------------
@@ -234,7 +348,7 @@ class _WithWeight:
             return NotImplemented
         if not weight.requires_grad:
             return Shape(saved)  # a convolution saves it all the same
-        return store.rounded(saved, store.bits.weight)
+        return store.for_weight(saved)
 
 
 @_keeps(
@@ -284,14 +398,47 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Rule | None:
-    fixed = not training and running_mean is not None and (weight is None or not weight.requires_grad)
+    return _BatchNorm(running_mean, running_var, weight, bias, training, eps)
 
-    def rule(saved: Tensor, store: Store) -> Any:
+
+class _BatchNorm(FinishedRule):
+    __slots__ = ("bias", "eps", "fixed", "input", "mean", "var", "weight")
+
+    def __init__(
+        self,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        eps: float,
+    ) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+        self.mean, self.var = (None, None) if training else (mean, var)
+        self.input: Any = None
+        self.fixed = self.mean is not None and (weight is None or not weight.requires_grad)
+
+    def __call__(self, saved: Tensor, store: Store) -> Any:
         if saved.dim() == 1:  # statistics
             return store.whole(saved)
-        return Shape(saved) if fixed else store.normalised(saved)
+        if self.fixed:
+            return Shape(saved)
+        self.input = store.norm_input(saved)
+        return self.input
 
-    return rule
+    def finish(self, result: Tensor, store: Store) -> None:
+        norm = self.input
+        if not isinstance(norm, NormInput):
+            return
+        if self.mean is not None and self.var is not None:
+            norm.mean, norm.invstd = self.mean, (self.var + self.eps).rsqrt()
+        else:
+            with reading():
+                norm.mean = getattr(result.grad_fn, "_saved_result1", None)
+                norm.invstd = getattr(result.grad_fn, "_saved_result2", None)
+        saving.pending = norm
+        if norm.mean is not None and norm.invstd is not None and norm.is_like(result):
+            store.recipes.add(result, norm, (Normalisation(norm.mean, norm.invstd, self.weight, self.bias),))
 
 
 @_always(

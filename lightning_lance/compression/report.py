@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_lance.compression.drawing import draw
 from lightning_lance.compression.saved_bytes import SavedBytes
 from lightning_lance.compression.surgery import LeftAlone
 from lightning_lance.tensors.units import format_bytes
@@ -33,6 +35,16 @@ class LayerReport:
     plain_bytes: int
     formula_bytes: int
     measured_bytes: int | None = None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes kept of the input: measured, or by the formula."""
+        return self.formula_bytes if self.measured_bytes is None else self.measured_bytes
+
+    @property
+    def joint_energy(self) -> float:
+        """Product of the fractions that the truncated modes hold; 1 where none is truncated."""
+        return math.prod(self.energy.values())
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Report:
 
     def totals(self) -> list[str]:
         """One line for the compressed inputs and one for all that autograd keeps."""
-        before, after = sum(layer.plain_bytes for layer in self.layers), sum(_kept(layer) for layer in self.layers)
+        before, after = sum(layer.plain_bytes for layer in self.layers), sum(layer.kept_bytes for layer in self.layers)
         lines = [f"inputs of these {len(self.layers)} layers: {_change(before, after)}"] if self.layers else []
         if self.plain is not None and self.compressed is not None:
             lines.append(f"all that autograd keeps, measured: {_change(self.plain.total, self.compressed.total)}")
@@ -147,60 +159,26 @@ class Report:
         return self.render()
 
     def plot(self, path: str | None = None) -> Any:
-        """Bytes before and after, by layer with the captured energy where inputs are projected, by operator elsewhere;
-        needs matplotlib (extra ``plot``).
+        """What plain training would keep and what is still held, by operator, with the inputs of projected layers and
+        their energies beside it; needs matplotlib (extra ``plot``).
 
         Args:
             path: image file to write; nothing is written by default.
 
         Returns:
             The matplotlib figure.
-        """
-        from matplotlib.figure import Figure
 
-        if self.layers:
-            names = [layer.name for layer in self.layers]
-            before, after = [layer.plain_bytes for layer in self.layers], [_kept(layer) for layer in self.layers]
-        else:
-            plain = {} if self.plain is None else self.plain.by_op()
-            kept = {} if self.compressed is None else self.compressed.by_op()
-            names = list(plain)[:12]
-            before, after = [plain[name] for name in names], [kept.get(name, 0) for name in names]
-        figure = Figure(figsize=(10, max(3.0, 1.6 + 0.32 * len(names))), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1]) if self.layers else [figure.subplots()]
-        left, position = axes[0], list(range(len(names)))
-        left.barh([p - 0.2 for p in position], before, 0.4, label="input" if self.layers else "plain")
-        left.barh([p + 0.2 for p in position], after, 0.4, label="kept")
-        left.set(xscale="log", xlabel="bytes", yticks=position)
-        left.set_yticklabels(names)
-        left.invert_yaxis()
-        left.legend()
-        if self.layers:
-            axes[1].barh(position, [_joint_energy(layer) for layer in self.layers], 0.6, color="tab:green")
-            axes[1].set(xlim=(0, 1), xlabel="energy held by the truncated modes (product)")
-        if self.ratio is not None and self.plain is not None and self.compressed is not None:
-            figure.suptitle(
-                f"autograd keeps {format_bytes(self.compressed.total)} instead of {format_bytes(self.plain.total)} "
-                f"({self.ratio:.1f}x less, measured)"
-            )
+        Raises:
+            ImportError: matplotlib is not installed; the message names the extra.
+        """
+        figure = draw(self)
         if path is not None:
-            figure.savefig(path, dpi=120)
+            figure.savefig(path, dpi=120, bbox_inches="tight")
         return figure
 
 
 def _mode_names(count: int) -> list[str]:
     return ["batch", "channel", *(f"spatial_{axis}" for axis in range(count - 2))]
-
-
-def _kept(layer: LayerReport) -> int:
-    return layer.formula_bytes if layer.measured_bytes is None else layer.measured_bytes
-
-
-def _joint_energy(layer: LayerReport) -> float:
-    product = 1.0
-    for held in layer.energy.values():
-        product *= held
-    return product
 
 
 def _times(before: float, after: float) -> str:
@@ -225,8 +203,8 @@ def _row(layer: LayerReport) -> list[str]:
         "x".join(map(str, layer.core_shape)),
         energy,
         format_bytes(layer.plain_bytes),
-        format_bytes(_kept(layer)),
-        _times(layer.plain_bytes, _kept(layer)) if _kept(layer) else "shared",
+        format_bytes(layer.kept_bytes),
+        _times(layer.plain_bytes, layer.kept_bytes) if layer.kept_bytes else "shared",
     ]
 
 

@@ -32,6 +32,7 @@ class Holder:
         bytes: size of the whole storage behind it, or of what is kept in its place.
         bits: of an element of what is kept; ``None``: it is not rounded.
         for_weight: whether gradients of weights alone are computed from it.
+        shared: whether another module keeps it too.
     """
 
     op: str
@@ -41,12 +42,15 @@ class Holder:
     bytes: int
     bits: int | None = None
     for_weight: bool = False
+    shared: bool = False
 
     @classmethod
     def of(cls, saved: Saved) -> Holder:
         """What a line of a ledger tells of it."""
         operator = saved.operator or "elsewhere"
-        return cls(operator, saved.module, saved.shape, saved.dtype, saved.nbytes, saved.bits, saved.for_weight)
+        return cls(
+            operator, saved.module, saved.shape, saved.dtype, saved.nbytes, saved.bits, saved.for_weight, saved.shared
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
@@ -66,6 +66,7 @@ class LanceSession(Steps):
     Args:
         model: the model to train.
         config: the options.
+        heads: names of modules that ``skip`` of the options takes for classifiers.
 
     Attributes:
         stage: where the session stands.
@@ -92,9 +93,10 @@ class LanceSession(Steps):
         >>> session.stop()
     """
 
-    def __init__(self, model: nn.Module, config: LanceConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, config: LanceConfig | None = None, heads: Collection[str] = ()) -> None:
         self.model = model
         self.config = config or LanceConfig()
+        self.heads = frozenset(heads)
         self.stage = Stage.IDLE
         self.report: Report | None = None
         self.left: list[LeftAlone] = []
@@ -116,14 +118,15 @@ class LanceSession(Steps):
         """Plan, and swap what is to be projected. A model that an interrupted run left swapped is restored first.
 
         Args:
-            observe: let the first steps define the subspaces; otherwise the stock layers run until :meth:`calibrate`.
+            observe: let the first steps define the subspaces, where ``calibration`` of the options does not say
+                otherwise; else the stock layers run until :meth:`calibrate`.
 
         Raises:
             PlanError: something is to be projected and nothing can be, or a pattern matches nothing. The model is as it
                 was.
         """
         restore(self.model)
-        made = plan(self.model, self.config)
+        made = plan(self.model, self.config, self.heads)
         self.left = list(made.left)
         self._dropped = {}
         self._observing = None
@@ -132,7 +135,7 @@ class LanceSession(Steps):
         swap(self.model, made)
         self._spread()
         self.stage = Stage.STEADY
-        if observe and made.entries:
+        if observe and made.entries and self.config.calibration == "training":
             self.observe()
         return made
 
@@ -160,7 +163,7 @@ class LanceSession(Steps):
             return []
         self._trainable = flags
         try:
-            made = plan(self.model, self.config)
+            made = plan(self.model, self.config, self.heads)
         except PlanError:  # nothing is trainable now, or nothing that the patterns name
             return []
         self.left = [*made.left, *self._dropped.values()]
@@ -197,7 +200,8 @@ class LanceSession(Steps):
         """The first half of :meth:`step`.
 
         Raises:
-            StateError: the session was not started, or a step is running already.
+            StateError: the session was not started, a step is running already, or with ``calibration="eval"`` the first
+                one begins before :meth:`calibrate`.
             CalibrationError: the steps that should define the subspaces saw NaN or Inf.
             ConfigError: the memory budget is below what the lowest ranks need.
         """
@@ -239,7 +243,7 @@ class LanceSession(Steps):
 
     def _protect(self) -> None:
         factors = (factor for layer in self.layers.values() for factor in _factors(layer))
-        self._store.protect([*self.model.parameters(), *self.model.buffers(), *factors])
+        self._store.protect([*_tensors(self.model), *factors])
 
     @property
     def reported(self) -> bool:
@@ -257,9 +261,15 @@ class LanceSession(Steps):
         if self.config.freeze_norms:
             self._norms.find()
             self._norms.apply()
-        if self._observing is not None and self.observed >= self.config.calibration_batches:
+        if self._observing is not None and self.observed >= self.config.batches:
             self.refresh()
         if self.uncalibrated:
+            if self.config.calibration == "eval" and not self.steps:
+                raise StateError(
+                    "the first step before calibrate(): calibration='eval' defines the subspaces before training. Call "
+                    f"calibrate(passes) with {self.config.batches} forward passes first, or give "
+                    "calibration='training'."
+                )
             self.observe(None if self._observing is not None else self.uncalibrated)
         elif isinstance(self.config.refresh, int) and self.steps and self.steps % self.config.refresh == 0:
             self._look_again()
@@ -277,13 +287,15 @@ class LanceSession(Steps):
 
     def calibrate(
         self,
-        passes: Sequence[Pass],
+        passes: Iterable[Pass],
         only: set[str] | None = None,
     ) -> None:
         """Find the subspaces from forward passes that leave no trace, in place of the first training steps.
 
+        With ``calibration="eval"`` of the options they run in eval mode, otherwise in the mode that the model is in.
+
         Args:
-            passes: forward passes, one for each calibration batch.
+            passes: forward passes, one for each calibration batch; a generator is read one by one.
             only: names of the layers; all by default, and always where a memory budget is to be shared by all.
 
         Raises:
@@ -293,7 +305,8 @@ class LanceSession(Steps):
         if self.layers:
             only = None if self.config.budget is not None else only
             bits = self.config.kept_bits.weight
-            with calibrate(self.model, self.processes, only, self.config.budget, bits) as calibration:
+            evaluating = self.config.calibration == "eval"
+            with calibrate(self.model, self.processes, only, self.config.budget, bits, evaluating) as calibration:
                 for index, run in enumerate(passes):
                     if index or self.config.budget is None:
                         run()
@@ -467,7 +480,7 @@ class LanceSession(Steps):
         widths = {name: _width(module) for name, (module, _) in modules.items()}
         stored = check_session_state(state, STATE_VERSION, widths)
         try:
-            config = replace(self.config, **stored.config)
+            config = replace(self.config, preset=None, **stored.config)  # whose values the stored ones may contradict
             rules = config.rules()
         except (TypeError, ConfigError) as error:
             raise StateError(
@@ -479,7 +492,8 @@ class LanceSession(Steps):
             if name in modules:
                 ranks = rules.for_layer(name)
                 ranks = ranks if config.budget is None else gathering_ranks(ranks)
-                statistics[name] = LayerStatistics(ranks, modules[name][1].channel_axis, name)
+                axis, learned = modules[name][1].channel_axis, config.batch == "learned"
+                statistics[name] = LayerStatistics(ranks, axis, name, learned=learned)
         check_session_state(state, STATE_VERSION, widths, statistics)
         return stored, config
 
@@ -487,6 +501,19 @@ class LanceSession(Steps):
 def _width(module: Any) -> int:
     """Channels or features of the input of a supported layer."""
     return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a model, some of them twice; several times as fast as with their names."""
+    seen, waiting = set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    yield tensor
+            waiting += [child for child in module._modules.values() if child is not None]
 
 
 def _factors(layer: Compressed) -> list[Tensor]:

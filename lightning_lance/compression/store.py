@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_lance.compression import transforms
+from lightning_lance.compression.kept import Booleans, Flags, Kept, Stretch, View, Whole, dense
+from lightning_lance.compression.recipes import NormInput, Recipes
 from lightning_lance.errors import StateError
 from lightning_lance.ops.saving import OurRule, saving
-from lightning_lance.tensors.bits import expand_bits, pack_bits
-from lightning_lance.tensors.rounding import FEWEST, Rounded, expand, group_size, round_to_bits
+from lightning_lance.tensors.rounding import FEWEST, group_size, round_to_bits
 
 STATISTICS = 8
 """So much smaller than the largest argument of its operator, a tensor holds row statistics, and stays whole."""
@@ -47,144 +48,6 @@ class Bits(NamedTuple):
     other: int | None
 
 
-class Kept:
-    """Stands in the graph for a saved tensor; alive as long as autograd keeps it."""
-
-    __slots__ = ("__weakref__",)
-
-    def restore(self) -> Tensor:
-        """The tensor, or what the backward kernel takes for it."""
-        raise NotImplementedError
-
-    def parts(self) -> list[tuple[int, int]]:
-        """What holds memory: what identifies it, since it may be shared, and its bytes."""
-        raise NotImplementedError
-
-
-class Whole(Kept):
-    """A tensor as it is."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def restore(self) -> Tensor:
-        return self.tensor
-
-    def parts(self) -> list[tuple[int, int]]:
-        return [_storage(self.tensor)]
-
-
-class Stretch:
-    """A stretch of memory, rounded once for all who save it."""
-
-    __slots__ = ("__weakref__", "_flat", "bits", "dtype", "reference", "rounded")
-
-    def __init__(self, rounded: Rounded, bits: int, dtype: torch.dtype, reference: Any) -> None:
-        self.rounded = rounded
-        self.bits = bits
-        self.dtype = dtype
-        self.reference = reference  # weak; while it lives, no other storage has the same address
-        self._flat: Any = None
-
-    def restore(self) -> Tensor:
-        """What was rounded, on one axis; not expanded again while it lives."""
-        flat = None if self._flat is None else self._flat()
-        if flat is None:
-            flat = expand(self.rounded, self.dtype)
-            self._flat = weakref.ref(flat)
-        return flat
-
-
-class View(Kept):
-    """A tensor in a stretch of memory."""
-
-    __slots__ = ("offset", "shape", "stretch", "stride")
-
-    def __init__(self, stretch: Stretch, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
-        self.stretch, self.shape, self.stride, self.offset = stretch, shape, stride, offset
-
-    def restore(self) -> Tensor:
-        return self.stretch.restore().as_strided(self.shape, self.stride, self.offset)
-
-    def parts(self) -> list[tuple[int, int]]:
-        return [(id(self.stretch), self.stretch.rounded.nbytes)]
-
-
-class Normalised(View):
-    """A tensor in a stretch of memory, of mean 0 and deviation 1 in each channel there."""
-
-    __slots__ = ("deviation", "mean")
-
-    def __init__(self, stretch: Stretch, tensor: Tensor, mean: Tensor, deviation: Tensor) -> None:
-        super().__init__(stretch, tensor.shape, tensor.stride(), 0)
-        self.mean, self.deviation = mean, deviation
-
-    def restore(self) -> Tensor:
-        return super().restore().mul_(self.deviation).add_(self.mean)
-
-    def parts(self) -> list[tuple[int, int]]:
-        return [*super().parts(), (id(self.mean), self.mean.nbytes + self.deviation.nbytes)]
-
-
-class Flags(Kept):
-    """One bit an element, and the two values that stand for it in the backward kernel."""
-
-    __slots__ = ("bits", "dtype", "off", "on", "own_stride", "shape", "stride", "whole")
-
-    def __init__(self, flags: Tensor, own_stride: tuple[int, ...], dtype: torch.dtype, off: float, on: float) -> None:
-        self.shape, self.stride, self.own_stride = flags.shape, flags.stride(), own_stride
-        self.bits: Tensor | None = pack_bits(flags)
-        self.dtype, self.off, self.on = dtype, off, on
-        self.whole: Tensor | None = None
-
-    def restore(self) -> Tensor:
-        if self.bits is None:
-            assert self.whole is not None
-            return self.whole.as_strided(self.shape, self.own_stride)
-        if float(self.off).is_integer() and float(self.on).is_integer() and abs(self.off) < 128 and abs(self.on) < 128:
-            return expand_bits(self.bits, self.shape, self.stride, int(self.off), int(self.on), self.dtype)
-        one = expand_bits(self.bits, self.shape, self.stride, 0, 1, self.dtype)
-        return one.mul_(self.on - self.off).add_(self.off) if self.off else one.mul_(self.on)
-
-    def parts(self) -> list[tuple[int, int]]:
-        if self.bits is not None:
-            return [(id(self), self.bits.nbytes)]
-        assert self.whole is not None
-        return [_storage(self.whole)]
-
-    def read_from(self, whole: Tensor) -> None:
-        """Another operator keeps the tensor itself: no flags are needed beside it."""
-        self.bits, self.whole = None, whole
-
-
-class Booleans(Flags):
-    """A tensor of booleans."""
-
-    __slots__ = ()
-
-    def restore(self) -> Tensor:
-        assert self.bits is not None
-        return expand_bits(self.bits, self.shape, self.stride, 0, 1, torch.bool)
-
-
-class Shape(Kept):
-    """A tensor whose shape and strides alone are read."""
-
-    __slots__ = ("device", "dtype", "shape", "stride")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-    def restore(self) -> Tensor:
-        # Untouched memory; on the CPU none of it is resident.
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-    def parts(self) -> list[tuple[int, int]]:
-        return []
-
-
 class Saved(NamedTuple):
     """One line of a ledger.
 
@@ -199,6 +62,7 @@ class Saved(NamedTuple):
         dtype: its dtype.
         for_weight: whether the gradient of a weight alone is computed from it.
         bits: of an element of what is kept; ``None``: it is not rounded.
+        shared: whether another module keeps it too.
     """
 
     kept: Any
@@ -211,6 +75,7 @@ class Saved(NamedTuple):
     dtype: torch.dtype
     for_weight: bool = False
     bits: int | None = None
+    shared: bool = False
 
 
 class Store:
@@ -223,6 +88,7 @@ class Store:
         draws: tensors rounded with dither so far; part of the state of a run.
         ledger: what was saved since it was set to an empty list; ``None``: nobody asks.
         names: says which module runs, while a ledger is written.
+        recipes: of tensors that are computed from what is kept of others.
     """
 
     def __init__(self, bits: Bits) -> None:
@@ -234,6 +100,7 @@ class Store:
         self._derived: dict[int, Any] = {}
         self._stretches: dict[Any, Any] = {}
         self._flags: dict[Any, Any] = {}
+        self.recipes = Recipes()
         self.on_backward: Any = None
         self.mode: Any = nullcontext()
         self._contexts = threading.local()
@@ -255,6 +122,8 @@ class Store:
         transforms.allow(self)
 
     def _close(self) -> None:
+        self.settle()
+        self.recipes.clear()
         transforms.refuse(self)
         saving.store = None
         self.mode.__exit__(None, None, None)
@@ -310,7 +179,7 @@ class Store:
 
     def unpack(self, kept: Any) -> Tensor:
         """The hook that autograd calls for each saved tensor that a backward pass reads."""
-        if self.on_backward is not None:
+        if self.on_backward is not None and not saving.looking:
             self.on_backward()
         if isinstance(kept, Tensor):
             return kept
@@ -404,7 +273,7 @@ class Store:
             stretch = self._stretch(tensor, storage, 0, size, bits)
             if stretch is not None:
                 return View(stretch, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
-        elif _dense(tensor):
+        elif dense(tensor):
             stretch = self._stretch(tensor, storage, int(tensor.storage_offset()), tensor.numel(), bits)
             if stretch is not None:
                 return View(stretch, tensor.shape, tensor.stride(), 0)
@@ -415,30 +284,26 @@ class Store:
             return self.whole(tensor)
         return View(Stretch(rounded, bits, tensor.dtype, None), tensor.shape, _contiguous(tensor.shape), 0)
 
-    def normalised(self, tensor: Tensor) -> Any:
-        """Keep the input ``(B, C, ...)`` of a normalisation of channels.
+    def for_weight(self, tensor: Tensor) -> Any:
+        """Keep a tensor for the gradient of a weight alone; computed from another one where that is kept anyway."""
+        bits = self.bits.weight
+        if bits is not None:
+            recipe = self.recipes.find(tensor)
+            found = None if recipe is None else self.recipes.view(recipe, tensor)
+            if found is not None:
+                return found
+        return self.rounded(tensor, bits)
 
-        What is normalised is divided by its deviation: where neighbours in memory are of several channels, the range of
-        the largest would drown the smaller ones. Then it is rounded after it was normalised.
-        """
-        bits = self.bits.other
-        if bits is None:
-            return self.whole(tensor)
-        channel = tensor.numel() // (tensor.shape[0] * tensor.shape[1])
-        if tensor.is_contiguous() and channel % group_size(tensor.shape, tensor.stride()) == 0:
-            return self.rounded(tensor, bits)
-        axes = [axis for axis in range(tensor.dim()) if axis != 1]
-        deviation, mean = torch.std_mean(tensor, axes, correction=0, keepdim=True)
-        # Two bytes each; what rounding leaves of the mean is a shift, which the range of a group follows.
-        mean, deviation = mean.bfloat16(), deviation.clamp_(min=torch.finfo(deviation.dtype).tiny).bfloat16()
-        centred = (tensor - mean).div_(deviation)
-        rounded = None
-        if _dense(centred):
-            flat = centred.as_strided((centred.numel(),), (1,))
-            rounded = round_to_bits(flat, bits, self._dither(bits), group_size(centred.shape, centred.stride()))
-        if rounded is None:
-            return self.rounded(tensor, bits)
-        return Normalised(Stretch(rounded, bits, tensor.dtype, None), centred, mean, deviation)
+    def norm_input(self, tensor: Tensor) -> Any:
+        """Keep the input ``(B, C, ...)`` of a normalisation of channels."""
+        return self.whole(tensor) if self.bits.other is None else NormInput(tensor, self)
+
+    @staticmethod
+    def settle() -> None:
+        """The operator after a normalisation is known, and reads no more than any other."""
+        pending, saving.pending = saving.pending, None
+        if pending is not None:
+            pending.settle()
 
     def _stretch(self, tensor: Tensor, storage: Any, offset: int, size: int, bits: int) -> Stretch | None:
         key = (storage._cdata, offset, size, tensor.dtype, tensor._version)
@@ -463,11 +328,6 @@ class Store:
         return self.draws
 
 
-def _storage(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage._cdata, storage.nbytes()
-
-
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -477,16 +337,6 @@ def _key(tensor: Tensor) -> Any:
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory once, in any order of the axes."""
-    expected = 1
-    for stride, size in sorted((n, size) for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _cast_of_weight(tensor: Tensor) -> bool:

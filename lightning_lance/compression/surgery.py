@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from lightning_lance import layers as _layers  # noqa: F401  (fills the registry)
 from lightning_lance.compression.config import LanceConfig
+from lightning_lance.compression.skipping import skipped_layers
 from lightning_lance.errors import PlanError, StateError
 from lightning_lance.layers import registry
 from lightning_lance.layers.compressed import Compressed, LayerState
@@ -61,7 +62,7 @@ class Plan:
     config: LanceConfig = field(default_factory=LanceConfig)
 
 
-def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
+def plan(model: nn.Module, config: LanceConfig | None = None, heads: Collection[str] = ()) -> Plan:
     """Check the whole model against the options; change nothing.
 
     A module is swapped where the forward that would run is a stock one. Modules with a forward of their own,
@@ -70,6 +71,7 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
     Args:
         model: any module.
         config: the options.
+        heads: names of modules that ``skip`` takes for classifiers; the last layer by default.
 
     Returns:
         What would be swapped, which is nothing where no rank or budget asks for it, and why the rest with trainable
@@ -80,11 +82,12 @@ def plan(model: nn.Module, config: LanceConfig | None = None) -> Plan:
     """
     config = config or LanceConfig()
     rules = config.rules()
+    skipped = skipped_layers(model, config.skip, heads)
     candidates: list[Planned] = []
     left: list[LeftAlone] = []
     for name, module in _layers_of(model):
         variant = registry.find(module)
-        reason = None if variant is None else registry.refusal(module)
+        reason = None if variant is None else skipped.get(name) or registry.refusal(module)
         weight = getattr(module, "weight", None)
         if reason is None and variant is not None and weight is not None and weight.requires_grad:
             candidates.append(Planned(name, module, variant, rules.for_layer(name)))
@@ -262,7 +265,8 @@ def join(model: nn.Module, made: Plan) -> list[str]:
 
 def _install(entry: Planned, config: LanceConfig, order: SampleOrder) -> None:
     registry.install(entry.module, entry.variant)
-    state = LayerState(entry.name, True, entry.ranks, config.batch == "unbiased", order)
+    unbiased, learned = config.batch == "unbiased", config.batch == "learned"
+    state = LayerState(entry.name, True, entry.ranks, unbiased, order, learned=learned)
     entry.module.__dict__["_lance"] = state
 
 

@@ -14,6 +14,12 @@ from torch import Tensor
 from lightning_lance.tensors.linalg import energy_rank, orthonormalize, symmetric_eigh
 
 
+class UpTo(NamedTuple):
+    """As many directions as together with the protected ones hold more than a fraction of the energy."""
+
+    threshold: float
+
+
 class Moments(NamedTuple):
     """Second moments ``S`` of feature vectors, whole or as a root.
 
@@ -146,20 +152,21 @@ def grow_and_rest(basis: Tensor, gram: Tensor | Moments, threshold: float) -> tu
     return torch.cat([basis, added.to(basis)], 1).contiguous(), rest.without(count)
 
 
-def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
+def reserve(basis: Tensor, gram: Tensor | Moments, rank: int | float | UpTo) -> Tensor:
     """Leading directions of an experience outside of a protected basis.
 
     Args:
         basis: orthonormal ``M``, shape ``(K, m)``.
         gram: Gram matrix ``(K, K)`` of the experience's feature vectors, or their moments.
-        rank: the number of directions, clipped to what there is, or the energy of the rest that they hold.
+        rank: the number of directions, clipped to what there is; the energy of the rest that they hold; or what they
+            hold together with the protected ones.
 
     Returns:
         Orthonormal ``U``, shape ``(K, r)``, orthogonal to ``M``, dtype of ``basis``; ``r`` may be 0.
     """
     found = split(gram, basis)
     rest = residual(found)
-    count = _leading(rest.values, rank)
+    count = _leading(rest.values, rank, rest.held, rest.total)
     if count == 0:
         return basis.new_empty(basis.shape[0], 0)
     return orthonormalize(rest.vectors(count), as_double(found.basis)).to(basis).contiguous()
@@ -189,12 +196,13 @@ def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
     return orthonormalize(as_double(free) @ rotation[:, count:]).to(free).contiguous()
 
 
-def lead(free: Tensor, gram: Tensor | Moments, rank: int | float) -> Tensor:
+def lead(free: Tensor, gram: Tensor | Moments, rank: int | float | UpTo) -> Tensor:
     """:func:`reserve` from the free basis instead of the protected one; same result up to rounding."""
     moments = Moments.of(gram)
-    values, rotation = symmetric_eigh(inner_moments(free, moments)[0])
+    inner, held = inner_moments(free, moments)
+    values, rotation = symmetric_eigh(inner)
     values = values[values > moments.total * torch.finfo(torch.float32).eps]
-    count = _leading(values, rank)
+    count = _leading(values, rank, held, moments.total)
     return orthonormalize(as_double(free) @ rotation[:, :count]).to(free).contiguous()
 
 
@@ -204,8 +212,11 @@ def _needed(values: Tensor, held: float, needed: float, threshold: float) -> int
     return int(reached.to(torch.int8).argmax()) + 1 if threshold < 1.0 and bool(reached.any()) else values.numel()
 
 
-def _leading(values: Tensor, rank: int | float) -> int:
-    """A number of directions, clipped to what there is, or how many hold an energy."""
+def _leading(values: Tensor, rank: int | float | UpTo, held: float, total: float) -> int:
+    """A number of directions, clipped to what there is, or how many hold an energy, by themselves or with ``held``."""
+    if isinstance(rank, UpTo):
+        needed = rank.threshold * total
+        return 0 if held > needed else _needed(values, held, needed, rank.threshold)
     if isinstance(rank, float):
         return energy_rank(values, float(values.sum()), rank)
     return min(rank, values.numel())

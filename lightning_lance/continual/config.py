@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_lance.compression.config import LanceConfig
+from lightning_lance.compression.presets import preset_named, settle
 from lightning_lance.continual.moments import ROWS_PER_UPDATE
 from lightning_lance.continual.rules import RULES
 from lightning_lance.errors import ConfigError
@@ -44,8 +45,8 @@ class ContinualConfig:
         columns: fraction of the protected layers' weights that an experience may have as columns of its own.
         reserved: directions that an experience may change. ``"full"``: everything that is not protected. An int: that
             many leading directions of the experience outside of what is protected; a float in (0, 1]: those that hold
-            that energy. Then only ``rows x directions`` numbers of a layer are trained, with gradients and optimiser
-            state of that size.
+            that energy; ``"threshold"``: those that together with the protected ones hold the threshold. Then only
+            ``rows x directions`` numbers of a layer are trained, with gradients and optimiser state of that size.
         damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
             energy all the same: a step is multiplied with ``b / (b + damping * a)``, where ``b`` is the share of the
             present experience's energy in a direction and ``a`` the sum of the shares of earlier ones. ``"auto"``: 0
@@ -60,6 +61,11 @@ class ContinualConfig:
             add little to what can be learned; once the first layers are frozen, nothing before the first trained one
             is kept for backward. 1: a layer trains as long as it has any direction free.
         warn_above: fraction of a layer's directions that may be protected before a warning.
+        compress_first: whether inputs are projected in the first experience too, which trains in all directions.
+        preset: ``"published"``, the method of arXiv 2509.21617 as its authors have it: ``rule="threshold"``, the first
+            experience without projections, later ones train directions up to the threshold only and in full steps, and
+            layers train as long as any is free. It sets these options. The same name in
+            :class:`~lightning_lance.LanceConfig` is energy .98 of the batch mode and the locations then.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -69,15 +75,20 @@ class ContinualConfig:
     threshold: float | Literal["auto"] = "auto"
     threshold_growth: float = 0.003
     columns: float = 1 / 64
-    reserved: int | float | Literal["full"] = "full"
+    reserved: int | float | Literal["full", "threshold"] = "full"
     damping: float | Literal["auto"] = "auto"
     feature_side: Literal["patch", "channel"] = "patch"
     heads: str | Sequence[str] = ()
     max_rows: int = ROWS_PER_UPDATE
     freeze_above: float = 0.95
     warn_above: float = 0.9
+    compress_first: bool = True
+    preset: str | None = None
 
     def __post_init__(self) -> None:
+        preset = preset_named(self.preset)
+        if preset is not None:
+            settle(self, str(self.preset), preset.protection)
         if isinstance(self.heads, str):
             object.__setattr__(self, "heads", (self.heads,))
         if not all(isinstance(pattern, str) for pattern in self.heads):
@@ -98,13 +109,15 @@ class ContinualConfig:
             )
         if not _is_reserved(self.reserved):
             raise ConfigError(
-                f"reserved={self.reserved!r} is not allowed. Allowed: 'full', an int of at least 1 (directions), "
-                "a float in (0, 1] (their energy)."
+                f"reserved={self.reserved!r} is not allowed. Allowed: 'full', 'threshold', an int of at least 1 "
+                "(directions), a float in (0, 1] (their energy)."
             )
         if not _is_damping(self.damping):
             raise ConfigError(
                 f"damping={self.damping!r} is not allowed. Allowed: 'auto', or a finite number of at least 0."
             )
+        if self.compress_first not in (True, False):
+            raise ConfigError(f"compress_first={self.compress_first!r} is not allowed. Allowed: True, False.")
         if self.feature_side not in ("patch", "channel"):
             raise ConfigError(f"feature_side={self.feature_side!r} is not allowed. Allowed: 'patch', 'channel'.")
         if not 0.0 < self.freeze_above <= 1.0:
@@ -136,8 +149,8 @@ class ContinualOptions(ContinualConfig, LanceConfig):
     """What to protect, and how far what autograd keeps is compressed meanwhile.
 
     Attributes:
-        bits: as of :class:`~lightning_lance.LanceConfig`; 8 by default, since experience by experience noise in the
-            gradient costs more than in fine-tuning.
+        bits: of each element of what is kept: ``"auto"`` is 8, since noise in the gradient costs more experience by
+            experience than in fine-tuning; 4, 2, or ``None``.
         calibration_batches: batches of an experience that define its subspaces, before and after it.
         layers: which layers may keep a projected input. Which are protected does not depend on it.
         refresh: not allowed: the subspaces are found once for each experience.
@@ -145,8 +158,6 @@ class ContinualOptions(ContinualConfig, LanceConfig):
     Raises:
         ConfigError: a value is not allowed.
     """
-
-    bits: int | Literal["auto"] | None = 8
 
     def __post_init__(self) -> None:
         ContinualConfig.__post_init__(self)
@@ -175,4 +186,4 @@ def _is_reserved(value: Any) -> bool:
         return False
     if isinstance(value, int):
         return value >= 1
-    return value == "full" or (isinstance(value, float) and 0.0 < value <= 1.0)
+    return value in ("full", "threshold") or (isinstance(value, float) and 0.0 < value <= 1.0)

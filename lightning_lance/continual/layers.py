@@ -21,6 +21,7 @@ from lightning_lance.ops.factors import WHOLE
 from lightning_lance.ops.features import FeatureSide
 from lightning_lance.ops.reserved import Form, Parts, effective_weight, precision, reserved_conv, reserved_linear
 from lightning_lance.subspaces.ranks import ModeRanks
+from lightning_lance.tensors.checked import Stored
 from lightning_lance.tensors.orders import SampleOrder
 
 WATCH_STEPS = 32
@@ -34,6 +35,12 @@ EXACT_PASSES = 6
 
 STEADY_TOLERANCE = 1e-4
 """Relative to the weight. Independent roundings of ten thousand steps in float32 add up to some 2e-6."""
+
+LONGEST = 1.1
+"""What a stored basis may multiply a vector's length with: 1, but for rounding and damped directions beside it."""
+
+_BEFORE_STEADY = {"steady": [False, 0], "flat": False}
+"""What states have that were stored before there were steady reservations."""
 
 
 class Reservation:
@@ -69,7 +76,7 @@ class Reservation:
         self.form = Form(side, weight.shape, whole, steady, ROUNDED_PASSES if rounded else 1)
         self._version, self._steps = weight._version, 0
         self._start = fingerprint(weight)
-        self._scaled = memory.scaled
+        self._scaled, self._dtype = memory.scaled, memory.dtype
         self.shown: Tensor | None = None
         if rounded:
             basis = memory.stored  # as it is: not twice in memory
@@ -195,12 +202,50 @@ class Reservation:
             "flat": self.flat,
         }
 
+    def check(self, stored: Stored, weight: Tensor) -> dict[str, Any]:
+        """The state that :meth:`state_dict` returned, which fits this reservation; nothing is changed.
+
+        Raises:
+            StateError: a value is missing, or of another type, shape or dtype.
+        """
+        if isinstance(stored.value, dict):
+            stored = Stored({**_BEFORE_STEADY, **stored.value}, stored.place, stored.advice)
+        start, basis, anchor, update, kept, steady, flat = stored.fields(
+            "start", "basis", "anchor", "update", "weight", "steady", "flat"
+        )
+        start.real()
+        holds, steps = steady.items(2)
+        holds.flag()
+        steps.integer(0)
+        if flat.flag() and self.update is not None:
+            flat.refuse("False for a layer that trains a smaller parameter")
+        groups, width, count = self.basis.shape
+        if basis.value is not None:
+            scaled = basis.tensor((groups, width, None), (self._dtype,))
+            count = scaled.shape[2]
+            longest = float(torch.linalg.matrix_norm(scaled.double(), 2).max()) if scaled.numel() else 0.0
+            if longest > LONGEST:
+                basis.refuse(
+                    "orthogonal columns no longer than 1", f"a tensor that makes vectors {longest:.3g} times longer"
+                )
+        for item, own in ((anchor, self.anchor), (update, self.update)):
+            if own is None:
+                if item.value is not None:
+                    item.refuse("None, since the layer trains " + ("its weight" if item is update else "another one"))
+            else:
+                item.tensor((*own.shape[:-1], count), (own.dtype,), finite=False)
+        if self.update is not None or (basis.value is not None and not flat.value):
+            kept.tensor(weight.shape, (weight.dtype,), finite=False)
+        elif kept.value is not None:
+            kept.refuse("None, since the model's own state holds the weight")
+        return dict(stored.value)
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], weight: Tensor) -> None:
-        """Go on with stored tensors; the weight gets its stored values where there are any."""
+        """Go on with stored tensors that were checked; the weight gets its stored values where there are any."""
         self._start, self._scaled = state["start"], state["basis"] is not None
-        steady, self._steps = state.get("steady", (False, 0))
-        self.flat = state.get("flat", False)
+        steady, self._steps = state["steady"]
+        self.flat = state["flat"]
         self.form, self._version = self.form._replace(steady=steady), weight._version
         if self._scaled:
             self.basis = Parameter(state["basis"].to(weight.device), requires_grad=False)

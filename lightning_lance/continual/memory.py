@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_lance.continual.basis import (
     Moments,
+    UpTo,
     as_double,
     complement,
     grow_and_rest,
@@ -22,7 +23,9 @@ from lightning_lance.continual.basis import (
 )
 from lightning_lance.continual.leftover import Leftover, energy_along, inside, outside, step_sizes
 from lightning_lance.continual.moments import FeatureMoments
+from lightning_lance.continual.stored_memory import ADVICE, StoredMemory, read_memory
 from lightning_lance.errors import StateError
+from lightning_lance.tensors.checked import FLOATS, Stored
 from lightning_lance.tensors.linalg import orthonormalize
 
 
@@ -173,7 +176,7 @@ class LayerMemory:
             )
 
     def reserve(
-        self, gram: Tensor | FeatureMoments | None = None, rank: int | float | str = "full", damping: float = 0.0
+        self, gram: Tensor | FeatureMoments | None = None, rank: int | float | UpTo | str = "full", damping: float = 0.0
     ) -> Tensor | None:
         """Choose the directions that the coming experience may change, and how long a step is in them.
 
@@ -181,7 +184,8 @@ class LayerMemory:
             gram: second moments of the experience's feature vectors, ``(K, K)`` or ``(groups, K, K)``; not needed for
                 ``"full"`` without damping.
             rank: ``"full"``: everything outside of ``M``; an int: that many leading directions outside of ``M``; a
-                float in (0, 1]: those that hold that fraction of the energy outside of ``M``.
+                float in (0, 1]: those that hold that fraction of the energy outside of ``M``; ``UpTo(threshold)``:
+                those that together with ``M`` hold the threshold.
             damping: see :func:`~lightning_lance.continual.leftover.step_sizes`; 0 for steps of full length.
 
         Returns:
@@ -462,31 +466,29 @@ class LayerMemory:
         Raises:
             StateError: it is damaged, or of a layer with another feature side.
         """
-        try:
-            basis, soft, reserved = state["basis"], state["soft"], state["reserved"]
-            shape = tuple(basis.shape[:2])
-            if basis.dim() == 3 and shape != (self.groups, self.width):
-                raise StateError(
-                    f"{self.label}: the stored basis is for {shape[0]} groups of width {shape[1]}, the layer has "
-                    f"{self.groups} of width {self.width}. Load it with the model and feature_side that it was made "
-                    "with."
-                )
-            tensors = [found for found in (basis, soft, reserved) if found is not None]
-            if not all(found.dim() == 3 and bool(found.isfinite().all()) for found in tensors):
-                raise ValueError("a basis that is not finite or not of three axes")
-            stage, counts, rest = Stage(state["stage"]), list(state["counts"]), list(state["rest"])
-            energies, is_free, compact = state["energies"].clone(), state["is_free"], state["compact"]
-            basis = basis.to(self._basis.device)
-            soft = soft.to(self._soft)
-            reserved = None if reserved is None else reserved.to(self._soft)
-        except StateError:
-            raise
-        except Exception as error:
-            raise StateError(
-                f"{self.label}: its stored memory is damaged ({type(error).__name__}: {error}). What it protected "
-                "cannot be rebuilt: load another checkpoint."
-            ) from error
-        self.stage, self.counts, self._rest = stage, counts, rest
-        self._basis, self._is_free, self.compact = basis, is_free, compact
-        self._soft, self._energies, self.reserved = soft, energies, reserved
+        stored = Stored(state, f"{self.label}: the stored memory", ADVICE)
+        self._assign(read_memory(stored, self.groups, self.width, self._dtype))
+
+    @classmethod
+    def read(cls, stored: Stored, label: str) -> LayerMemory:
+        """The memory that a stored stream has of a layer: width, groups, name of the dtype, and a state.
+
+        Raises:
+            StateError: it is damaged, or of the middle of an experience.
+        """
+        width, groups, dtype, state = stored.items(4)
+        sizes = width.integer(1, 1 << 31), groups.integer(1, 1 << 31)
+        kind = FLOATS[dtype.text(FLOATS)]
+        # Before anything is made of such a size.
+        found = read_memory(state, sizes[1], sizes[0], kind, (Stage.EMPTY.value, Stage.CONSOLIDATED.value))
+        memory = cls(*sizes, label, kind)
+        memory._assign(found)
+        return memory
+
+    def _assign(self, found: StoredMemory) -> None:
+        device = self._basis.device
+        self.stage, self.counts, self._rest = Stage(found.stage), found.counts, found.rest
+        self._basis, self._is_free, self.compact = found.basis.to(device), found.is_free, found.compact
+        self._soft, self._energies = found.soft.to(device), found.energies
+        self.reserved = None if found.reserved is None else found.reserved.to(device)
         self.steps = self.opened = self.importance = None

@@ -30,13 +30,12 @@ from lightning_lance.continual.layers import (
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
 from lightning_lance.continual.rules import RULES, Layer, Now
+from lightning_lance.continual.stored import CONTINUAL_STATE_VERSION, read_experience, read_stream
 from lightning_lance.errors import LanceWarning, PlanError, StateError
 from lightning_lance.layers import registry
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.subspaces.ranks import closest, matches
 from lightning_lance.tensors.orders import SampleOrder
-
-CONTINUAL_STATE_VERSION = 3
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -87,7 +86,7 @@ class ContinualSession(Steps):
     """
 
     def __init__(self, config: LanceConfig | None = None, options: ContinualConfig | None = None) -> None:
-        self.config = config or LanceConfig()
+        self.config = (config or LanceConfig()).in_stream()
         self.options = options or ContinualConfig()
         self.processes = Processes()
         self.experience = 0
@@ -137,7 +136,8 @@ class ContinualSession(Steps):
 
         Args:
             model: the model, adapted to the experience already.
-            passes: forward passes on batches of the experience, run in training mode and without a trace.
+            passes: forward passes on batches of the experience, run without a trace; in training mode, or in eval mode
+                where ``calibration`` of the options is that.
             optimizers: hold the model's parameters. Where less than the weight of a layer is to be trained, a smaller
                 parameter takes its place in them until the experience ends; needed where ``reserved`` is not
                 ``"full"``. What they are decides about ``damping="auto"``.
@@ -156,6 +156,7 @@ class ContinualSession(Steps):
         if self._run is not None:
             raise StateError("begin_experience() while one is running: call end_experience() or abandon() first.")
         self._check_heads(model)
+        self._check_fits(model)
         self.select(model, None)
         self._drop_pending(model)
         run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
@@ -185,8 +186,7 @@ class ContinualSession(Steps):
         moments = {}
         if self.rule.needs_moments(run.now):
             moments = self._moments({name: layer for name, layer in trained.items() if name in self._reservable()})
-        compression = LanceSession(run.model, self.config)
-        compression.processes = self.processes
+        compression = self._compression(run)
         try:
             compression.start(observe=False)
         except PlanError:
@@ -200,7 +200,7 @@ class ContinualSession(Steps):
             if run.compression is not None and run.compression.layers:
                 run.compression.calibrate(passes)
             elif moments:
-                _run_passes(run.model, passes, training=True)
+                _run_passes(run.model, passes, training=self.config.calibration == "training")
         finally:
             for handle in handles:
                 handle.remove()
@@ -218,8 +218,25 @@ class ContinualSession(Steps):
             if self.rule.freezes(run.views[name], run.now):
                 self._say_full([(name, self.memories[name].capacity())])
                 run.freeze(layer.weight)
-            self._train(run, name, layer, order, optimizers)
+            made = self._reservation(run, name, layer)
+            self._train(run, name, layer, order, optimizers, None if made is None else (made, None))
         run.flatten_after_steps()
+
+    def _compression(self, run: _Run) -> LanceSession:
+        first = self.experience == 0 and not self.options.compress_first
+        made = LanceSession(run.model, self.config.uncompressed() if first else self.config, run.heads)
+        made.processes = self.processes
+        return made
+
+    def _reservation(self, run: _Run, name: str, layer: Any) -> Reservation | None:
+        """What a layer is to train in; ``None``: it trains in all directions, or in none."""
+        memory = self.memories[name]
+        if not any(memory.counts) or not layer.weight.requires_grad:
+            return None
+        if memory.reserved is not None and memory.reserved.shape[2] == 0:
+            return None
+        side, _ = _side(layer, self.options)
+        return Reservation(layer.weight, memory, side, steps_are_sums(run.optimizers, layer.weight), run.flat)
 
     def _train(
         self,
@@ -228,19 +245,17 @@ class ContinualSession(Steps):
         layer: Any,
         order: SampleOrder,
         optimizers: list[torch.optim.Optimizer],
-        stored: dict[str, Any] | None = None,
+        made: tuple[Reservation, dict[str, Any] | None] | None,
     ) -> None:
-        """Let a layer train in what its memory has reserved, from its start or from a stored moment."""
+        """Let a layer train in a reservation, from its start or from a stored moment."""
         memory = self.memories[name]
         memory.start()
         run.layers[name] = layer
-        if not any(memory.counts) or not layer.weight.requires_grad:
+        if made is None:
+            if memory.reserved is not None and memory.reserved.shape[2] == 0 and layer.weight.requires_grad:
+                run.freeze(layer.weight)
             return
-        if memory.reserved is not None and memory.reserved.shape[2] == 0:
-            run.freeze(layer.weight)
-            return
-        side, _ = _side(layer, self.options)
-        reservation = Reservation(layer.weight, memory, side, steps_are_sums(run.optimizers, layer.weight), run.flat)
+        reservation, stored = made
         if stored is not None:
             reservation.load_state_dict(stored, layer.weight)
         install_reservation(layer, name, reservation, order)
@@ -296,42 +311,54 @@ class ContinualSession(Steps):
         if self._run is not None:
             raise StateError("resume_experience() while one is running: call end_experience() or abandon() first.")
         self._check_heads(model)
+        self._check_fits(model)
         run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
         run.optimizers, run.flat = list(optimizers), flat
-        self._pending = None
+        pending, self._pending = self._pending, None
         try:
             self._resume(run, state, list(optimizers))
         except BaseException:
             self.abandon()
+            self._pending = pending
             raise
 
     def _resume(self, run: _Run, state: dict[str, Any], optimizers: list[torch.optim.Optimizer]) -> None:
-        run.before, run.now = dict(state["before"]), Now(*state["now"])
+        """Check everything, then give the model anything of it."""
+        found = read_experience(state, self.experience, self.memories, self.rule)
+        run.before, run.now = found.before, found.now
         layers = self._protectable(run.model, run.heads)
         trained = self._freeze(run, layers)
-        if set(trained) != set(state["layers"]):
-            differing = sorted(set(trained) ^ set(state["layers"]))
+        if set(trained) != set(found.layers):
+            differing = sorted(set(trained) ^ set(found.layers))
             raise StateError(
                 f"the stored experience trains other layers than the model would: {', '.join(differing)} differ. "
                 "Resume with the model, heads and trainable parameters that it began with."
             )
         self._add_memories(trained, run.now)
-        if state["compression"] is not None:
-            run.compression = LanceSession(run.model, self.config)
-            run.compression.processes = self.processes
+        if found.compression is not None:
+            run.compression = self._compression(run)
             run.compression.start(observe=False)
-            run.compression.load_state_dict(state["compression"])
+            run.compression.load_state_dict(found.compression)
         order = _order(run.model, self.config.seed)
+        reservations: dict[str, tuple[Reservation, dict[str, Any]] | None] = {}
         for name, layer in trained.items():
-            memory, stored = self.memories[name], state["layers"][name]
+            memory, stored = self.memories[name], found.layers[name]
             memory.reserve()
-            memory.reserved = None if stored["reserved"] is None else stored["reserved"].to(layer.weight.device)
-            memory.opened = stored["opened"]
+            memory.reserved = None if stored.reserved is None else stored.reserved.to(layer.weight.device)
+            memory.opened = stored.opened
             run.views[name] = self._view(name, layer)
             if self.rule.freezes(run.views[name], run.now):
                 run.freeze(layer.weight)
-            self._train(run, name, layer, order, optimizers, stored["reservation"])
-        self.rule.resume(run.views, state["rule"])
+            reservation = self._reservation(run, name, layer)
+            if reservation is None:
+                if stored.reservation.value is not None:
+                    stored.reservation.refuse("None for a layer that trains in all directions or none")
+                reservations[name] = None
+            else:
+                reservations[name] = reservation, reservation.check(stored.reservation, layer.weight)
+        for name, layer in trained.items():
+            self._train(run, name, layer, order, optimizers, reservations[name])
+        self.rule.resume(run.views, found.rule)
         run.flatten_after_steps()
 
     def end_experience(self, model: nn.Module, passes: Sequence[Pass]) -> dict[str, Capacity]:
@@ -431,6 +458,7 @@ class ContinualSession(Steps):
             return
         if own == self._selected:
             return
+        self._check_fits(model)
         self._leave(model)
         if own is None:
             return
@@ -538,6 +566,32 @@ class ContinualSession(Steps):
                 raise PlanError(
                     f"heads={pattern!r} matches no module. There are {len(names)}, such as {closest(pattern, names)}. "
                     "Patterns are shell-style ('heads.*') or the name of a container."
+                )
+
+    def _check_fits(self, model: nn.Module) -> None:
+        """Refuse a model of other widths than those of what is stored for its weights."""
+        modules = dict(model.named_modules())
+        opened = {} if self._pending is None else self._pending["opened"]
+        for name, memory in self.memories.items():
+            rows, needed = self.rule.rows(name), name in self._shared or name in opened
+            module: Any = modules.get(name)
+            if module is None or reserved_variant(module) is None:
+                if needed:
+                    raise StateError(
+                        f"{name}: the stored stream has something for its weight, and the model has no such layer. "
+                        "Give the model that the stream was stored with."
+                    )
+                continue
+            if rows is None and not needed:
+                continue
+            side, _ = _side(module, self.options)
+            shape = (side.groups, module.weight.numel() // (side.groups * side.width), side.width)
+            wanted = (memory.groups, shape[1] if rows is None else rows, memory.width)
+            held = self._shared.get(name, module.weight)
+            if shape != wanted or held.shape != module.weight.shape:
+                raise StateError(
+                    f"{name}: what is stored for its weight is of {wanted} groups, rows and width, the layer "
+                    f"has {shape}. Give the model that the stream was stored with."
                 )
 
     def _protectable(self, model: nn.Module, heads: set[str]) -> dict[str, nn.Module]:
@@ -674,53 +728,17 @@ class ContinualSession(Steps):
         """Continue a stored stream between two experiences.
 
         Raises:
-            StateError: an experience is running, or the state is damaged, of another version or feature side. Nothing
-                is changed then.
+            StateError: an experience is running, or the state is damaged, of another version, feature side or rule:
+                what differs is named, and nothing is changed.
         """
         if self._run is not None:
             raise StateError(
                 "load_state_dict() while an experience is running: call end_experience() or abandon() first."
             )
-        try:
-            self._assign(state)
-        except StateError:
-            raise
-        except Exception as error:
-            raise StateError(
-                f"the stored stream is damaged ({type(error).__name__}: {error}). What it protected cannot be rebuilt: "
-                "load another checkpoint."
-            ) from error
-
-    def _assign(self, state: dict[str, Any]) -> None:
-        """Read everything, then change anything."""
-        if state.get("version") != CONTINUAL_STATE_VERSION:
-            raise StateError(
-                f"the stored state has version {state.get('version')!r}; this package reads {CONTINUAL_STATE_VERSION}. "
-                "What it protected cannot be rebuilt: continue with the version that wrote it."
-            )
-        if state["feature_side"] != self.options.feature_side:
-            raise StateError(
-                f"the stored stream protects feature_side={state['feature_side']!r}, asked for is "
-                f"{self.options.feature_side!r}. Give the stored one."
-            )
-        if state["rule"][0] != self.options.rule:
-            raise StateError(
-                f"the stored stream has rule={state['rule'][0]!r}, asked for is {self.options.rule!r}. "
-                "Give the stored one."
-            )
-        memories = {}
-        for name, (width, groups, dtype, stored) in state["memories"].items():
-            memory = memories[name] = LayerMemory(width, groups, name, getattr(torch, dtype))
-            memory.load_state_dict(stored)
-        known, said = set(state["known"]), set(state["said"])
-        rule = copy.deepcopy(self.rule)
-        rule.load_state_dict(state["rule"][1])
-        selected, shared, merged = state["selected"] or (None, {}, {})
-        selection = selected, dict(shared), dict(merged)
-        experience, pending = int(state["experience"]), state["pending"]
-        self.memories, self.experience, self.rule = memories, experience, rule
-        self._known, self._said, self._pending = known, said, pending
-        self._selected, self._shared, self._merged = selection
+        found = read_stream(state, self.options, self.rule)
+        self.memories, self.experience, self.rule = found.memories, found.experience, found.rule
+        self._known, self._said, self._pending = found.known, found.said, found.pending
+        self._selected, self._shared, self._merged = found.selected, found.shared, found.merged
 
 
 class _Run:

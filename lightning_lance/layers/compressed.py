@@ -16,7 +16,6 @@ from lightning_lance.ops.saving import OurRule, saving
 from lightning_lance.ops.watching import unwatched
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.subspaces.subspace import LayerSubspace, Sizes
-from lightning_lance.tensors.linalg import group_rotation, sample_groups
 from lightning_lance.tensors.orders import SampleOrder
 
 
@@ -39,6 +38,7 @@ class LayerState:
         subspace: factors; ``None`` until calibrated, and the stock path runs.
         observer: collects statistics of the inputs, during calibration or refresh.
         shared: cores of living inputs, where other layers may read the same one.
+        learned: whether the batch mode gets a factor of its own.
     """
 
     name: str
@@ -49,6 +49,7 @@ class LayerState:
     subspace: LayerSubspace | None = None
     observer: Observer | None = None
     shared: SharedCores | None = None
+    learned: bool = False
 
     def factors(self, input: Tensor, sizes: Sizes, channels: int) -> Factors | None:
         """Factors for one input, or ``None`` where the stock path must run."""
@@ -61,13 +62,9 @@ class LayerState:
         size = input.shape[0]
         if not subspace.shrinks(size, channels, sizes):
             return None
-        columns = subspace.batch.columns(size)
-        if columns >= size:
+        rotation, groups = subspace.batch.projection(size, input.dtype, input.device, self.order)
+        if rotation is None:
             return Factors(None, None, 1.0, subspace.channel, spatial)
-        rotation = group_rotation(size, columns, input.dtype, input.device)
-        groups = sample_groups(size, columns, input.device)
-        if subspace.batch.unbiased:
-            groups = groups.index_select(0, self.order.draw(size, input.device))
         scale = subspace.batch.contrast_scale(size)
         return Factors(rotation, groups, scale, subspace.channel, spatial)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,19 @@ class OurRule:
     __slots__ = ()
 
 
+class FinishedRule:
+    """Base of the rules that want to see the result of their operator."""
+
+    __slots__ = ()
+
+    def __call__(self, saved: Tensor, store: Any) -> Any:
+        raise NotImplementedError
+
+    def finish(self, result: Tensor, store: Any) -> None:
+        """Called when the operator has run."""
+        raise NotImplementedError
+
+
 class Saving(threading.local):
     """The operator that runs in this thread.
 
@@ -26,12 +40,26 @@ class Saving(threading.local):
         arguments: what it was called with.
         name: what to call it in a report.
         store: what looks at saved tensors in this thread; ``None``: nobody does.
+        pending: the input of a normalisation, kept whole until the operator behind it is known.
+        looking: saved tensors are read, and it is not a backward pass that reads them.
     """
 
     rule: Rule | None = None
     arguments: tuple[Any, ...] = ()
     name: str = ""
     store: Any = None
+    pending: Any = None
+    looking: bool = False
 
 
 saving = Saving()
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Inside the block this thread reads saved tensors outside of a backward pass."""
+    saving.looking = True
+    try:
+        yield
+    finally:
+        saving.looking = False

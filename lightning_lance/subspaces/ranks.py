@@ -64,6 +64,10 @@ class ModeRanks:
         """Rule of the spatial modes with the energy that ``"compact"`` stands for."""
         return COMPACT_SPATIAL_ENERGY if self.spatial == "compact" else self.spatial
 
+    def batch_rank(self, size: int) -> ModeRank:
+        """Rule of a learned batch mode of this size, with the rank that ``"compact"`` stands for."""
+        return compact_batch_rank(size) if self.batch == "compact" else self.batch
+
     @property
     def projects(self) -> bool:
         """Whether any mode is to be projected, be it on all of it."""

@@ -87,7 +87,7 @@ def check_session_state(
             seen[name] = item.value
             fresh = None if statistics is None else statistics.get(name)
             if fresh is not None:
-                LayerStatistics(fresh.ranks, fresh.channel_axis, name, fresh.work).load_state_dict(
+                LayerStatistics(fresh.ranks, fresh.channel_axis, name, fresh.work, fresh.learned).load_state_dict(
                     item.value, torch.device("cpu"), channels.get(name)
                 )
     counts = [item.integer(0) for item in (observed, steps, draws, fixed)]

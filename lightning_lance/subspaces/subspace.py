@@ -11,58 +11,18 @@ import torch
 from torch import Tensor
 
 from lightning_lance.errors import CalibrationError
-from lightning_lance.subspaces.ranks import ModeRank, ModeRanks, compact_batch_rank, worthwhile
-from lightning_lance.tensors.checked import FLOATS, LARGEST, Stored
+from lightning_lance.subspaces.batch import ROUNDING, BatchRule, LearnedBatch, stored_factor, stored_rule
+from lightning_lance.subspaces.ranks import ModeRank, ModeRanks, worthwhile
+from lightning_lance.tensors.checked import FLOATS, Stored
 from lightning_lance.tensors.gram import GramMatrix, NystromSketch, mode_statistics
-from lightning_lance.tensors.linalg import contrast_scale, energy_rank, mode_product, orthonormalize
+from lightning_lance.tensors.linalg import energy_rank, mode_product, orthonormalize
 from lightning_lance.tensors.rounding import GROUP, kept_bytes
-
-ROUNDING = 0.01
-"""How far a stored fraction of an energy may be above 1: both sums were rounded."""
 
 CORE_BITS = (2, 4, 8)
 """Bits that an element of a core may be kept in."""
 
 Sizes = tuple[int, ...]
 """Lengths of the spatial (or token) axes of an input."""
-
-
-@dataclass(frozen=True)
-class BatchRule:
-    """How many groups of samples represent a batch of any size.
-
-    Attributes:
-        rank: an int, an energy, ``"compact"`` or ``"full"``.
-        unbiased: weight the contrasts so that the gradient estimate has no bias; needs random groups.
-        constant_energy: measured fraction of the input's energy in the constant direction. The contrasts
-            share the rest evenly, since the samples of a batch are exchangeable; this turns an energy into
-            a rank for any batch size without a Gram matrix of the batch mode.
-    """
-
-    rank: ModeRank = "full"
-    unbiased: bool = True
-    constant_energy: float = 0.0
-
-    def columns(self, size: int) -> int:
-        """Batch rank at a batch size; the size itself where the mode is kept whole."""
-        if self.rank == "full":
-            return size
-        if self.rank == "compact":
-            rank = compact_batch_rank(size)
-        elif isinstance(self.rank, int):
-            rank = self.rank
-        elif self.rank >= 1.0:
-            return size
-        elif self.constant_energy > self.rank:
-            rank = 1
-        else:
-            share = (1.0 - self.constant_energy) / max(size - 1, 1)
-            rank = 1 + math.floor((self.rank - self.constant_energy) / share) + 1 if share > 0 else 1
-        return min(max(rank, 2 if self.unbiased else 1), size)
-
-    def contrast_scale(self, size: int) -> float:
-        """Weight of the contrasts in the weight gradient; 1 where a bias is accepted."""
-        return contrast_scale(size, self.columns(size)) if self.unbiased else 1.0
 
 
 @dataclass
@@ -92,6 +52,7 @@ class LayerSubspace:
 
     def factors(self) -> Iterator[Tensor]:
         """Every factor tensor."""
+        yield from self.batch.factors()
         if self.channel is not None:
             yield self.channel
         for group in self.spatial.values():
@@ -104,7 +65,7 @@ class LayerSubspace:
             return None if factor is None else factor.to(device, dtype).contiguous()
 
         spatial = {sizes: tuple(map(move, group)) for sizes, group in self.spatial.items()}
-        return replace(self, channel=move(self.channel), spatial=spatial)
+        return replace(self, batch=self.batch.to(device, dtype), channel=move(self.channel), spatial=spatial)
 
     def core_shape(self, batch: int, channels: int, sizes: Sizes) -> tuple[int, ...]:
         """``(r_batch, r_channel, r_spatial...)`` of what is kept of an input: its own shape for unknown sizes."""
@@ -134,21 +95,23 @@ class LayerSubspace:
         if group is None:
             return core
         factors = sum(factor.numel() for factor in (self.channel, *group) if factor is not None)
-        ordered = self.batch.unbiased and self.batch.columns(batch) < batch
-        return core + factors * itemsize + (4 * batch if ordered else 0)
+        return core + factors * itemsize + self.batch.formula_bytes(batch, itemsize)
 
     def shrinks(self, batch: int, channels: int, sizes: Sizes) -> bool:
         """Whether core, factors and groups of an input are smaller than the input itself (in float32), both rounded.
 
-        They are not where the batch is tiny or a factor is as large as the input; then the input is better kept.
+        They are not where the batch is tiny or a factor is as large as the input; then the input is better kept, unless
+        the batch mode is one that is projected in any case.
         """
+        if self.batch.unconditional:
+            return True
         whole = kept_bytes(batch * channels * math.prod(sizes), 4, self.bits)
         return self.formula_bytes(batch, channels, sizes, 4) <= whole
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and detached CPU tensors, safe for ``torch.load(weights_only=True)``."""
         return {
-            "batch": [self.batch.rank, self.batch.unbiased, self.batch.constant_energy],
+            "batch": self.batch.state(),
             "channel": None if self.channel is None else self.channel.detach().cpu(),
             "spatial": [
                 [list(sizes), [None if f is None else f.detach().cpu() for f in group]]
@@ -181,9 +144,8 @@ class LayerSubspace:
         batch, channel, spatial, energy, any_size, bits = Stored(state, place, advice).fields(
             "batch", "channel", "spatial", "energy", "any_size", "bits"
         )
-        rank, unbiased, constant = batch.items(3)
-        rule = BatchRule(_stored_rank(rank), unbiased.flag(), constant.number(0.0, 1.0 + ROUNDING))
-        factor = _stored_factor(channel, channels)
+        rule = stored_rule(batch)
+        factor = stored_factor(channel, channels)
         groups: dict[Sizes, tuple[Tensor | None, ...]] = {}
         for item in spatial.items():
             lengths, group = item.items(2)
@@ -191,7 +153,7 @@ class LayerSubspace:
             if sizes in groups:
                 lengths.refuse("sizes that differ from one another", f"{list(sizes)} for the second time")
             factors = zip(group.items(len(sizes)), sizes, strict=True)
-            groups[sizes] = tuple(_stored_factor(found, size) for found, size in factors)
+            groups[sizes] = tuple(stored_factor(found, size) for found, size in factors)
         held = {name: value.number(0.0, 1.0 + ROUNDING) for name, value in energy.named()}
         if bits.value is not None and not (isinstance(bits.value, int) and bits.value in CORE_BITS):
             bits.refuse(f"None, {', '.join(map(str, CORE_BITS))}")
@@ -199,27 +161,6 @@ class LayerSubspace:
         if len({factor.dtype for factor in found.factors()}) > 1:
             spatial.refuse("factors of one dtype", "a list with factors of several dtypes")
         return found
-
-
-def _stored_rank(rank: Stored) -> ModeRank:
-    value = rank.value
-    if isinstance(value, str) and value in ("full", "compact"):
-        return value  # type: ignore[return-value]
-    whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
-    if not whole and not (isinstance(value, float) and 0.0 < value <= 1.0):
-        rank.refuse("'auto', 'full', an int of at least 1, a float in (0, 1]")
-    return value  # type: ignore[no-any-return]
-
-
-def _stored_factor(stored: Stored, size: int | None) -> Tensor | None:
-    """A factor ``(size, r)`` with orthonormal columns, or ``None``."""
-    if stored.value is None:
-        return None
-    found = stored.tensor((size, None))
-    if not 1 <= found.shape[1] <= found.shape[0]:
-        stored.refuse("a factor with at least one column and no more than rows")
-    stored.orthonormal(found)
-    return found
 
 
 @dataclass(frozen=True)
@@ -263,6 +204,7 @@ class LayerSpectra:
 
     Attributes:
         work: multiply-adds of the layer's forward pass on each element of its input.
+        batch: spectrum of the batch positions, where that mode is learned.
     """
 
     channels: int
@@ -272,6 +214,7 @@ class LayerSpectra:
     dtype: torch.dtype
     device: torch.device
     work: float = math.inf
+    batch: Spectrum | None = None
 
     @property
     def totals(self) -> tuple[Any, ...]:
@@ -303,6 +246,10 @@ class LayerSpectra:
         # One row a sample is little to keep, and its gradient has no sum over positions that would even out the noise.
         rows = ranks.batch == "compact" and not any(self.spatial)
         rule = BatchRule("full" if rows else ranks.batch, unbiased, self.constant_energy)
+        if self.batch is not None:
+            size = self.batch.vectors.shape[0]
+            factor, energy["batch"] = self.batch.truncate(ranks.batch_rank(size), self.dtype, self.device)
+            rule = LearnedBatch(ranks.batch, False, self.constant_energy, factor)
         return LayerSubspace(rule, channel, spatial, energy, _whole(ranks.spatial), bits)
 
 
@@ -314,19 +261,26 @@ class LayerStatistics:
         channel_axis: 1 for convolutions, -1 for linear layers.
         label: names the layer in messages.
         work: multiply-adds of the layer's forward pass on each element of its input.
+        learned: collect what a learned batch mode needs, from the inputs of the batch size that comes first; others,
+            such as the last batch of an epoch, add to the other modes only.
     """
 
-    def __init__(self, ranks: ModeRanks, channel_axis: int, label: str, work: float = math.inf) -> None:
+    def __init__(
+        self, ranks: ModeRanks, channel_axis: int, label: str, work: float = math.inf, learned: bool = False
+    ) -> None:
         self.ranks = ranks
         self.channel_axis = channel_axis
         self.label = label
         self.work = work
+        self.learned = learned and not _whole(ranks.batch)
         self.calls = 0
         self.channels = 0
         self.shape: tuple[int, ...] = ()
         self._channel: GramMatrix | NystromSketch | None = None
         self._spatial: dict[Sizes, list[GramMatrix | NystromSketch] | None] = {}
         self._energy: Tensor | None = None
+        self._batch: GramMatrix | NystromSketch | None = None
+        self._batch_size = 0
         self._input_dtype = torch.float32
 
     def _accumulators(self, channels: int, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> None:
@@ -348,6 +302,12 @@ class LayerStatistics:
                 if isinstance(rank, str) or _whole(rank)
                 else [mode_statistics(n, rank, accumulate, device, f"{self.label}, spatial mode") for n in sizes]
             )
+
+    def _batch_accumulator(self, size: int, device: torch.device) -> None:
+        rank = self.ranks.batch_rank(size)
+        assert not isinstance(rank, str)
+        self._batch_size = size
+        self._batch = mode_statistics(size, rank, self._accumulation_dtype, device, f"{self.label}, batch mode")
 
     @torch.inference_mode(False)  # accumulators made under inference mode could not be added to outside of it
     @torch.no_grad()
@@ -375,6 +335,10 @@ class LayerStatistics:
             axes = [dim for dim in range(1, input.dim()) if dim != axis]
             for statistics, dim in zip(spatial, axes, strict=True):
                 statistics.update(input, dim)
+        if self.learned and self._batch is None:
+            self._batch_accumulator(input.shape[0], input.device)
+        if self._batch is not None and input.shape[0] == self._batch_size:
+            self._batch.update(input, 0)
 
     @property
     def channels_first_shape(self) -> tuple[int, ...]:
@@ -389,13 +353,25 @@ class LayerStatistics:
     def signature(self) -> list[Any]:
         """What was seen, as plain data to exchange between processes."""
         widths = [sketch.width for sketch in self._sketches()]
-        return [self.channels, sorted(self._spatial), str(self._input_dtype).removeprefix("torch."), widths]
+        dtype = str(self._input_dtype).removeprefix("torch.")
+        return [self.channels, sorted(self._spatial), dtype, widths, self._batch_size]
 
     def extend(self, signature: list[Any], device: torch.device) -> None:
-        """Make accumulators for what another process saw, in the widths of its sketches."""
-        channels, every, dtype, widths = signature
+        """Make accumulators for what another process saw, in the widths of its sketches.
+
+        Raises:
+            CalibrationError: the other process learned the batch mode of another batch size.
+        """
+        channels, every, dtype, widths, size = signature
         for sizes in every:
             self._accumulators(channels, tuple(sizes), getattr(torch, dtype), device)
+        if size and self._batch is None:
+            self._batch_accumulator(size, device)
+        if size and size != self._batch_size:
+            raise CalibrationError(
+                f"{self.label}: batches of {self._batch_size} samples here and of {size} on another process. "
+                "A learned batch mode needs one size: give all processes the same batch_size, and drop_last=True."
+            )
         for sketch, width in zip(self._sketches(every), widths, strict=True):
             sketch.agree(width)
 
@@ -404,6 +380,7 @@ class LayerStatistics:
         modes: list[GramMatrix | NystromSketch | None] = [self._channel]
         for sizes in sorted(self._spatial) if every is None else every:
             modes += self._spatial[tuple(sizes)] or ()
+        modes.append(self._batch)
         yield from (statistics for statistics in modes if isinstance(statistics, NystromSketch))
 
     def state_dict(self) -> dict[str, Any]:
@@ -452,7 +429,7 @@ class LayerStatistics:
         self, signature: Stored, tensors: list[Any], device: torch.device, channels: int | None
     ) -> LayerStatistics:
         """New accumulators for a stored signature, which is checked against the stored tensors before any is made."""
-        width, every, dtype, widths = signature.items(4)
+        width, every, dtype, widths, batch = signature.items(5)
         seen = [item.integers(0) for item in every.items()]
         if len(set(seen)) != len(seen):
             every.refuse("sizes that differ from one another")
@@ -464,12 +441,18 @@ class LayerStatistics:
         spatial = self.ranks.spatial_rank
         if not isinstance(spatial, str) and not _whole(spatial):
             learned |= {size for sizes in seen for size in sizes}
+        size = batch.integer(0)
+        if size and not self.learned:
+            batch.refuse("0, for its batch mode is not learned")
+        learned |= {size} - {0}
         present = {found.shape[0] for found in tensors if isinstance(found, Tensor) and found.dim() == 2}
         if learned - present:  # a damaged size must not make a matrix that does not fit into memory
             signature.refuse("widths of the stored tensors", f"one of modes {sorted(learned - present)} wide")
-        made = LayerStatistics(self.ranks, self.channel_axis, self.label, self.work)
+        made = LayerStatistics(self.ranks, self.channel_axis, self.label, self.work, self.learned)
         for sizes in seen:
             made._accumulators(width.value, sizes, getattr(torch, name), device)
+        if size:
+            made._batch_accumulator(size, device)
         sketches = list(made._sketches(seen))
         for sketch, columns in zip(sketches, widths.items(len(sketches)), strict=True):
             sketch.agree(columns.integer(1, sketch.sample.shape[0]))
@@ -483,7 +466,7 @@ class LayerStatistics:
         for sizes in sorted(self._spatial):
             for statistics in self._spatial[sizes] or ():
                 found += statistics.tensors()
-        return found
+        return found if self._batch is None else [*found, *self._batch.tensors()]
 
     def spectra(self) -> LayerSpectra:
         """Eigen-decompose what was accumulated.
@@ -512,7 +495,10 @@ class LayerStatistics:
                 if group is None
                 else tuple(Spectrum(*statistics.eigh(), statistics.trace) for statistics in group)
             )
-        return LayerSpectra(self.channels, channel, spatial, constant / total, self._input_dtype, device, self.work)
+        batch = None if self._batch is None else Spectrum(*self._batch.eigh(), self._batch.trace)
+        return LayerSpectra(
+            self.channels, channel, spatial, constant / total, self._input_dtype, device, self.work, batch
+        )
 
 
 def _check_energies(accumulated: list[Tensor], stored: Stored) -> None:

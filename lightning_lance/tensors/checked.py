@@ -93,6 +93,15 @@ class Stored:
             self.refuse(f"a number from {low:g} to {high:g}")
         return float(value)
 
+    def real(self) -> float:
+        """A number, not a bool, which may be NaN or infinite."""
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            self.refuse("a number")
+        try:
+            return float(self.value)
+        except OverflowError:
+            self.refuse("a number that a float can hold")
+
     def flag(self) -> bool:
         """A bool."""
         if not isinstance(self.value, bool):
@@ -138,23 +147,24 @@ class Stored:
             self.refuse("finite numbers", f"{described(found)} with NaN or Inf")
         return found.detach()
 
-    def orthonormal(self, basis: Tensor, zeros: bool = False) -> None:
-        """Refuse columns ``(n, r)`` that are not orthonormal as far as their dtype can say.
+    def orthonormal(self, basis: Tensor, zeros: bool = False, off: float | None = None) -> None:
+        """Refuse columns ``(n, r)`` that are not orthonormal.
 
         Args:
             basis: the value or a part of it.
             zeros: allow columns of zeros.
+            off: how far their inner products may be from 0 and 1; by default as far as their dtype can say.
         """
         wide = basis.double()
         gram = wide.T @ wide
         wanted = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         if zeros:
             wanted *= wide.any(0).to(wanted)
-        off = float((gram - wanted).abs().max()) if gram.numel() else 0.0
+        found = float((gram - wanted).abs().max()) if gram.numel() else 0.0
         if basis.shape[1] > basis.shape[0] and not zeros:
-            off = math.inf
-        if not off <= tolerance(basis.dtype):
-            self.refuse("orthonormal columns", f"{described(self.value)} with columns {off:.2g} off orthonormal ones")
+            found = math.inf
+        if not found <= (tolerance(basis.dtype) if off is None else off):
+            self.refuse("orthonormal columns", f"{described(self.value)} with columns {found:.2g} off orthonormal ones")
 
 
 def tolerance(dtype: torch.dtype) -> float:

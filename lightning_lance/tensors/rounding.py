@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +77,8 @@ def kept_bytes(elements: int, itemsize: int, bits: int | None, group: int = GROU
     return min(whole, -(-elements // group) * (group * bits // 8 + (8 if bits == 8 else 4)))
 
 
-def group_size(shape: Sequence[int], stride: Sequence[int]) -> int:
+@functools.lru_cache(maxsize=1024)
+def group_size(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """How many neighbours of a tensor should share a range: about 128, and no more than what belongs together.
 
     The rows of tokens, and the maps of channels, differ in size; a group that holds the end of one and the beginning of
@@ -101,7 +102,6 @@ def group_size(shape: Sequence[int], stride: Sequence[int]) -> int:
     return _group_size(inner, period)
 
 
-@functools.lru_cache(maxsize=1024)
 def _group_size(inner: int, period: int) -> int:
     """A multiple of what lies innermost and a part of all of it, as near to the usual size as can be."""
     sizes = (*range(GROUP, SMALLEST_GROUP - 1, -2), *range(GROUP + 2, _MOST + 1, 2))
@@ -216,7 +216,10 @@ def _rows(groups: Tensor, count: int, bits: int, pack: Callable[[Tensor], Tensor
         step = rows[:, -8:].contiguous().view(torch.float32)[:, 0].amax().item()
         fits = 1e-5 < step < math.inf
     else:
-        ranges = rows[:, -4:].contiguous().view(torch.int16).bitwise_and(_MAGNITUDE)
+        ends = rows[:, -4:]
+        if rows.shape[1] % 2:
+            ends = ends.contiguous()
+        ranges = ends.view(torch.int16).bitwise_and(_MAGNITUDE)
         largest = ranges.amax().item()
         if largest == _ONE:  # the step of a group without a spread
             largest = ranges.masked_fill_(ranges == _ONE, 0).amax().item()

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,8 @@ from lightning_lance.compression.options import takes
 from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.report import Report
 from lightning_lance.compression.session import LanceSession
-from lightning_lance.errors import ConfigError
+from lightning_lance.errors import CalibrationError, ConfigError
+from lightning_lance.trainer.passes import bare, passes
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,14 @@ class CallbackOptions(LanceConfig):
 
     Attributes:
         verbose: print the table of what is kept once per fit, and again when layers join.
+        forward_fn: ``forward_fn(module, batch)``, the forward pass of ``calibration="eval"``, and in a stream that on
+            which the inputs of layers are looked at before and after an experience. By default ``module(inputs)``, or
+            ``module(inputs, task labels)`` where its ``forward`` takes two arguments, for batches ``[inputs, classes,
+            task labels ...]``.
     """
 
     verbose: bool = True
+    forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None
 
 
 class LanceCallback(Callback):
@@ -46,8 +54,8 @@ class LanceCallback(Callback):
 
     The subspaces are part of the checkpoint: a resumed run continues with them, bit for bit.
 
-    Takes the options of :class:`~lightning_lance.LanceConfig`, and ``verbose`` (``True``): print the table of what is
-    kept once per fit, and again when layers join.
+    Takes the options of :class:`~lightning_lance.LanceConfig`, ``verbose`` (``True``): print the table of what is kept
+    once per fit, and again when layers join; and ``forward_fn``, the forward pass of ``calibration="eval"``.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -59,8 +67,10 @@ class LanceCallback(Callback):
 
     @takes(CallbackOptions)
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.config: CallbackOptions = self._options(*args, **options)
-        self.verbose = self.config.verbose
+        given = self._options(*args, **options)
+        self.config: LanceConfig = given
+        self.verbose = given.verbose
+        self.forward_fn = given.forward_fn or bare
         self.session: LanceSession | None = None
         self._loaded: dict[str, Any] | None = None
         self._saved: dict[str, Any] = {}
@@ -104,8 +114,27 @@ class LanceCallback(Callback):
             self._published = None
         if stored is not None:
             session.load_state_dict(stored)
+        if self.config.calibration == "eval":
+            self._calibrate(trainer, pl_module, session)
         if batch_idx == 0:
             session.begin_epoch()
+
+    def _calibrate(self, trainer: pl.Trainer, module: pl.LightningModule, session: LanceSession) -> None:
+        """Before the first step, and for layers that join later."""
+        session.join()
+        if not session.uncalibrated:
+            return
+        with closing(passes(trainer, module, self._forward, self.config.batches)) as found:
+            session.calibrate(found, session.uncalibrated)
+
+    def _forward(self, module: pl.LightningModule, batch: Any) -> Any:
+        try:
+            return self.forward_fn(module, batch)
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
+            raise CalibrationError(
+                f"calibration='eval' runs forward passes before the first step; one failed ({type(error).__name__}: "
+                f"{error}). Give forward_fn=..., a function of the module and a batch."
+            ) from error
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,8 +18,11 @@ from lightning_lance.compression.isolation import isolated
 from lightning_lance.compression.options import takes
 from lightning_lance.compression.processes import Processes
 from lightning_lance.continual import Capacity, ContinualOptions, ContinualSession
+from lightning_lance.continual.stored_memory import ADVICE
 from lightning_lance.errors import CalibrationError, StateError
+from lightning_lance.tensors.checked import Stored
 from lightning_lance.trainer.callback import CallbackOptions, LanceCallback
+from lightning_lance.trainer.passes import one_pass
 from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
 
 _AVERAGING: tuple[type, ...] = tuple(
@@ -31,13 +33,7 @@ _AVERAGING: tuple[type, ...] = tuple(
 
 @dataclass(frozen=True)
 class StreamOptions(ContinualOptions, CallbackOptions):
-    """The options of :class:`ContinualCallback`.
-
-    Attributes:
-        forward_fn: ``forward_fn(module, batch)``, the forward pass on which the inputs of layers are looked at.
-    """
-
-    forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None
+    """The options of :class:`ContinualCallback`."""
 
 
 class ContinualCallback(LanceCallback):
@@ -74,10 +70,11 @@ class ContinualCallback(LanceCallback):
     @takes(StreamOptions)
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        assert isinstance(self.config, StreamOptions)
-        self.forward_fn = self.config.forward_fn or _bare
+        given = self.config
+        assert isinstance(given, StreamOptions)
         self._norms: FrozenNorms | None = None
-        self.stream = ContinualSession(self.config, self.config)
+        self.stream = ContinualSession(given, given)
+        self.config = self.stream.config
         self.own_heads: Sequence[str] = ()
         self.own: str | None = None
         self._averaged = False
@@ -143,20 +140,23 @@ class ContinualCallback(LanceCallback):
             self._begin(trainer, pl_module, batch, batch_idx)
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        stored, self._loaded = self._loaded, None
-        if stored is not None:
-            self.stream.load_state_dict(stored["stream"])
-        if stored is not None and stored["running"] is not None:
-            self.stream.resume_experience(module, stored["running"], trainer.optimizers, self.own_heads, self._averaged)
+        running = self._load()
+        if running is not None:
+            before, stored = running
+            try:
+                self.stream.resume_experience(module, stored, trainer.optimizers, self.own_heads, self._averaged)
+            except BaseException:
+                self.stream.load_state_dict(before)
+                raise
         else:
-            following = peek(trainer, self.config.calibration_batches - 1, batch_idx)
+            following = peek(trainer, self.config.batches - 1, batch_idx)
             if following is None:
                 raise CalibrationError(
                     "continual learning reads batches before the first step, and this model takes them from the loader "
                     "itself (dataloader_iter). Give it a training_step(self, batch, batch_idx)."
                 )
             ready = [copied(batch), *(prepare(trainer, module, raw) for raw in following)]
-            passes = [functools.partial(self._pass, trainer, module, found) for found in ready]
+            passes = [functools.partial(one_pass, trainer, module, self.forward_fn, found) for found in ready]
             # DDP reduces the gradients of parameters that it knows: then the weights themselves are trained.
             self.stream.begin_experience(
                 module,
@@ -173,9 +173,15 @@ class ContinualCallback(LanceCallback):
         self._published = None
         self._wrap_training_step(module, self.session)
 
-    def _pass(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-        with trainer.precision_plugin.train_step_context():
-            return self.forward_fn(module, copied(batch))
+    def _load(self) -> tuple[dict[str, Any], Any] | None:
+        """Load the stored state there is; where it is of a running experience, the state before and that one's."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return None
+        stream, running = Stored(loaded, "the callback's stored state", ADVICE).fields("stream", "running")
+        before = self.stream.state_dict()
+        self.stream.load_state_dict(stream.value)
+        return None if running.value is None else (before, running.value)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -195,9 +201,9 @@ class ContinualCallback(LanceCallback):
         self._unwrap_training_step(pl_module)
         loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
         with isolated(pl_module):
-            batches = [batch for batch, _, _ in islice(loader, self.config.calibration_batches)]
+            batches = [batch for batch, _, _ in islice(loader, self.config.batches)]
         ready = [prepare(trainer, pl_module, raw) for raw in batches]
-        passes = [functools.partial(self._pass, trainer, pl_module, found) for found in ready]
+        passes = [functools.partial(one_pass, trainer, pl_module, self.forward_fn, found) for found in ready]
         if self._averaged:
             self.stream.adopt(pl_module)
         self.stream.end_experience(pl_module, passes)
@@ -222,13 +228,3 @@ class ContinualCallback(LanceCallback):
         if self._loaded is not None:
             return self._loaded
         return {"stream": self.stream.state_dict(), "running": self.stream.running_state()}
-
-
-def _bare(module: pl.LightningModule, batch: Any) -> Any:
-    """The network's own forward pass on the inputs of a batch, and its task labels where it takes them."""
-    if isinstance(batch, dict):
-        return module(batch)
-    parts = list(batch) if isinstance(batch, (list, tuple)) else [batch]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    taken = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
-    return module(parts[0], parts[2]) if len(taken) > 1 and len(parts) > 2 else module(parts[0])

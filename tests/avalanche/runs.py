@@ -263,6 +263,52 @@ def run(root: Path, **options: Any) -> None:
     runner(root, **options).run()
 
 
+EVENTS = {"open": 0, "os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0}
+"""Operations on files that Python reports before they happen, and which of their arguments is the file."""
+
+
+def at_each_write(folder: Path, act: Callable[[int, str], None]) -> None:
+    """Call a function before each operation below a folder that may change something there, from now on.
+
+    Args:
+        folder: what is below it counts.
+        act: given the number of the operation, from 0, and what it is.
+    """
+    seen, top = [0], os.path.abspath(folder)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event not in EVENTS or not isinstance(args[EVENTS[event]], (str, os.PathLike)):
+            return
+        path = os.path.abspath(os.fspath(args[EVENTS[event]]))
+        if path != top and not path.startswith(top + os.sep):
+            return
+        if event == "open" and args[1] in ("r", "rb") and not os.path.isdir(path):  # a folder is opened to be synced
+            return
+        seen[0] += 1
+        act(seen[0] - 1, f"{event} {os.path.relpath(path, top)}")
+
+    sys.addaudithook(hook)
+
+
+def run_until(root: Path, at: int, **options: Any) -> None:
+    """Run a stream in a process of its own, ended as by a power cut before an operation on its files."""
+
+    def act(number: int, what: str) -> None:
+        if number == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    at_each_write(root, act)
+    run(root, **options)
+
+
+def run_listed(root: Path, target: Path, **options: Any) -> None:
+    """Run a stream in a process of its own, and write down the operations on its files."""
+    done: list[str] = []
+    at_each_write(root, lambda number, what: done.append(what))
+    run(root, **options)
+    target.write_text("\n".join(done))
+
+
 def final(root: Path) -> dict[str, Any]:
     """Everything that a finished stream has left: weights, counts and results."""
     last = torch.load(root / f"experience_{EXPERIENCES - 1:03d}.ckpt", weights_only=True)

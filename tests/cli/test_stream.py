@@ -35,6 +35,7 @@ VALUES: dict[str, Any] = {
     "lance.threshold": 0.5,
     "lance.threshold_growth": 0.01,
     "lance.reserved": 4,
+    "lance.compress_first": False,
     "lance.feature_side": "channel",
     "lance.heads": ["network.0"],
     "lance.rank": {"batch": 4},
@@ -111,9 +112,12 @@ class TestRun:
             assert (cwd / "run" / "plots" / f"{name}.png").stat().st_size > 1000
             assert f"{name}.png" in text
 
-    def test_equals_the_runner_in_python(self, config: Path, cwd: Path) -> None:
-        cli = StreamCLI(["--config", str(config), "--lance.threshold=0.8"])
-        cli.run()
+    @pytest.mark.parametrize(("name", "value"), [("threshold", 0.8), ("preset", "published")])
+    def test_equals_the_runner_in_python(self, config: Path, cwd: Path, name: str, value: Any) -> None:
+        cli = StreamCLI(["--config", str(config), f"--lance.{name}={value}"])
+        kept = cli.run().kept
+        if name == "preset":  # its first experience is not compressed
+            assert kept[0][0] == kept[0][1] == kept[1][0] > kept[1][1]
         import lightning.pytorch as pl
 
         from tests.avalanche import runs
@@ -121,13 +125,13 @@ class TestRun:
         pl.seed_everything(3, verbose=False)
         model = runs.ContinualClassifier(runs.network(), task_heads="5")
         trainer = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_model_summary": False}
-        lance = ContinualCallback(threshold=0.8, calibration_batches=2, verbose=False)
+        lance = ContinualCallback(calibration_batches=2, verbose=False, **{name: value})
         data = AvalancheDataModule(runs.tasks, batch_size=8)
         StreamRunner(model, data, cwd / "python", trainer, lance, checkpoint_every=2, progress=False).run()
         assert (cwd / "python" / "results.json").read_text() == (cwd / "run" / "results.json").read_text()
         wanted = final(cwd / "python")["state_dict"]
-        for name, value in final(cwd / "run")["state_dict"].items():
-            assert torch.equal(value, wanted[name]), name
+        for key, weight in final(cwd / "run")["state_dict"].items():
+            assert torch.equal(weight, wanted[key]), key
 
     def test_plain_trains_without_lance(self, config: Path, cwd: Path) -> None:
         cli = StreamCLI(["--config", str(config), "--plain=true"])

@@ -93,7 +93,6 @@ def test_allowed_values_are_kept_as_given(options: dict[str, Any]) -> None:
         ("calibration_batches", True, "an int of at least 1"),
         ("calibration_batches", 2.0, "an int of at least 1"),
         ("calibration_batches", "8", "an int of at least 1"),
-        ("calibration_batches", None, "an int of at least 1"),
         ("seed", 1.5, "an int"),
         ("seed", None, "an int"),
         ("seed", True, "an int"),

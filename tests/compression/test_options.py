@@ -35,9 +35,9 @@ class TestTakers:
             assert len(line) > 12, field.name
 
     def test_values_arrive(self, taker: Any, options: Any) -> None:
-        made = taker(0.5, bits=2, seed=3)
+        made = taker(0.5, bits=2, seed=3, layers=["a"])
         config = made.session.config if taker is LancePlugin else made.config
-        assert config == options(rank=0.5, bits=2, seed=3)
+        assert config == options(rank=0.5, bits=2, seed=3, layers=["a"])
         with pytest.raises(TypeError, match="rnk"):
             taker(rnk=3)
         with pytest.raises(ConfigError, match="bits=3"):

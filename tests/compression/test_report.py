@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,7 +129,45 @@ def test_plot_writes_an_image(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     figure = report.plot(str(tmp_path / "report.png"))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    left, right = figure.axes
-    assert [label.get_text() for label in left.get_yticklabels()] == [layer.name for layer in report.layers]
-    assert [bar.get_width() for bar in left.containers[0]] == [layer.plain_bytes for layer in report.layers]
-    assert len(right.patches) == 3
+    operators, layers, energies = figure.axes
+    assert report.plain is not None
+    assert report.compressed is not None
+    drawn = dict(
+        zip(
+            [label.get_text() for label in operators.get_yticklabels()],
+            [bar.get_width() for bar in operators.containers[1]],
+            strict=True,
+        )
+    )
+    assert {name: size for name, size in drawn.items() if size} == report.compressed.by_op()
+    assert set(report.plain.by_op()) <= set(drawn)
+    assert [label.get_text() for label in layers.get_yticklabels()] == [layer.name for layer in report.layers]
+    assert [bar.get_width() for bar in layers.containers[0]] == [layer.plain_bytes for layer in report.layers]
+    assert len(energies.patches) == 3
+
+
+def test_no_label_of_a_plot_is_cut(report: Report) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    long = [replace(layer, name=f"model.encoder.{layer.name}.attention.projection") for layer in report.layers]
+    for found in (replace(report, layers=long), replace(report, layers=[])):
+        figure = found.plot()
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        whole = figure.bbox
+        for axes in figure.axes:
+            left, right = axes.get_xlim()
+            ticks = [text for text in axes.get_xticklabels() if left <= text.get_position()[0] <= right]
+            for text in [*axes.get_yticklabels(), *ticks, *axes.texts, axes.title]:
+                box = text.get_window_extent()
+                if text.get_text():
+                    assert box.x0 >= whole.x0 - 1, text.get_text()
+                    assert box.x1 <= whole.x1 + 1, text.get_text()
+
+
+def test_plot_without_matplotlib_names_the_extra(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-lance\[plot\]'"):
+        report.plot()

@@ -451,7 +451,10 @@ def test_saving_in_an_experience_and_beginning_it_again() -> None:
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"version": 99}, "version 99"), ({"feature_side": "channel"}, "protects feature_side='channel'")],
+    [
+        ({"version": 99}, "is 99. Allowed: version"),
+        ({"feature_side": "channel"}, "is 'channel'. Allowed: feature_side='patch'"),
+    ],
 )
 def test_a_state_that_does_not_fit_is_refused(change: dict[str, Any], text: str) -> None:
     session = stream()

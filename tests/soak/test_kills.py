@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.streams.test_runner import assert_same, in_process, server, uninterrupted  # noqa: F401
+from tests.avalanche import runs
+from tests.processes import in_process, started
+from tests.streams.test_runner import assert_same, uninterrupted  # noqa: F401
 
 KINDS: list[dict[str, Any]] = [
     {"lance": {}},
@@ -22,23 +25,57 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
+def files(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
 @pytest.mark.usefixtures("one_thread")
 class TestKilled:
-    def test_at_drawn_batches(self, server: Any, uninterrupted: Any, cwd: Path) -> None:  # noqa: F811
+    def test_at_drawn_batches(self, uninterrupted: Any, cwd: Path) -> None:  # noqa: F811
         """Five batches of a continual stream, drawn once."""
         drawn = random.Random(5)
         kills = drawn.sample([(experience, step) for experience in range(3) for step in range(8)], 5)
         options = KINDS[1]
         for _ in kills:
-            assert in_process(server, cwd / "killed", kills=kills, **options) == -signal.SIGKILL
-        assert in_process(server, cwd / "killed", kills=kills, **options) == 0
+            assert in_process(runs.run, cwd / "killed", kills=kills, **options) == -signal.SIGKILL
+        assert in_process(runs.run, cwd / "killed", kills=kills, **options) == 0
         assert_same(cwd / "killed", uninterrupted(**options))
 
-    @pytest.mark.soak
-    def test_at_any_moment(self, server: Any, uninterrupted: Any, cwd: Path) -> None:  # noqa: F811
-        """Sixty kills by the clock, so that they also hit evaluations, and files that are being written."""
-        from tests.avalanche import runs
+    @pytest.mark.parametrize(
+        "points", [pytest.param(6, id="short"), pytest.param(None, id="long", marks=pytest.mark.soak)]
+    )
+    def test_at_single_operations_on_files(self, uninterrupted: Any, cwd: Path, points: int | None) -> None:  # noqa: F811
+        """Before a file is opened, synced, renamed or removed: one of each kind, drawn; or every single one."""
+        options = KINDS[4]
+        assert in_process(runs.run_listed, cwd / "listed", cwd / "operations", **options) == 0
+        operations = (cwd / "operations").read_text().splitlines()
+        wanted = uninterrupted(**options)
+        assert_same(cwd / "listed", wanted)
+        chosen = list(range(len(operations)))
+        if points is not None:
+            kinds = [
+                "open inside",
+                "os.rename inside",
+                "os.remove inside",
+                "open .exp",
+                "os.rename exp",
+                "os.rename res",
+            ]
+            drawn = random.Random(1)
+            chosen = [drawn.choice([n for n, what in enumerate(operations) if what.startswith(kind)]) for kind in kinds]
+            assert len(set(chosen)) == points
+        for number in chosen:
+            root = cwd / f"killed {number}"
+            assert in_process(runs.run_until, root, number, **options) == -signal.SIGKILL, operations[number]
+            assert in_process(runs.run, root, **options) == 0, operations[number]
+            assert_same(root, wanted)
+            assert files(root) == files(wanted), operations[number]
+            shutil.rmtree(root)
+        print(f"killed before {len(chosen)} of {len(operations)} operations on files, each ended bit-equal")  # noqa: T201
 
+    @pytest.mark.soak
+    def test_at_any_moment(self, uninterrupted: Any, cwd: Path) -> None:  # noqa: F811
+        """Sixty kills by the clock, so that they also hit evaluations, and files that are being written."""
         drawn, killed, streams = random.Random(), 0, 0
         while killed < 60:
             options, root = KINDS[streams % len(KINDS)], cwd / f"killed {streams}"
@@ -46,8 +83,7 @@ class TestKilled:
             wanted = uninterrupted(**options)
             lasts = max(time.monotonic() - began, 1.0)
             for _ in range(40):
-                process = server.Process(target=runs.run, args=(root,), kwargs=options)
-                process.start()
+                process = started(runs.run, root, **options)
                 process.join(drawn.uniform(0.0, lasts))
                 process.kill()
                 process.join()
@@ -55,7 +91,7 @@ class TestKilled:
                     break
                 killed += 1
             else:
-                assert in_process(server, root, **options) == 0
+                assert in_process(runs.run, root, **options) == 0
             assert_same(root, wanted)
             streams += 1
         print(f"{killed} kills of {streams} streams, each ended bit-equal")  # noqa: T201

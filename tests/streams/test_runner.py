@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,26 +26,11 @@ from lightning_lance.streams.runner import StreamRunner
 from lightning_lance.trainer.metrics import continual_metrics
 from tests.avalanche import runs
 from tests.avalanche.runs import BENCHMARKS, EXPERIENCES, final, network, runner
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    """Starts processes that have imported everything already, so that a killed run costs no start-up."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.avalanche.runs"])
-    yield context
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+from tests.processes import ROOT, in_process
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folder of a run that nothing has disturbed, made once for each set of options."""
     made: dict[str, Path] = {}
 
@@ -55,19 +38,10 @@ def uninterrupted(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         key = repr(options)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("uninterrupted") / "run"
-            assert in_process(server, made[key], **options) == 0
+            assert in_process(runs.run, made[key], **options) == 0
         return made[key]
 
     return root
-
-
-def in_process(server: Any, root: Path, **options: Any) -> int:
-    """Exit code of a run in a process of its own."""
-    process = server.Process(target=runs.run, args=(root,), kwargs=options)
-    process.start()
-    process.join(600)
-    assert process.exitcode is not None
-    return int(process.exitcode)
 
 
 def assert_equal(found: Any, wanted: Any) -> None:
@@ -251,16 +225,16 @@ KILLS: dict[str, list[tuple[int, int]]] = {
 class TestKilled:
     """Ended with SIGKILL and started again, until it is done: the numbers of the uninterrupted run, bit for bit."""
 
-    def check(self, server: Any, cwd: Path, uninterrupted: Any, kills: list[tuple[int, int]], **options: Any) -> None:
+    def check(self, cwd: Path, uninterrupted: Any, kills: list[tuple[int, int]], **options: Any) -> None:
         root = cwd / "killed"
         for _ in kills:
-            assert in_process(server, root, kills=kills, **options) == -signal.SIGKILL
-        assert in_process(server, root, kills=kills, **options) == 0
+            assert in_process(runs.run, root, kills=kills, **options) == -signal.SIGKILL
+        assert in_process(runs.run, root, kills=kills, **options) == 0
         assert_same(root, uninterrupted(**options))
 
     @pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS)
-    def test_at_any_moment(self, server: Any, cwd: Path, uninterrupted: Any, kills: list[tuple[int, int]]) -> None:
-        self.check(server, cwd, uninterrupted, kills, lance={})
+    def test_at_any_moment(self, cwd: Path, uninterrupted: Any, kills: list[tuple[int, int]]) -> None:
+        self.check(cwd, uninterrupted, kills, lance={})
 
     @pytest.mark.parametrize(
         "options",
@@ -276,14 +250,14 @@ class TestKilled:
         ],
         ids=lambda options: " ".join(map(str, options.values())),
     )
-    def test_any_model(self, server: Any, cwd: Path, uninterrupted: Any, options: dict[str, Any]) -> None:
+    def test_any_model(self, cwd: Path, uninterrupted: Any, options: dict[str, Any]) -> None:
         step = 3 if "trainer" in options else 6
-        self.check(server, cwd, uninterrupted, [(1, step)], **options)
+        self.check(cwd, uninterrupted, [(1, step)], **options)
 
-    def test_it_goes_on_from_within(self, server: Any, cwd: Path) -> None:
+    def test_it_goes_on_from_within(self, cwd: Path) -> None:
         """Not from the experience's beginning: the batches before the checkpoint are not trained on again."""
         root = cwd / "killed"
-        assert in_process(server, root, kills=[(1, 6)]) == -signal.SIGKILL
+        assert in_process(runs.run, root, kills=[(1, 6)]) == -signal.SIGKILL
         counted = []
 
         class Count(Callback):
@@ -295,9 +269,9 @@ class TestKilled:
         again.run()
         assert counted == [(1, 5), (1, 6), (1, 7), *((2, step) for step in range(8))]
 
-    def test_a_torn_checkpoint_is_passed_over(self, server: Any, cwd: Path, uninterrupted: Any) -> None:
+    def test_a_torn_checkpoint_is_passed_over(self, cwd: Path, uninterrupted: Any) -> None:
         root = cwd / "killed"
-        assert in_process(server, root, kills=[(1, 7)]) == -signal.SIGKILL
+        assert in_process(runs.run, root, kills=[(1, 7)]) == -signal.SIGKILL
         [inside] = (root / "inside").rglob("*.ckpt")
         for path in (inside, root / "experience_000.ckpt"):
             path.write_bytes(path.read_bytes()[:2000])
@@ -305,16 +279,16 @@ class TestKilled:
             runner(root).run()
         assert_same(root, uninterrupted())
 
-    def test_a_crash_between_the_files(self, server: Any, cwd: Path, uninterrupted: Any) -> None:
+    def test_a_crash_between_the_files(self, cwd: Path, uninterrupted: Any) -> None:
         """The process dies after a boundary is written and before what is inside is removed."""
         root = cwd / "killed"
-        assert in_process(server, root, kills=[(1, 7)]) == -signal.SIGKILL
+        assert in_process(runs.run, root, kills=[(1, 7)]) == -signal.SIGKILL
         left = {path: path.read_bytes() for path in (root / "inside").rglob("*.ckpt")}
-        assert in_process(server, root, kills=[(1, 7), (2, 0)]) == -signal.SIGKILL
+        assert in_process(runs.run, root, kills=[(1, 7), (2, 0)]) == -signal.SIGKILL
         for path, content in left.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        assert in_process(server, root) == 0
+        assert in_process(runs.run, root) == 0
         assert_same(root, uninterrupted())
 
     def test_a_finished_stream_is_not_trained_again(self, uninterrupted: Any) -> None:

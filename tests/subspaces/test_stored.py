@@ -17,7 +17,7 @@ from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.subspaces.stored import check_session_state
 from lightning_lance.subspaces.subspace import LayerStatistics, LayerSubspace
 from lightning_lance.tensors.checked import Stored
-from tests.mutations import DELETED, changed, mutated, refusal, same
+from tests.mutations import DELETED, EXAMPLES, changed, mutated, refusal, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +57,7 @@ def assert_sound(found: LayerSubspace) -> None:
 
 
 @given(st.integers(0, 2).flatmap(lambda index: mutated(subspace(index))))
-@settings(max_examples=600)
+@settings(max_examples=EXAMPLES)
 def test_a_changed_subspace_is_refused_or_harmless(change: tuple[str, Any]) -> None:
     what, state = change
     note(what)
@@ -70,7 +70,7 @@ def test_a_changed_subspace_is_refused_or_harmless(change: tuple[str, Any]) -> N
 
 
 @given(st.integers(0, 2).flatmap(lambda index: st.tuples(st.just(index), mutated(statistics(index).state_dict()))))
-@settings(max_examples=600)
+@settings(max_examples=EXAMPLES)
 def test_changed_statistics_are_refused_with_nothing_changed_or_harmless(change: tuple[int, tuple[str, Any]]) -> None:
     index, (what, state) = change
     note(what)
@@ -179,7 +179,7 @@ def test_the_state_of_a_session_is_read() -> None:
 
 
 @given(st.deferred(lambda: mutated(session_state())))
-@settings(max_examples=600)
+@settings(max_examples=EXAMPLES)
 def test_a_changed_state_of_a_session_is_refused_or_whole(change: tuple[str, Any]) -> None:
     what, state = change
     note(what)

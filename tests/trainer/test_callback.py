@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -31,6 +30,7 @@ from lightning_lance import (
     is_swapped,
     measure_saved_bytes,
 )
+from tests.processes import in_process
 from tests.trainers import (
     CLASSES,
     SIZE,
@@ -375,27 +375,21 @@ def flat(state: Any, copy: bool = True) -> list[Any]:
     return [leaf.clone() if copy and isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-CHILD = """
-import os, signal, sys, torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tests.trainers import Classifier, EpochLoader, Reseed, fit, lance, seeded
-torch.set_num_threads(1)
-
 class Die(Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == 8:
             os.kill(os.getpid(), signal.SIGKILL)
 
-every = ModelCheckpoint(".", every_n_train_steps=1, save_top_k=1, filename="only", enable_version_counter=False)
-fit(seeded(Classifier), [Reseed(), lance(refresh="epoch"), Die(), every], EpochLoader(), max_epochs=3,
-    enable_checkpointing=True)
-"""
+
+def until_it_dies() -> None:
+    torch.set_num_threads(1)
+    every = ModelCheckpoint(".", every_n_train_steps=1, save_top_k=1, filename="only", enable_version_counter=False)
+    callbacks = [Reseed(), lance(refresh="epoch"), Die(), every]
+    fit(seeded(Classifier), callbacks, EpochLoader(), max_epochs=3, enable_checkpointing=True)
 
 
 def test_killed_and_resumed_in_another_process(tmp_path: Path) -> None:
-    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", CHILD], cwd=tmp_path, env=path, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert in_process(until_it_dies) == -signal.SIGKILL
     assert torch.load(tmp_path / "only.ckpt")["global_step"] == 8
     resumed, part, _ = run(tmp_path, {"refresh": "epoch"}, tmp_path / "only.ckpt")
     (tmp_path / "whole").mkdir()
@@ -417,8 +411,8 @@ def test_stored_rank_wins_and_is_said_once(tmp_path: Path) -> None:
     assert [layer.core_shape for layer in other.report.layers] == [
         (2, 2, 2, 2),
         (2, 2, 2, 2),
-        (8, 8),
-    ]  # the last has too little to gain
+        (2, 2),
+    ]
 
 
 def test_resume_with_other_layers(tmp_path: Path) -> None:
@@ -440,7 +434,7 @@ def test_state_of_another_version(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "b.ckpt")
     module = Classifier()
     before = snapshot(module)
-    with pytest.raises(StateError, match=r"'version'. is 99. Allowed: version 2"):
+    with pytest.raises(StateError, match=r"'version'. is 99. Allowed: version 3"):
         fit(module, [lance()], ckpt_path=str(tmp_path / "b.ckpt"), max_epochs=2)
     assert_restored(module, before)
 
@@ -635,7 +629,7 @@ def test_frozen_norms_in_training_mode_are_pointed_out() -> None:
     fit(frozen_classifier(), [other], max_epochs=1)
     assert callback.report is not None
     assert other.report is not None
-    assert "freeze_norms=True runs 1 batch norm with frozen weights in eval mode" in str(callback.report)
+    assert "freeze_norms=True, 1 batch norm with frozen weights" in str(callback.report)
     assert "freeze_norms" not in str(other.report)
     assert other.report.compressed.total < callback.report.compressed.total  # type: ignore[union-attr]
 

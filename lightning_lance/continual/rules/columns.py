@@ -29,7 +29,9 @@ from lightning_lance.continual.leftover import energy_along
 from lightning_lance.continual.memory import LayerMemory, Stage
 from lightning_lance.continual.rules.rule import Layer, Now
 from lightning_lance.continual.rules.threshold import Threshold
+from lightning_lance.continual.stored_memory import read_columns
 from lightning_lance.ops.features import FeatureSide
+from lightning_lance.tensors.checked import Stored
 
 STORED = torch.bfloat16
 """Dtype of columns and of the bases that they refer to."""
@@ -173,6 +175,16 @@ class Columns(Threshold):
         }
         return {"own": own, "last": self._last}
 
+    def check_state(self, state: Stored, memories: Mapping[str, LayerMemory]) -> None:
+        own, last = state.fields("own", "last")
+        experiences = dict(own.named())
+        rows: dict[str, int] = {}
+        for layers in experiences.values():
+            for name, item in layers.named():
+                _check(item, name, memories, rows)
+        if last.value is not None and last.text() not in experiences:
+            last.refuse(f"None or one of {', '.join(map(repr, experiences)) or 'no names'}")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._own = {key: {name: Own(*found) for name, found in layers.items()} for key, layers in state["own"].items()}
         self._last, self._anchors, self._merged = state["last"], {}, {}
@@ -180,9 +192,38 @@ class Columns(Threshold):
     def running_state(self) -> dict[str, Any]:
         return {"anchors": dict(self._anchors), "merged": {name: list(own) for name, own in self._merged.items()}}
 
+    def check_running(
+        self, state: Stored, memories: Mapping[str, LayerMemory], opened: Mapping[str, list[list[int]]]
+    ) -> None:
+        anchors, merged = state.fields("anchors", "merged")
+        rows = {name: found for name in memories if (found := self.rows(name)) is not None}
+        held = dict(anchors.named())
+        if held.keys() != opened.keys():
+            anchors.refuse(f"entries of {', '.join(opened) or 'no layer'}", f"a dict of {', '.join(held) or 'nothing'}")
+        for name, item in held.items():
+            widest = max(map(len, opened[name]))
+            item.tensor((memories[name].groups, rows.get(name), widest), (torch.float64,))
+        for name, item in merged.named():
+            _check(item, name, memories, rows)
+
+    def rows(self, name: str) -> int | None:
+        return next((layers[name].values.shape[1] for layers in self._own.values() if name in layers), None)
+
     def resume(self, layers: Mapping[str, Layer], state: dict[str, Any]) -> None:
         self._anchors = {name: found.clone() for name, found in state["anchors"].items()}
         self._merged = {name: Own(*own) for name, own in state["merged"].items()}
+
+
+def _check(stored: Stored, name: str, memories: Mapping[str, LayerMemory], rows: dict[str, int]) -> None:
+    """Refuse what is not an experience's part in a layer; ``rows`` of the layer's weight are noted where not known."""
+    memory = memories.get(name)
+    if memory is None or not memory.has_columns:
+        stored.refuse("columns of a layer that stores some")
+    indices, values, counts = stored.items(3)
+    numbers = [item.integer(0, held) for item, held in zip(counts.items(memory.groups), memory.counts, strict=True)]
+    widest = max(map(len, read_columns(indices, numbers)))
+    found = values.tensor((memory.groups, rows.get(name), widest), (STORED,))
+    rows.setdefault(name, found.shape[1])
 
 
 def change(layer: Layer, own: Own) -> Tensor:

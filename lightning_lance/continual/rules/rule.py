@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lance.continual.memory import LayerMemory
 from lightning_lance.continual.moments import FeatureMoments
 from lightning_lance.ops.features import FeatureSide
+from lightning_lance.tensors.checked import Stored
 
 if TYPE_CHECKING:
     from lightning_lance.continual.config import ContinualConfig
@@ -131,12 +132,41 @@ class Rule:
         """Plain containers and CPU tensors."""
         return {}
 
+    def check_state(self, state: Stored, memories: Mapping[str, LayerMemory]) -> None:
+        """Refuse what :meth:`state_dict` does not return; asked before :meth:`load_state_dict`.
+
+        Args:
+            state: the stored state.
+            memories: layer name -> memory, as stored with it.
+
+        Raises:
+            StateError: a value of it is not allowed.
+        """
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a stored state."""
 
     def running_state(self) -> dict[str, Any]:
         """What the running experience has beside :meth:`state_dict`."""
         return {}
+
+    def check_running(
+        self, state: Stored, memories: Mapping[str, LayerMemory], opened: Mapping[str, list[list[int]]]
+    ) -> None:
+        """Refuse what :meth:`running_state` does not return; asked before :meth:`resume`.
+
+        Args:
+            state: the stored state.
+            memories: layer name -> memory, as at the beginning of the experience.
+            opened: layer name -> columns that the experience may move.
+
+        Raises:
+            StateError: a value of it is not allowed.
+        """
+
+    def rows(self, name: str) -> int | None:
+        """Rows of a layer's weight that what is stored of it is for; ``None``: any."""
+        return None
 
     def resume(self, layers: Mapping[str, Layer], state: dict[str, Any]) -> None:
         """Go on with :meth:`running_state`; the memories are calibrated."""

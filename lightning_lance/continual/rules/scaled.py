@@ -16,6 +16,7 @@ from lightning_lance.continual.leftover import energy_along
 from lightning_lance.continual.memory import LayerMemory
 from lightning_lance.continual.rules.rule import Layer, Now, Rule
 from lightning_lance.ops.features import FeatureSide
+from lightning_lance.tensors.checked import Stored
 
 SCALE = 10.0
 """Coefficient α; the paper's value for CIFAR-100."""
@@ -62,6 +63,18 @@ class Scaled(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         return {"importance": dict(self._importance)}
+
+    def check_state(self, state: Stored, memories: Mapping[str, LayerMemory]) -> None:
+        (importance,) = state.fields("importance")
+        for name, item in importance.named():
+            memory = memories.get(name)
+            if memory is None or memory.compact:
+                item.refuse("importances of a layer that stores columns")
+            found = item.tensor((memory.groups, max(memory.counts)), (torch.float64,))
+            if bool(((found < 0.0) | (found > 1.0)).any()):
+                item.refuse(
+                    "importances from 0 to 1", f"a tensor from {float(found.min()):.3g} to {float(found.max()):.3g}"
+                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._importance = dict(state["importance"])

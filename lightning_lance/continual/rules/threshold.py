@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning_lance.continual.basis import UpTo
 from lightning_lance.continual.rules.rule import Layer, Now, Rule
 
 
@@ -21,10 +22,12 @@ class Threshold(Rule):
         return self.options.reserved != "full" or now.damping > 0.0
 
     def directions(self, layers: Mapping[str, Layer], now: Now) -> None:
+        reserved = self.options.reserved
+        rank = UpTo(self.threshold(now)) if reserved == "threshold" else reserved
         for layer in layers.values():
             memory = layer.memory
             if any(memory.counts):
-                memory.reserve(layer.moments, self.options.reserved, now.damping)
+                memory.reserve(layer.moments, rank, now.damping)
             else:
                 memory.reserve()
             if memory.reserved is None and memory.free is not None and layer.smaller:

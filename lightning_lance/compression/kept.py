@@ -1,0 +1,162 @@
+"""What stands in the graph for a tensor that autograd saves: it, a rounded one, or the part of it that is read."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_lance.tensors.bits import expand_bits, pack_bits
+from lightning_lance.tensors.rounding import Rounded, expand
+
+
+class Kept:
+    """Stands in the graph for a saved tensor; alive as long as autograd keeps it."""
+
+    __slots__ = ("__weakref__",)
+
+    def restore(self) -> Tensor:
+        """The tensor, or what the backward kernel takes for it."""
+        raise NotImplementedError
+
+    def parts(self) -> list[tuple[int, int]]:
+        """What holds memory: what identifies it, since it may be shared, and its bytes."""
+        raise NotImplementedError
+
+
+class Whole(Kept):
+    """A tensor as it is."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def restore(self) -> Tensor:
+        return self.tensor
+
+    def parts(self) -> list[tuple[int, int]]:
+        return [storage_part(self.tensor)]
+
+
+class Stretch:
+    """A stretch of memory, rounded once for all who save it."""
+
+    __slots__ = ("__weakref__", "_flat", "bits", "dtype", "reference", "rounded")
+
+    def __init__(self, rounded: Rounded, bits: int, dtype: torch.dtype, reference: Any) -> None:
+        self.rounded = rounded
+        self.bits = bits
+        self.dtype = dtype
+        self.reference = reference  # weak; while it lives, no other storage has the same address
+        self._flat: Any = None
+
+    def restore(self) -> Tensor:
+        """What was rounded, on one axis; not expanded again while it lives."""
+        flat = None if self._flat is None else self._flat()
+        if flat is None:
+            flat = expand(self.rounded, self.dtype)
+            self._flat = weakref.ref(flat)
+        return flat
+
+    def parts(self) -> list[tuple[int, int]]:
+        """As those of a :class:`Kept`."""
+        return [(id(self), self.rounded.nbytes)]
+
+
+class Memory(Protocol):
+    """What a stretch of memory was rounded to, or computed from."""
+
+    def restore(self) -> Tensor: ...
+
+    def parts(self) -> list[tuple[int, int]]: ...
+
+
+class View(Kept):
+    """A tensor in a stretch of memory."""
+
+    __slots__ = ("offset", "shape", "stretch", "stride")
+
+    def __init__(self, stretch: Memory, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
+        self.stretch, self.shape, self.stride, self.offset = stretch, shape, stride, offset
+
+    def restore(self) -> Tensor:
+        return self.stretch.restore().as_strided(self.shape, self.stride, self.offset)
+
+    def parts(self) -> list[tuple[int, int]]:
+        return self.stretch.parts()
+
+
+class Flags(Kept):
+    """One bit an element, and the two values that stand for it in the backward kernel."""
+
+    __slots__ = ("bits", "dtype", "off", "on", "own_stride", "shape", "stride", "whole")
+
+    def __init__(self, flags: Tensor, own_stride: tuple[int, ...], dtype: torch.dtype, off: float, on: float) -> None:
+        self.shape, self.stride, self.own_stride = flags.shape, flags.stride(), own_stride
+        self.bits: Tensor | None = pack_bits(flags)
+        self.dtype, self.off, self.on = dtype, off, on
+        self.whole: Tensor | None = None
+
+    def restore(self) -> Tensor:
+        if self.bits is None:
+            assert self.whole is not None
+            return self.whole.as_strided(self.shape, self.own_stride)
+        if float(self.off).is_integer() and float(self.on).is_integer() and abs(self.off) < 128 and abs(self.on) < 128:
+            return expand_bits(self.bits, self.shape, self.stride, int(self.off), int(self.on), self.dtype)
+        one = expand_bits(self.bits, self.shape, self.stride, 0, 1, self.dtype)
+        return one.mul_(self.on - self.off).add_(self.off) if self.off else one.mul_(self.on)
+
+    def parts(self) -> list[tuple[int, int]]:
+        if self.bits is not None:
+            return [(id(self), self.bits.nbytes)]
+        assert self.whole is not None
+        return [storage_part(self.whole)]
+
+    def read_from(self, whole: Tensor) -> None:
+        """Another operator keeps the tensor itself: no flags are needed beside it."""
+        self.bits, self.whole = None, whole
+
+
+class Booleans(Flags):
+    """A tensor of booleans."""
+
+    __slots__ = ()
+
+    def restore(self) -> Tensor:
+        assert self.bits is not None
+        return expand_bits(self.bits, self.shape, self.stride, 0, 1, torch.bool)
+
+
+class Shape(Kept):
+    """A tensor whose shape and strides alone are read."""
+
+    __slots__ = ("device", "dtype", "shape", "stride")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    def restore(self) -> Tensor:
+        # Untouched memory; on the CPU none of it is resident.
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def parts(self) -> list[tuple[int, int]]:
+        return []
+
+
+def storage_part(tensor: Tensor) -> tuple[int, int]:
+    """What identifies the memory of a tensor, and its bytes."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.nbytes()
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory once, in any order of the axes."""
+    expected = 1
+    for stride, size in sorted((n, size) for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
