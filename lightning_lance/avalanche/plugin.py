@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import MIRPlugin, RARPlugin, ReplayPlugin
 from torch import Tensor
 
 from lightning_lance.avalanche.heads import find_heads, own_name, task_names
-from lightning_lance.compression.config import LanceConfig, Layers, Rank
 from lightning_lance.compression.isolation import isolated
-from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
+from lightning_lance.compression.options import takes
+from lightning_lance.continual import Capacity, ContinualOptions, ContinualSession
 from lightning_lance.errors import LanceWarning, StateError
 
 _REHEARSING = (ReplayPlugin, MIRPlugin, RARPlugin)
 """They train samples of earlier experiences beside new ones. The last two also differentiate every parameter, and most
 of the model is frozen."""
+
+
+@dataclass(frozen=True)
+class PluginOptions(ContinualOptions):
+    """The options of :class:`LancePlugin`.
+
+    Attributes:
+        verbose: print a table of the layers after each experience: what is protected, free, its own, and frozen.
+    """
+
+    verbose: bool = True
 
 
 class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
@@ -35,31 +47,8 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     is between experiences. Where training fails, call :meth:`restore`, or use
     :class:`~lightning_lance.avalanche.LanceStrategy`, which does it for you.
 
-    Args:
-        rank: see :class:`~lightning_lance.LanceConfig`, as ``batch``, ``layers``, ``memory_budget``,
-            ``calibration_batches`` and ``seed``.
-        batch: ``"unbiased"``, ``"projected"`` or ``"learned"``.
-        bits: of each element of what is kept: ``"auto"`` is 8, since noise in the gradient costs more experience by
-            experience than in fine-tuning; 4, 2, or ``None``.
-        layers: which layers keep a compressed input. Which are protected does not depend on it.
-        memory_budget: bytes for the cores and factors of all compressed layers.
-        calibration_batches: batches of the experience that define the subspaces, before and after it.
-        seed: seed of the random sample orders.
-        rule: see :class:`~lightning_lance.continual.ContinualConfig`, as all that follow. Where the model has a head
-            for each task, each has columns of its own, and is evaluated with them.
-        threshold: fraction of an experience's input energy that is protected after it, or ``"auto"``.
-        threshold_growth: added to the threshold after each experience.
-        columns: fraction of the protected weights that an experience may have as columns of its own.
-        reserved: directions that an experience may change: ``"full"``, ``"threshold"``, an int or a float.
-        damping: of steps in directions that are not protected: ``"auto"``, or a number, 0 for none.
-        freeze_above: fraction of a layer's directions from which on its weight is frozen.
-        feature_side: ``"patch"`` or ``"channel"``.
-        heads: name patterns of modules that train freely and are not protected.
-        verbose: print a table of the layers after each experience: what is protected, free, its own, and frozen.
-        skip: kinds of layers whose input is not projected, see :class:`~lightning_lance.LanceConfig`.
-        calibration: mode of the forward passes that define the subspaces, see :class:`~lightning_lance.LanceConfig`.
-        compress_first: whether inputs are projected in the first experience too.
-        preset: ``"published"``: the method as its authors have it.
+    Takes the options of :class:`PluginOptions`. Where the model has a head for each task, each has columns of its own,
+    and is evaluated with them.
 
     Attributes:
         session: the bases and the state of the stream.
@@ -68,59 +57,12 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
         ConfigError: an option has a value that is not allowed.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: Rank = "auto",
-        batch: Literal["unbiased", "projected", "learned"] = "unbiased",
-        bits: int | Literal["auto"] | None = "auto",
-        layers: Layers = "trainable",
-        memory_budget: int | str | None = None,
-        calibration_batches: int | None = None,
-        seed: int = 0,
-        rule: str = "columns",
-        threshold: float | Literal["auto"] = "auto",
-        threshold_growth: float = 0.003,
-        columns: float = 1 / 64,
-        reserved: int | float | Literal["full", "threshold"] = "full",
-        damping: float | Literal["auto"] = "auto",
-        freeze_above: float = 0.95,
-        feature_side: Literal["patch", "channel"] = "patch",
-        heads: str | Sequence[str] = (),
-        verbose: bool = True,
-        skip: str | Sequence[str] = (),
-        calibration: Literal["training", "eval"] = "training",
-        compress_first: bool = True,
-        preset: str | None = None,
-    ) -> None:
+    @takes(PluginOptions)
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
-        self.verbose = verbose
-        config = LanceConfig(
-            rank=rank,
-            batch=batch,
-            bits=bits,
-            layers=layers,
-            memory_budget=memory_budget,
-            calibration_batches=calibration_batches,
-            seed=seed,
-            skip=skip,
-            calibration=calibration,
-            preset=preset,
-        )
-        options = ContinualConfig(
-            rule=rule,
-            threshold=threshold,
-            threshold_growth=threshold_growth,
-            columns=columns,
-            reserved=reserved,
-            damping=damping,
-            freeze_above=freeze_above,
-            feature_side=feature_side,
-            heads=heads,
-            compress_first=compress_first,
-            preset=preset,
-        )
-        self.session = ContinualSession(config, options)
+        given = PluginOptions(*args, **options)
+        self.verbose = given.verbose
+        self.session = ContinualSession(given, given)
         self._said: set[str] = set()
         self._mixed: _Mixed | None = None
 

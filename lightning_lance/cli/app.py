@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lightning
@@ -13,12 +14,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_lance import __version__
 from lightning_lance.cli import PROGRAM
+from lightning_lance.cli.fitting import Measured
+from lightning_lance.cli.fitting import fit as fit_settings
 from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, shorten, with_group
 from lightning_lance.cli.profiling import profile
 from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.report import Report
 from lightning_lance.continual import ContinualConfig
 from lightning_lance.errors import ConfigError, LanceError
+from lightning_lance.tensors.units import parse_bytes
 from lightning_lance.trainer.callback import LanceCallback
 
 DESCRIPTION = """Train with compressed activations. The section "lance" of a configuration holds the options of
@@ -35,7 +39,13 @@ OWN_PARSERS = {
 
 
 class LanceTrainer(Trainer):
-    """The Trainer of the command line tool."""
+    """The Trainer of the command line tool.
+
+    Attributes:
+        arguments: those of the command.
+    """
+
+    arguments: Sequence[str] = ()
 
     def profile(
         self,
@@ -44,8 +54,13 @@ class LanceTrainer(Trainer):
         top: int = 12,
         json: str | None = None,
         plot: str | None = None,
-    ) -> Report:
+        fit: int | str | None = None,
+        seconds: float = 600.0,
+    ) -> Report | list[Measured]:
         """Measure what autograd keeps for one training batch, plainly and with LANCE; the weights stay.
+
+        With ``fit``, measure settings of bits, rank and micro-batches instead, each one for a few steps in a process of
+        its own, and say which fit.
 
         Args:
             model: the model.
@@ -53,7 +68,12 @@ class LanceTrainer(Trainer):
             top: rows of each table, the largest first; the rest is summed up in one.
             json: file to write the measurement to.
             plot: image file to draw it in; needs matplotlib.
+            fit: bytes, or a string such as ``"300MB"``, that a process may need above what it holds with model and
+                data, at its peak.
+            seconds: after so long no further setting is begun.
         """
+        if fit is not None:
+            return fit_settings(self.arguments, model, parse_bytes(fit, "fit"), seconds)
         return profile(self, model, datamodule, top, json, plot)
 
 
@@ -88,9 +108,11 @@ class BaseCLI(LightningCLI):
 class LanceCLI(BaseCLI):
     """A LightningCLI with the section ``lance`` and the subcommand ``profile``."""
 
+    trainer_type = LanceTrainer
+
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         super().__init__(
-            trainer_class=LanceTrainer,
+            trainer_class=self.trainer_type,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
@@ -115,7 +137,8 @@ class LanceCLI(BaseCLI):
         parser.add_argument("--plain", type=bool, default=False, help="run without LANCE, for comparison")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        assert args is None or isinstance(args, list)
+        assert isinstance(args, list)
+        self._arguments = args
         self.config = parser.parse_args(args)
         if self.config.subcommand in OWN_PARSERS:
             own = self.config.subcommand
@@ -124,11 +147,18 @@ class LanceCLI(BaseCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.subcommand == "profile":
-            # No logger, no checkpoint, no validation, and one step after those that define subspaces.
-            section = self._get(self.config, "lance")
-            batches = LanceConfig(preset=section["preset"], calibration_batches=section["calibration_batches"]).batches
-            kwargs |= {"fast_dev_run": batches + 1, "enable_progress_bar": False, "enable_model_summary": False}
-        return super().instantiate_trainer(**kwargs)
+            # No logger, no checkpoint, no validation.
+            quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+            kwargs |= {"fast_dev_run": self.profiled_batches(), **quiet}
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer, LanceTrainer):
+            trainer.arguments = self._arguments
+        return trainer
+
+    def profiled_batches(self) -> int:
+        """Batches that the subcommand ``profile`` may need: one after those that define subspaces."""
+        section = self._get(self.config, "lance")
+        return LanceConfig(preset=section["preset"], calibration_batches=section["calibration_batches"]).batches + 1
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         given = config.get("callbacks") or []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lance.compression.isolation import isolated
+from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.surgery import LeftAlone, compressed_layers
 from lightning_lance.compression.truncation import pays
 from lightning_lance.errors import CalibrationError, LanceWarning, StateError
@@ -20,9 +21,6 @@ from lightning_lance.layers.registry import base_class, uninstall
 from lightning_lance.layers.sharing import link
 from lightning_lance.subspaces.budget import BudgetedLayer, allocate, gathering_ranks
 from lightning_lance.subspaces.subspace import LayerSpectra, LayerStatistics, LayerSubspace, ZeroInputError
-
-Reduce = Callable[[dict[str, LayerStatistics]], None]
-"""Sums the accumulators over processes, in place."""
 
 
 def _with_joint_work(spectra: dict[str, LayerSpectra]) -> dict[str, LayerSpectra]:
@@ -42,12 +40,13 @@ class Calibration:
     Args:
         model: a swapped model.
         only: names of the layers to calibrate; all by default.
-        budget: bytes for the cores and factors of all layers together; ``None`` for the ranks as asked for.
+        budget: bytes for all that is kept; ``None`` for the ranks as asked for.
         bits: in which an element of a core will be kept; ``None``: as it is.
 
     Attributes:
         statistics: layer name -> what was seen.
         left: layers that were swapped back, and why.
+        fixed: bytes of the budget that are kept whatever the ranks.
     """
 
     def __init__(
@@ -59,6 +58,7 @@ class Calibration:
         if not self.layers:
             raise StateError("the model has no swapped layer to calibrate. Call swap(model) first.")
         self.budget = budget
+        self.fixed = 0
         self.bits = bits
         self.statistics = {
             name: LayerStatistics(
@@ -89,19 +89,29 @@ class Calibration:
             module: Any = self.layers.pop(name)
             uninstall(module)
 
-    def finish(self, reduce: Reduce | None = None) -> None:
+    def _sum_over(self, processes: Processes) -> None:
+        local = {name: found.signature() for name, found in self.statistics.items() if found.tensors()}
+        gathered = processes.gather(local)
+        for name in sorted(self.statistics):
+            for signatures in gathered:
+                if name in signatures:
+                    module: Any = self.layers[name]
+                    self.statistics[name].extend(signatures[name], module.weight.device)
+            processes.sum(self.statistics[name].tensors())
+
+    def finish(self, processes: Processes | None = None) -> None:
         """Assign the subspaces. A layer that saw nothing, or only zeros, keeps the one it has, or is swapped back.
 
         One that is to be truncated only where that costs nothing is swapped back where it would cost something.
 
         Args:
-            reduce: sums the accumulators over the processes of a distributed run.
+            processes: those of a distributed run, over which to sum what was seen.
 
         Raises:
             CalibrationError: a layer's inputs hold NaN or Inf, or no layer saw any input. No subspace is assigned.
         """
-        if reduce is not None:
-            reduce(self.statistics)
+        if processes is not None and processes.count > 1:
+            self._sum_over(processes)
         spectra: dict[str, LayerSpectra] = {}
         gone: dict[str, str] = {}
         for name, statistics in self.statistics.items():
@@ -167,13 +177,13 @@ class Calibration:
             for name, found in spectra.items()
         }
         state = next(iter(states.values()))
-        return allocate(budgeted, self.budget, state.unbiased, self.bits)
+        return allocate(budgeted, self.budget, state.unbiased, self.bits, self.fixed)
 
 
 @contextmanager
 def calibrate(
     model: nn.Module,
-    reduce: Reduce | None = None,
+    processes: Processes | None = None,
     only: set[str] | None = None,
     budget: int | None = None,
     bits: int | None = None,
@@ -186,9 +196,9 @@ def calibrate(
 
     Args:
         model: a swapped model.
-        reduce: sums the accumulators over processes.
+        processes: those of a distributed run, over which to sum what was seen.
         only: names of the layers to calibrate.
-        budget: bytes for the cores and factors of all layers together.
+        budget: bytes for all that is kept.
         bits: in which an element of a core will be kept; ``None``: as it is.
         evaluating: run the passes in eval mode; otherwise in the mode that the model is in.
 
@@ -215,7 +225,7 @@ def calibrate(
             yield calibration
         finally:
             calibration.stop()
-    calibration.finish(reduce)
+    calibration.finish(processes)
 
 
 def eager() -> Any:

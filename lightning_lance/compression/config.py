@@ -60,9 +60,9 @@ class LanceConfig:
             of them), or shell-style patterns of module names; the name of a container means all in it.
         freeze_norms: run batch-norm layers whose affine parameters are frozen in eval mode while training, as the paper
             does. Changes what training computes, so it is never done unasked.
-        memory_budget: bytes, or a string such as ``"4MiB"``, for the cores and factors of all projected layers at the
-            batch size of the first steps; lowers spatial energy, then the batch rank, then channel energy until they
-            fit.
+        memory_budget: bytes, or a string such as ``"40MB"``, for all that autograd keeps of a step of the size of the
+            first ones. What no rank can lower is counted first; then spatial energy, the batch rank and channel energy
+            are lowered, in this order, until the rest fits.
         refresh: ``"epoch"`` or a number of training steps: recompute the subspaces that often from ordinary training
             steps. ``None``: the published one-shot method.
         calibration_batches: number of batches whose inputs define the subspaces. ``None``: 8, or what the preset says.

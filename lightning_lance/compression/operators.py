@@ -333,6 +333,8 @@ class _WithWeight:
 
     __slots__ = ("weight",)
 
+    for_weight = True
+
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 

@@ -115,7 +115,7 @@ class Report:
         return lines
 
     def by_operator(self, count: int = 6) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a table of what autograd keeps, one row an operator, that which kept most first.
+        """Header and rows of a table of what autograd keeps, one row an operator, that which still holds most first.
 
         Args:
             count: rows; the rest is summed in one more.
@@ -123,8 +123,7 @@ class Report:
         if self.plain is None or self.compressed is None:
             return [], []
         before, after = self.plain.by_op(), self.compressed.by_op()
-        own = [name for name in after if name not in before]  # our operators, in the place of stock ones
-        order = sorted(before, key=lambda name: -before[name]) + own
+        order = sorted({**after, **before}, key=lambda name: (-after.get(name, 0), -before.get(name, 0)))
         shown = [name for name in order[:count] if before.get(name, 0) or after.get(name, 0)]
         rows = [_operator_row(name, before.get(name, 0), after.get(name, 0)) for name in shown]
         rest = order[count:]
@@ -192,7 +191,7 @@ def _change(before: int, after: int) -> str:
 
 
 def _operator_row(name: str, before: int, after: int) -> list[str]:
-    ratio = _times(before, after) if before and after else "-"
+    ratio = _times(before, after) if 0 < after <= before else "-"  # codes may be another's who saves them first
     return [name, format_bytes(before), format_bytes(after), ratio]
 
 

@@ -30,6 +30,9 @@ class Holder:
         shape: shape of the saved tensor.
         dtype: dtype of the saved tensor.
         bytes: size of the whole storage behind it, or of what is kept in its place.
+        bits: of an element of what is kept; ``None``: it is not rounded.
+        for_weight: whether gradients of weights alone are computed from it.
+        shared: whether another module keeps it too.
     """
 
     op: str
@@ -37,6 +40,17 @@ class Holder:
     shape: tuple[int, ...]
     dtype: torch.dtype
     bytes: int
+    bits: int | None = None
+    for_weight: bool = False
+    shared: bool = False
+
+    @classmethod
+    def of(cls, saved: Saved) -> Holder:
+        """What a line of a ledger tells of it."""
+        operator = saved.operator or "elsewhere"
+        return cls(
+            operator, saved.module, saved.shape, saved.dtype, saved.nbytes, saved.bits, saved.for_weight, saved.shared
+        )
 
 
 @dataclass(frozen=True)
@@ -54,22 +68,17 @@ class SavedBytes:
     @classmethod
     def of(cls, ledger: Iterable[Saved]) -> SavedBytes:
         """Unique storages of tensors that were saved, each counted once by the first who saved it."""
-        holders: dict[int, Holder] = {}
+        unique: dict[int, Saved] = {}
         for saved in ledger:
-            if saved.nbytes and saved.reference.cdata not in holders:
-                operator = saved.operator or "elsewhere"
-                holders[saved.reference.cdata] = Holder(operator, saved.module, saved.shape, saved.dtype, saved.nbytes)
-        ordered = sorted(holders.values(), key=lambda holder: -holder.bytes)
-        return cls(sum(holder.bytes for holder in ordered), ordered)
+            if saved.nbytes:
+                unique.setdefault(saved.reference.cdata, saved)
+        return cls.listed(unique.values())
 
     @classmethod
     def listed(cls, parts: Iterable[Saved]) -> SavedBytes:
         """Parts that are known to be different, whatever they stand for."""
-        holders = [
-            Holder(part.operator or "elsewhere", part.module, part.shape, part.dtype, part.nbytes) for part in parts
-        ]
-        ordered = sorted(holders, key=lambda holder: -holder.bytes)
-        return cls(sum(holder.bytes for holder in ordered), ordered)
+        holders = sorted(map(Holder.of, parts), key=lambda holder: -holder.bytes)
+        return cls(sum(holder.bytes for holder in holders), holders)
 
     def by_module(self) -> dict[str, int]:
         """Bytes by the module that saved them first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lance.compression.allocator import hold, let_go
-from lightning_lance.compression.calibration import Calibration, Reduce, calibrate, eager
+from lightning_lance.compression.calibration import Calibration, calibrate, eager
 from lightning_lance.compression.config import BITS, LanceConfig
-from lightning_lance.compression.frozen_norms import FrozenNorms, frozen_norms
+from lightning_lance.compression.frozen_norms import FrozenNorms
+from lightning_lance.compression.ledger import Ledger
 from lightning_lance.compression.operators import Watch
-from lightning_lance.compression.report import LayerReport, Report
-from lightning_lance.compression.saved_bytes import ModuleNames, SavedBytes
-from lightning_lance.compression.store import Saved, Store
+from lightning_lance.compression.processes import Processes
+from lightning_lance.compression.report import Report
+from lightning_lance.compression.steps import Steps
+from lightning_lance.compression.store import Store
 from lightning_lance.compression.surgery import (
     LeftAlone,
     Plan,
@@ -34,11 +36,11 @@ from lightning_lance.compression.surgery import (
 from lightning_lance.compression.truncation import WATCH, Watched, tell, worth_looking
 from lightning_lance.errors import CalibrationError, ConfigError, LanceWarning, PlanError, StateError
 from lightning_lance.layers.compressed import Compressed
-from lightning_lance.layers.registry import base_class, find, uninstall
+from lightning_lance.layers.registry import find, uninstall
 from lightning_lance.layers.sharing import link
 from lightning_lance.subspaces.budget import gathering_ranks
 from lightning_lance.subspaces.stored import StoredRun, check_session_state
-from lightning_lance.subspaces.subspace import CapturedEnergy, LayerStatistics, LayerSubspace
+from lightning_lance.subspaces.subspace import LayerStatistics, LayerSubspace
 
 STATE_VERSION = 3
 
@@ -47,9 +49,6 @@ FIRST_BITS = BITS[2]
 
 Pass = Callable[[], Any]
 """Runs one forward pass in training mode and returns the loss or the outputs."""
-
-Share = Callable[[Any], Any]
-"""Returns process 0's object on every process."""
 
 
 class Stage(Enum):
@@ -60,7 +59,7 @@ class Stage(Enum):
     STEADY = "steady"
 
 
-class LanceSession:
+class LanceSession(Steps):
     """Compress what autograd keeps of each training step, and report it.
 
     Around a step everything that autograd saves is kept rounded, as ``bits`` says. Where ``rank`` asks for it, inputs
@@ -80,8 +79,8 @@ class LanceSession:
         left: layers with trainable parameters that are not projected, where others are.
         observed: training steps in the current observation.
         steps: training steps so far.
-        reduce: sums accumulators over the processes of a distributed run, in place.
-        share: hands process 0's subspaces to all.
+        processes: those of a distributed run. All see the same subspaces, and each draws sample orders of its own:
+            averaging over processes then averages them too.
 
     Example:
         >>> import torch
@@ -107,8 +106,7 @@ class LanceSession:
         self.left: list[LeftAlone] = []
         self.observed = 0
         self.steps = 0
-        self.reduce: Reduce | None = None
-        self.share: Share | None = None
+        self.processes = Processes()
         self._store = Store(self.config.kept_bits)
         self._store.mode = Watch(self._store)
         self._dropped: dict[str, LeftAlone] = {}
@@ -119,7 +117,8 @@ class LanceSession:
         self._chosen: set[str] = set()
         self._watched: Watched | None = None
         self._norms = FrozenNorms(model)
-        self._ledger: _Ledger | None = None
+        self._ledger: Ledger | None = None
+        self._fixed = 0
         self._reported = False
         self._inside: ExitStack | None = None
         self._memory: list[str] | None = None
@@ -148,6 +147,7 @@ class LanceSession:
         swap(self.model, made)
         if self.config.release_memory and self._memory is None:
             self._memory = hold("returned")
+        self._spread()
         self.stage = Stage.STEADY
         if observe and made.entries and self.config.calibration == "training":
             self.observe()
@@ -165,14 +165,9 @@ class LanceSession:
         self._norms.release()
         restore(self.model)
 
-    def spread(self, rank: int) -> None:
-        """Let one of several processes draw sample orders of its own: averaging over processes then averages them too.
-
-        Args:
-            rank: of the process.
-        """
+    def _spread(self) -> None:
         for layer in self.layers.values():
-            layer._lance.order.offset = rank
+            layer._lance.order.offset = self.processes.rank
 
     def join(self) -> list[str]:
         """Swap layers that have become trainable since, as fine-tuning schedules do. Cheap where nothing has.
@@ -194,6 +189,7 @@ class LanceSession:
         if not made.entries:
             return []
         joined = join(self.model, made) if is_swapped(self.model) else [e.name for e in swap(self.model, made).entries]
+        self._spread()
         self._reported = self._reported and not joined
         return joined
 
@@ -217,7 +213,7 @@ class LanceSession:
         ledger = self._store.ledger
         self._looked = bool(ledger)
         # Processes that see different batches would have to agree.
-        if ledger and self.reduce is None and not self._store.unusual:
+        if ledger and self.processes.count == 1 and not self._store.unusual:
             self._chosen = worth_looking(ledger, self._automatic.keys() - self.layers.keys())
 
     def _flags(self) -> list[bool]:
@@ -241,9 +237,8 @@ class LanceSession:
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Context of one training step: its forward passes, and whatever else belongs to it.
+    def begin_step(self) -> None:
+        """The first half of :meth:`step`.
 
         Raises:
             StateError: the session was not started, a step is running already, or with ``calibration="eval"`` the first
@@ -251,14 +246,6 @@ class LanceSession:
             CalibrationError: the steps that should define the subspaces saw NaN or Inf.
             ConfigError: the memory budget is below what the lowest ranks need.
         """
-        self.begin_step()
-        try:
-            yield
-        finally:
-            self.end_step()
-
-    def begin_step(self) -> None:
-        """The first half of :meth:`step`, for drivers with a hook before and one after the forward pass."""
         if self._inside is not None:
             raise StateError("begin_step() inside of a step: call end_step() first.")
         if self.stage is Stage.IDLE:
@@ -266,16 +253,15 @@ class LanceSession:
         self._prepare()
         store = self._store
         store.bits = FIRST_BITS if self._first_bits else self.config.kept_bits
-        factors = (factor for layer in self.layers.values() for factor in _factors(layer))
-        store.protect([*_tensors(self.model), *factors])
+        self._protect()
         with ExitStack() as inside:
             if self._observing is not None:
                 self._observing.observe()
                 inside.callback(self._observing.stop)
                 inside.enter_context(eager())  # a compiled graph would hold the observers
                 self.observed += 1
-            if not self._reported:
-                self._ledger = _Ledger(self)
+            if not self._reported or (self._observing is not None and self.config.budget is not None):
+                self._ledger = Ledger(self)
                 inside.enter_context(self._ledger.open())
                 if self._ledger.energies:
                     inside.enter_context(eager())  # likewise
@@ -303,9 +289,15 @@ class LanceSession:
         if watched is not None:
             self._look_at(watched.drifted())
         if self._ledger is not None:
-            self.report = self._ledger.report()
+            self._fixed = max(self._fixed, self._ledger.fixed)
+            if not self._reported:
+                self.report = self._ledger.report()
             self._reported = self.report is not None and self.stage is Stage.STEADY
             self._ledger = None
+
+    def _protect(self) -> None:
+        factors = (factor for layer in self.layers.values() for factor in _factors(layer))
+        self._store.protect([*_tensors(self.model), *factors])
 
     @property
     def _truncated(self) -> dict[str, Compressed]:
@@ -370,8 +362,6 @@ class LanceSession:
     def calibrate(
         self,
         passes: Iterable[Pass],
-        reduce: Reduce | None = None,
-        share: Share | None = None,
         only: set[str] | None = None,
     ) -> None:
         """Find the subspaces from forward passes that leave no trace, in place of the first training steps.
@@ -380,8 +370,6 @@ class LanceSession:
 
         Args:
             passes: forward passes, one for each calibration batch; a generator is read one by one.
-            reduce: sums accumulators over the processes of a distributed run.
-            share: hands process 0's factors to all.
             only: names of the layers; all by default, and always where a memory budget is to be shared by all.
 
         Raises:
@@ -392,11 +380,26 @@ class LanceSession:
             only = None if self.config.budget is not None else only
             bits = self.config.kept_bits.weight
             evaluating = self.config.calibration == "eval"
-            with calibrate(self.model, reduce, only, self.config.budget, bits, evaluating) as calibration:
-                for run in passes:
-                    run()
-            self._settle(calibration, share)
+            with calibrate(self.model, self.processes, only, self.config.budget, bits, evaluating) as calibration:
+                for index, run in enumerate(passes):
+                    if index or self.config.budget is None:
+                        run()
+                    else:
+                        calibration.fixed = self._fixed_of(run)
+            self._settle(calibration)
         self.stage = Stage.STEADY
+
+    def _fixed_of(self, run: Pass) -> int:
+        """Bytes that a pass keeps whatever the ranks."""
+        ledger = Ledger(self)
+        self._store.bits = self.config.kept_bits
+        self._protect()
+        with ledger.open():
+            with torch.enable_grad(), self._store:
+                kept = run()
+            ledger.look()
+        del kept
+        return ledger.fixed
 
     def observe(self, only: set[str] | None = None) -> None:
         """Let the next ``calibration_batches`` steps define the subspaces.
@@ -406,7 +409,7 @@ class LanceSession:
         """
         only = None if self.config.budget is not None else only
         self._observing = Calibration(self.model, only, self.config.budget, self.config.kept_bits.weight)
-        self.observed = 0
+        self.observed = self._fixed = 0
         self.stage = Stage.OBSERVING
 
     @property
@@ -434,20 +437,24 @@ class LanceSession:
         if self.observed == 0:
             _warn("the subspaces were not refreshed: no step was observed. Run training steps after observe().")
             return
+        calibration.fixed = self._fixed
         try:
-            calibration.finish(self.reduce)
+            calibration.finish(self.processes)
+        except ConfigError as error:
+            notes = [] if self.report is None else self.report.notes
+            raise ConfigError("\n".join([str(error), *notes])) from None
         except CalibrationError as error:
             if not self.calibrated:
                 raise
             _warn(f"the subspaces were not refreshed: {error}")
             return
-        self._settle(calibration, self.share)
+        self._settle(calibration)
 
-    def _settle(self, calibration: Calibration, share: Share | None) -> None:
+    def _settle(self, calibration: Calibration) -> None:
         self._dropped |= {item.name: item for item in calibration.left}
         self.left += calibration.left
-        if share is not None:
-            shared = share(self._subspaces())
+        if self.processes.count > 1:
+            shared = self.processes.first(self._subspaces())
             self._assign({name: LayerSubspace.from_state_dict(found) for name, found in shared.items()})
 
     def _subspaces(self) -> dict[str, Any]:
@@ -487,6 +494,7 @@ class LanceSession:
             "steps": self.steps,
             "draws": self._store.draws,
             "looked": self._looked,
+            "fixed": self._fixed,
             "observing": None
             if observing is None
             else {name: statistics.state_dict() for name, statistics in observing.statistics.items()},
@@ -540,7 +548,8 @@ class LanceSession:
             for name, statistics in observing.statistics.items():
                 if name in observed:
                     statistics.load_state_dict(observed[name], observing.layers[name].weight.device)
-        self.observed, self.steps, self._store.draws = stored.observed, stored.steps, stored.draws
+        self.observed, self.steps = stored.observed, stored.steps
+        self._store.draws, self._fixed = stored.draws, stored.fixed
 
     def _checked(self, state: Any) -> tuple[StoredRun, LanceConfig]:
         """A stored state that is whole and fits the model, and the options that it asks for; nothing is changed."""
@@ -587,89 +596,6 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
                 if tensor is not None:
                     yield tensor
             waiting += [child for child in module._modules.values() if child is not None]
-
-
-class _Ledger:
-    """What one step keeps: written by the store, read where that is most, before a backward pass or at the end."""
-
-    def __init__(self, session: LanceSession) -> None:
-        self.session = session
-        self.store = session._store
-        self.energies: dict[str, CapturedEnergy] = {}
-        self._found: tuple[SavedBytes, SavedBytes] | None = None
-        self._read = 0
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        names = ModuleNames()
-        store, layers = self.store, self.session.layers
-        for name, layer in layers.items():
-            if layer._lance.observer is None and layer._lance.subspace is not None:
-                self.energies[name] = layer._lance.observer = CapturedEnergy(layer._lance.subspace, layer.channel_axis)
-        store.ledger, store.names, store.on_backward = [], names, self.look
-        try:
-            with names.of(self.session.model):
-                yield
-            self.look()
-        finally:
-            store.ledger, store.names, store.on_backward = None, None, None
-            for name in self.energies:
-                layers[name]._lance.observer = None
-
-    def look(self) -> None:
-        """Count what is alive, if more was saved since the last time."""
-        ledger = self.store.ledger
-        if ledger is None or len(ledger) == self._read:
-            return
-        self._read = len(ledger)
-        plain: list[Saved] = []
-        kept: dict[int, Saved] = {}
-        for saved in ledger:
-            if saved.kept is None:
-                plain.append(saved)
-                continue
-            alive = saved.kept()
-            if alive is None:
-                continue
-            if not saved.ours:
-                plain.append(saved)
-            for identity, nbytes in alive.parts():
-                kept.setdefault(identity, saved._replace(nbytes=nbytes))
-        found = SavedBytes.of(plain), SavedBytes.listed(kept.values())
-        if self._found is None or found[0].total > self._found[0].total:
-            self._found = found
-
-    def report(self) -> Report | None:
-        """What was found; ``None`` where nothing was kept at all."""
-        if self._found is None:
-            return None
-        session, (plain, kept) = self.session, self._found
-        measured = kept.by_module()
-        rows = []
-        for name, layer in session.layers.items():
-            seen, subspace = self.energies.get(name), layer._lance.subspace
-            if seen is None or subspace is None or not seen.shapes:
-                continue
-            shape = seen.shapes[0]
-            sizes = [(s[0], s[1], s[2:]) for s in seen.shapes]
-            whole = sum(torch.Size(s).numel() * seen.itemsize for s in seen.shapes)
-            core = subspace.core_shape(*sizes[0]) if subspace.shrinks(*sizes[0]) else shape
-            formula = sum(subspace.formula_bytes(*size, seen.itemsize) for size in sizes)
-            kind = base_class(layer).__name__  # type: ignore[arg-type]
-            energy = dict(subspace.energy)
-            rows.append(LayerReport(name, kind, shape, core, energy, whole, formula, measured.get(name, 0)))
-        held, total = sum(e.kept for e in self.energies.values()), sum(e.total for e in self.energies.values())
-        return Report(rows, list(session.left), plain, kept, held / total if total else None, self._notes(measured))
-
-    def _notes(self, measured: Mapping[str, int]) -> list[str]:
-        norms = [name for name, module in frozen_norms(self.session.model).items() if module.training]
-        held = sum(measured.get(name, 0) for name in norms)
-        if not held:
-            return []
-        return [
-            f"{len(norms)} batch-norm layers in training mode hold {held / 1e6:.3g} MB although their affine "
-            "parameters are frozen; freeze_norms=True runs them in eval mode and frees it."
-        ]
 
 
 def _factors(layer: Compressed) -> list[Tensor]:

@@ -25,10 +25,7 @@ from lightning_lance.compression.kept import Booleans, Flags, Kept, Stretch, Vie
 from lightning_lance.compression.recipes import NormInput, Recipes
 from lightning_lance.errors import StateError
 from lightning_lance.ops.saving import OurRule, saving
-from lightning_lance.tensors.rounding import group_size, round_to_bits
-
-FEWEST = 256
-"""Tensors of fewer elements stay whole."""
+from lightning_lance.tensors.rounding import FEWEST, group_size, round_to_bits
 
 STATISTICS = 8
 """So much smaller than the largest argument of its operator, a tensor holds row statistics, and stays whole."""
@@ -63,6 +60,9 @@ class Saved(NamedTuple):
         module: name of the module that ran it.
         shape: shape of the tensor.
         dtype: its dtype.
+        for_weight: whether the gradient of a weight alone is computed from it.
+        bits: of an element of what is kept; ``None``: it is not rounded.
+        shared: whether another module keeps it too.
     """
 
     kept: Any
@@ -73,6 +73,9 @@ class Saved(NamedTuple):
     module: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    for_weight: bool = False
+    bits: int | None = None
+    shared: bool = False
 
 
 class Store:
@@ -202,9 +205,10 @@ class Store:
         reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         name = saving.name or (tensor.grad_fn.name() if tensor.grad_fn is not None else "")
         ours = isinstance(saving.rule, OurRule)
-        shape = tuple(tensor.shape)
+        for_weight = ours or getattr(saving.rule, "for_weight", False)
+        shape, module = tuple(tensor.shape), self.names.current
         self.ledger.append(
-            Saved(weakref.ref(kept), ours, reference, storage.nbytes(), name, self.names.current, shape, tensor.dtype)
+            Saved(weakref.ref(kept), ours, reference, storage.nbytes(), name, module, shape, tensor.dtype, for_weight)
         )
 
     def _keep(self, tensor: Tensor) -> Any:

@@ -5,7 +5,7 @@ Runs without any framework; :mod:`lightning_lance.avalanche` and the Lightning c
 
 from lightning_lance.continual.account import LayerAccount, plot_capacity
 from lightning_lance.continual.basis import Moments, complement, grow, reserve
-from lightning_lance.continual.config import ContinualConfig
+from lightning_lance.continual.config import ContinualConfig, ContinualOptions
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import FeatureMoments
 from lightning_lance.continual.session import ContinualSession
@@ -14,6 +14,7 @@ from lightning_lance.tensors.linalg import project_out
 __all__ = [
     "Capacity",
     "ContinualConfig",
+    "ContinualOptions",
     "ContinualSession",
     "FeatureMoments",
     "LayerAccount",

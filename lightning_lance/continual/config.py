@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.presets import preset_named, settle
 from lightning_lance.continual.moments import ROWS_PER_UPDATE
 from lightning_lance.continual.rules import RULES
@@ -145,6 +146,31 @@ class ContinualConfig:
         if all(isinstance(found, torch.optim.SGD) for found in optimizers):
             return 0.0
         return DAMPING_OF_COLUMNS if own and self.rule == "columns" else AUTO_DAMPING
+
+
+@dataclass(frozen=True)
+class ContinualOptions(ContinualConfig, LanceConfig):
+    """What to protect, and how far what autograd keeps is compressed meanwhile.
+
+    Attributes:
+        bits: of each element of what is kept: ``"auto"`` is 8, since noise in the gradient costs more experience by
+            experience than in fine-tuning; 4, 2, or ``None``.
+        calibration_batches: batches of an experience that define its subspaces, before and after it.
+        layers: which layers may keep a projected input. Which are protected does not depend on it.
+        refresh: not allowed: the subspaces are found once for each experience.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    def __post_init__(self) -> None:
+        ContinualConfig.__post_init__(self)
+        LanceConfig.__post_init__(self)
+        if self.refresh is not None:
+            raise ConfigError(
+                f"refresh={self.refresh!r} is not allowed in continual learning: the subspaces are found once for each "
+                "experience. Leave it out."
+            )
 
 
 def _is_threshold(value: Any) -> bool:

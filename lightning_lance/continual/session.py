@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lance.compression.calibration import Reduce, eager
+from lightning_lance.compression.calibration import eager
 from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.isolation import isolated
+from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.session import LanceSession, Pass
+from lightning_lance.compression.steps import Steps
 from lightning_lance.compression.surgery import restore
 from lightning_lance.continual.account import Account, LayerAccount, account_table, plot_capacity
 from lightning_lance.continual.config import ContinualConfig
@@ -37,9 +38,6 @@ from lightning_lance.layers.compressed import Compressed
 from lightning_lance.subspaces.ranks import closest, matches
 from lightning_lance.tensors.orders import SampleOrder
 
-SumOver = Callable[[Sequence[Tensor]], None]
-"""Sums tensors over processes, in place."""
-
 _NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -48,7 +46,7 @@ _NORMS = (
 )
 
 
-class ContinualSession:
+class ContinualSession(Steps):
     """Train a model on one experience after another without forgetting, with any optimiser.
 
     The first experience trains in all directions. After each one the input directions that its layers need are
@@ -64,6 +62,7 @@ class ContinualSession:
         options: what to protect.
 
     Attributes:
+        processes: those of a distributed run, over which what layers see is summed.
         experience: number of experiences that have ended.
         memories: layer name -> what it protects.
         history: what each experience that has ended had taken of each layer, see :meth:`table`.
@@ -91,6 +90,7 @@ class ContinualSession:
     def __init__(self, config: LanceConfig | None = None, options: ContinualConfig | None = None) -> None:
         self.config = (config or LanceConfig()).in_stream()
         self.options = options or ContinualConfig()
+        self.processes = Processes()
         self.experience = 0
         self.memories: dict[str, LayerMemory] = {}
         self.history: list[Account] = []
@@ -115,15 +115,6 @@ class ContinualSession:
         """The compression of the running experience; ``None`` outside of one, or where nothing could be compressed."""
         return None if self._run is None else self._run.compression
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Context of one training step, as of a :class:`~lightning_lance.LanceSession`."""
-        self.begin_step()
-        try:
-            yield
-        finally:
-            self.end_step()
-
     def begin_step(self) -> None:
         """The first half of :meth:`step`. Nothing is compressed outside of an experience."""
         if self.compression is not None:
@@ -140,8 +131,6 @@ class ContinualSession:
         passes: Sequence[Pass],
         optimizers: Iterable[torch.optim.Optimizer] = (),
         heads: Iterable[str] = (),
-        reduce: Reduce | None = None,
-        sum_over: SumOver | None = None,
         whole: bool = False,
         own: str | None = None,
         flat: bool = False,
@@ -156,8 +145,6 @@ class ContinualSession:
                 parameter takes its place in them until the experience ends; needed where ``reserved`` is not
                 ``"full"``. What they are decides about ``damping="auto"``.
             heads: names of modules that are not protected, beside those that match ``heads`` of the options.
-            reduce: sums calibration accumulators over processes.
-            sum_over: sums moments over processes.
             whole: train the weights themselves in any case, as DDP needs, which knows no other parameters.
             own: name of what this experience alone is evaluated with, such as the label of its task: it gets columns of
                 its own under it. ``None``: it is evaluated as all others are.
@@ -180,7 +167,7 @@ class ContinualSession:
             optimizers = list(optimizers)
             run.optimizers, run.flat = optimizers, flat
             run.now = Now(self.experience, own, self.options.damping_of(optimizers, own is not None))
-            self._begin(run, passes, [] if whole else optimizers, reduce, sum_over)
+            self._begin(run, passes, [] if whole else optimizers)
         except BaseException:
             self.abandon()
             raise
@@ -190,8 +177,6 @@ class ContinualSession:
         run: _Run,
         passes: Sequence[Pass],
         optimizers: list[torch.optim.Optimizer],
-        reduce: Reduce | None,
-        sum_over: SumOver | None,
     ) -> None:
         layers = self._protectable(run.model, run.heads)
         if not layers and self.experience == 0:
@@ -216,14 +201,13 @@ class ContinualSession:
         handles = _observe(run.model, moments)
         try:
             if run.compression is not None and run.compression.layers:
-                run.compression.calibrate(passes, reduce)
+                run.compression.calibrate(passes)
             elif moments:
                 _run_passes(run.model, passes, training=self.config.calibration == "training")
         finally:
             for handle in handles:
                 handle.remove()
-        if sum_over is not None:
-            _sum(moments, sum_over)
+        self._sum(moments)
         order = _order(run.model, self.config.seed)
         run.views = {
             name: self._view(
@@ -255,7 +239,9 @@ class ContinualSession:
 
     def _compression(self, run: _Run) -> LanceSession:
         first = self.experience == 0 and not self.options.compress_first
-        return LanceSession(run.model, self.config.uncompressed() if first else self.config, run.heads)
+        made = LanceSession(run.model, self.config.uncompressed() if first else self.config, run.heads)
+        made.processes = self.processes
+        return made
 
     def _reservation(self, run: _Run, name: str, layer: Any) -> Reservation | None:
         """What a layer is to train in; ``None``: it trains in all directions, or in none."""
@@ -390,15 +376,12 @@ class ContinualSession:
         self.rule.resume(run.views, found.rule)
         run.flatten_after_steps()
 
-    def end_experience(
-        self, model: nn.Module, passes: Sequence[Pass], sum_over: SumOver | None = None
-    ) -> dict[str, Capacity]:
+    def end_experience(self, model: nn.Module, passes: Sequence[Pass]) -> dict[str, Capacity]:
         """Restore the model, then protect what the experience needs.
 
         Args:
             model: the model of :meth:`begin_experience`.
             passes: forward passes on batches of the experience, run in evaluation mode and without a trace.
-            sum_over: sums moments over processes.
 
         Returns:
             Layer name -> capacity.
@@ -424,8 +407,7 @@ class ContinualSession:
         handles = [*_observe(model, moments), *_note_calls(model, called)]
         try:
             _run_passes(model, passes, training=False)
-            if sum_over is not None:
-                _sum(moments, sum_over)
+            self._sum(moments)
             for found in moments.values():
                 found.check()
         except BaseException:
@@ -740,6 +722,10 @@ class ContinualSession:
                 )
             memory.to(weight.device)
 
+    def _sum(self, moments: dict[str, FeatureMoments]) -> None:
+        for name in sorted(moments):
+            self.processes.sum(moments[name].tensors())
+
     def _moments(self, layers: dict[str, nn.Module], energy: float = SKETCH_ENERGY) -> dict[str, FeatureMoments]:
         found = {}
         for name, layer in layers.items():
@@ -998,8 +984,3 @@ def _run_passes(model: nn.Module, passes: Sequence[Pass], training: bool) -> Non
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-
-
-def _sum(moments: dict[str, FeatureMoments], sum_over: SumOver) -> None:
-    for name in sorted(moments):
-        sum_over(moments[name].tensors())

@@ -1,14 +1,17 @@
-"""Fit the cores and factors of all layers into a number of bytes."""
+"""Fit what is kept into a number of bytes, by the ranks of the layers whose inputs are projected."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_lance.errors import ConfigError
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.subspaces.subspace import LayerSpectra, LayerSubspace
+from lightning_lance.tensors.rounding import SMALLEST_GROUP
+from lightning_lance.tensors.units import format_bytes
 
 SPATIAL_LADDER = (0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 CHANNEL_LADDER = (0.99, 0.97, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -32,7 +35,7 @@ class BudgetedLayer:
 
 
 def allocate(
-    layers: Mapping[str, BudgetedLayer], budget: int, unbiased: bool, bits: int | None = None
+    layers: Mapping[str, BudgetedLayer], budget: int, unbiased: bool, bits: int | None = None, fixed: int = 0
 ) -> dict[str, LayerSubspace]:
     """Subspaces of all layers within a number of bytes.
 
@@ -42,9 +45,10 @@ def allocate(
 
     Args:
         layers: name -> layer.
-        budget: bytes for cores, factors and groups of all layers together.
+        budget: bytes for all that is kept.
         unbiased: whether the batch mode is estimated without bias.
         bits: of an element of a core; ``None``: as it is.
+        fixed: bytes that are kept whatever the ranks; the rest is for cores, factors and groups of all layers together.
 
     Returns:
         Name -> subspace, the first rung of the ladder that fits.
@@ -58,17 +62,30 @@ def allocate(
             name: layer.spectra.subspace(_lowered(layer, spatial, shrink, channel), unbiased, bits)
             for name, layer in layers.items()
         }
-        needed = sum(
-            found[name].formula_bytes(layer.shape[0], layer.shape[1], layer.shape[2:], layer.itemsize)
-            for name, layer in layers.items()
-        )
+        needed = fixed + _bytes(layers, found)
         if needed <= budget:
             return found
     raise ConfigError(
-        f"memory_budget={budget} bytes is below the floor of {needed} bytes for {len(layers)} layers at the calibrated "
-        f"batch size (spatial energy {SPATIAL_LADDER[-1]}, batch rank 2, channel energy {CHANNEL_LADDER[-1]}). "
-        f"Allowed: at least {needed}; or compress fewer layers (layers=...)."
+        f"memory_budget={budget} bytes cannot be met: {format_bytes(fixed)} are kept whatever the ranks, and the "
+        f"{len(layers)} layers whose inputs are projected need {format_bytes(needed - fixed)} with the lowest ones "
+        f"(spatial energy {SPATIAL_LADDER[-1]}, batch rank 2, channel energy {CHANNEL_LADDER[-1]}). "
+        f"Allowed for this batch size: at least {needed}."
     )
+
+
+def _bytes(layers: Mapping[str, BudgetedLayer], found: Mapping[str, LayerSubspace]) -> int:
+    """What the layers keep at the most: rounded by the smallest groups, and with the rotations of the batch mode."""
+    cores: dict[Any, int] = {}
+    rotations: dict[int, int] = {}
+    for name, layer in layers.items():
+        subspace, (batch, channels, *sizes) = found[name], layer.shape
+        shape = batch, channels, tuple(sizes)
+        core = (layer.spectra.totals, subspace.core_shape(*shape))  # layers that read one input share it
+        cores[core] = subspace.formula_bytes(*shape, layer.itemsize, SMALLEST_GROUP)
+        columns = subspace.batch.columns(batch)
+        if subspace.batch.unbiased and columns < batch:
+            rotations[columns] = columns**2 * layer.itemsize
+    return sum(cores.values()) + sum(rotations.values())
 
 
 def _rungs(batch: int) -> Iterator[tuple[float | None, float, float | None]]:

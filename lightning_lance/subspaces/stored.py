@@ -25,6 +25,7 @@ class StoredRun:
         steps: training steps so far.
         draws: tensors rounded with dither so far.
         looked: whether a step has said which layers ``rank="auto"`` looks at.
+        fixed: bytes that the steps of the running observation kept whatever the ranks.
         observing: layer name -> state of its statistics; ``None`` where nothing was observed.
     """
 
@@ -36,6 +37,7 @@ class StoredRun:
     steps: int
     draws: int
     looked: bool
+    fixed: int
     observing: dict[str, Any] | None
 
 
@@ -63,8 +65,8 @@ def check_session_state(
     (found,) = stored.fields("version")
     if isinstance(found.value, bool) or not isinstance(found.value, int) or found.value != version:
         found.refuse(f"version {version}, the one that this package reads")
-    config, subspaces, order, dropped, observed, steps, draws, looked, observing = stored.fields(
-        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "looked", "observing"
+    config, subspaces, order, dropped, observed, steps, draws, fixed, looked, observing = stored.fields(
+        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "fixed", "looked", "observing"
     )
     options = {name: item.value for name, item in config.named()}
     factors = {
@@ -91,4 +93,4 @@ def check_session_state(
                     item.value, torch.device("cpu"), channels.get(name)
                 )
     counts = observed.integer(0), steps.integer(0), draws.integer(0)
-    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), seen)
+    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), fixed.integer(0), seen)

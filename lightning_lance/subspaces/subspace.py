@@ -16,7 +16,7 @@ from lightning_lance.subspaces.ranks import ModeRank, ModeRanks, worthwhile
 from lightning_lance.tensors.checked import FLOATS, Stored
 from lightning_lance.tensors.gram import GramMatrix, NystromSketch, mode_statistics
 from lightning_lance.tensors.linalg import energy_rank, mode_product, orthonormalize
-from lightning_lance.tensors.rounding import kept_bytes
+from lightning_lance.tensors.rounding import GROUP, kept_bytes
 
 CORE_BITS = (2, 4, 8)
 """Bits that an element of a core may be kept in."""
@@ -75,19 +75,27 @@ class LayerSubspace:
         spatial = [size if factor is None else factor.shape[1] for size, factor in zip(sizes, group, strict=True)]
         return (self.batch.columns(batch), channels if self.channel is None else self.channel.shape[1], *spatial)
 
-    def formula_bytes(self, batch: int, channels: int, sizes: Sizes, itemsize: int) -> int:
+    def formula_bytes(self, batch: int, channels: int, sizes: Sizes, itemsize: int, rounded_by: int = GROUP) -> int:
         """Bytes kept for one call by formula: core (in its bits), factors, and the group of each sample (int32).
 
-        The rotation of sums over groups is not in it: one copy per batch size serves all layers, and where the groups
-        are not random so do they. An input of sizes without factors is kept whole.
+        The rotation of the batch mode is not in it: one copy per batch size serves all layers, and where the groups are
+        not random so do they. An input of sizes without factors is
+        kept whole.
+
+        Args:
+            batch: size of the batch.
+            channels: channels of the input.
+            sizes: of its spatial axes.
+            itemsize: bytes of an element as it is.
+            rounded_by: elements that share a range where the core is rounded.
         """
-        core = math.prod(self.core_shape(batch, channels, sizes))
+        elements = math.prod(self.core_shape(batch, channels, sizes))
+        core = kept_bytes(elements, itemsize, self.bits, rounded_by)
         group = self.spatial_factors(sizes)
         if group is None:
-            return kept_bytes(core, itemsize, self.bits)
+            return core
         factors = sum(factor.numel() for factor in (self.channel, *group) if factor is not None)
-        beside = factors * itemsize + self.batch.formula_bytes(batch, itemsize)
-        return kept_bytes(core, itemsize, self.bits) + beside
+        return core + factors * itemsize + self.batch.formula_bytes(batch, itemsize)
 
     def shrinks(self, batch: int, channels: int, sizes: Sizes) -> bool:
         """Whether core, factors and groups of an input are smaller than the input itself (in float32), both rounded.

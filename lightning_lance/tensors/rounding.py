@@ -25,7 +25,10 @@ from lightning_lance.tensors.tracing import eager_cpu
 GROUP = 128
 """Neighbours in memory that share a range, where :func:`group_size` knows no better."""
 
-_FEWEST, _MOST = 64, 256
+SMALLEST_GROUP, _MOST = 64, 256
+
+FEWEST = 256
+"""Tensors of fewer elements stay whole."""
 
 _MAGNITUDE, _INFINITY, _SMALLEST = 0x7FFF, 0x7C00, 0x0800  # of a float16, without its sign; the last: 2 ** -13
 _ONE = 0x3C00
@@ -59,18 +62,19 @@ class Rounded(NamedTuple):
         return sum(tensor.nbytes for tensor in (self.codes, self.low, self.step) if tensor is not None)
 
 
-def kept_bytes(elements: int, itemsize: int, bits: int | None) -> int:
+def kept_bytes(elements: int, itemsize: int, bits: int | None, group: int = GROUP) -> int:
     """Bytes of so many elements, rounded where that saves something.
 
     Args:
         elements: number of elements; the last group is filled up.
         itemsize: bytes of each as it is.
         bits: 2, 4 or 8; ``None``: as it is. The two numbers of a range have 2 bytes each with 2 and 4 bits, 4 with 8.
+        group: neighbours that share a range.
     """
     whole = elements * itemsize
-    if bits is None:
+    if bits is None or elements < FEWEST:
         return whole
-    return min(whole, -(-elements // GROUP) * (GROUP * bits // 8 + (8 if bits == 8 else 4)))
+    return min(whole, -(-elements // group) * (group * bits // 8 + (8 if bits == 8 else 4)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -92,7 +96,7 @@ def group_size(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
         if step != period:
             break
         period *= size
-        if period >= _FEWEST:
+        if period >= SMALLEST_GROUP:
             break
         inner = period
     return _group_size(inner, period)
@@ -100,14 +104,14 @@ def group_size(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def _group_size(inner: int, period: int) -> int:
     """A multiple of what lies innermost and a part of all of it, as near to the usual size as can be."""
-    sizes = (*range(GROUP, _FEWEST - 1, -2), *range(GROUP + 2, _MOST + 1, 2))
+    sizes = (*range(GROUP, SMALLEST_GROUP - 1, -2), *range(GROUP + 2, _MOST + 1, 2))
     group: int
     for group in sizes:
         if group % inner == 0 and period % group == 0:
             return group
-    if period < _FEWEST:
+    if period < SMALLEST_GROUP:
         for group in range(period, _MOST + 1, period):
-            if group >= _FEWEST and group % 2 == 0:
+            if group >= SMALLEST_GROUP and group % 2 == 0:
                 return group
     return next((group for group in sizes if period % group == 0), GROUP)
 

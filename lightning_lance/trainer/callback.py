@@ -6,22 +6,38 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_lance.compression.config import LanceConfig
+from lightning_lance.compression.options import takes
+from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.report import Report
 from lightning_lance.compression.session import LanceSession
-from lightning_lance.errors import CalibrationError
-from lightning_lance.subspaces.subspace import LayerStatistics
+from lightning_lance.errors import CalibrationError, ConfigError
 from lightning_lance.trainer.passes import bare, passes
+
+
+@dataclass(frozen=True)
+class CallbackOptions(LanceConfig):
+    """The options of :class:`LanceCallback`.
+
+    Attributes:
+        verbose: print the table of what is kept once per fit, and again when layers join.
+        forward_fn: ``forward_fn(module, batch)``, the forward pass of ``calibration="eval"``, and in a stream that on
+            which the inputs of layers are looked at before and after an experience. By default ``module(inputs)``, or
+            ``module(inputs, task labels)`` where its ``forward`` takes two arguments, for batches ``[inputs, classes,
+            task labels ...]``.
+    """
+
+    verbose: bool = True
+    forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None
 
 
 class LanceCallback(Callback):
@@ -34,36 +50,12 @@ class LanceCallback(Callback):
     own layers back. Layers that a fine-tuning schedule unfreezes join. Method: LANCE (Apolinario & Roy, arXiv
     2509.21617), with a batch mode that is unbiased.
 
+    One serves a Trainer. Parts of a network are told apart by ``rank={"layer3.*": "compact", "fc": 8}``.
+
     The subspaces are part of the checkpoint: a resumed run continues with them, bit for bit.
 
-    Args:
-        rank: on what the inputs of linear layers and convolutions are projected. ``"auto"``: spatial and token modes
-            where that costs neither learning nor time, as the first steps find and later ones watch; batch and channels
-            stay whole; more where a ``memory_budget`` asks for it. ``None``: nothing is. ``"compact"``, for
-            fine-tuning: batch rank ``max(4, B / 6)`` without bias, spatial and token energy .9 where that pays. An int:
-            that rank in every mode, clipped to its size. A float in (0, 1]: that energy in every mode (the published
-            rule). A mapping of the modes ``batch``, ``channel`` (or ``feature``) and ``spatial`` (or ``token``) to an
-            int, an energy, ``"compact"`` or ``"full"``; or a mapping of layer patterns to any of these.
-        bits: of each element of what is kept: ``"auto"`` (4), 8, 4, 2 (for what gradients of weights alone need; 4 for
-            the rest), or ``None``: nothing is rounded, and gradients are exact.
-        batch: ``"unbiased"``: the weight gradient has no bias from the batch mode; ``"projected"``: without the weights
-            that this takes; ``"learned"``: as published, see :class:`~lightning_lance.LanceConfig`.
-        layers: where to project: ``"trainable"`` (every supported layer whose weight requires grad), an int (the last n
-            of them), or shell-style name patterns; the name of a container means all layers in it.
-        freeze_norms: run batch-norm layers whose affine parameters are frozen in eval mode while training.
-        memory_budget: bytes, or a string such as ``"4MiB"``, for the cores and factors of all projected layers.
-        refresh: ``"epoch"`` or a number of training steps between two updates of the subspaces; ``None``: once.
-        calibration_batches: number of batches that define the subspaces; ``None``: 8, or what the preset says.
-        verbose: print the table of what is kept once per fit, and again when layers join.
-        seed: seed of the random sample orders.
-        skip: kinds of layers that are neither projected nor counted by ``layers``: ``"depthwise"``, ``"classifier"``.
-        calibration: ``"training"``: the first training steps define the subspaces. ``"eval"``: forward passes in eval
-            mode do, before the first step, on batches of a training epoch of their own, which leave no trace.
-        preset: ``"published"``: the method as its authors have it, see :class:`~lightning_lance.LanceConfig`.
-        forward_fn: ``forward_fn(module, batch)``, the forward pass of ``calibration="eval"``. By default
-            ``module(inputs)`` for batches ``[inputs, ...]``.
-        release_memory: give freed memory back to the system at once during the fit, where glibc serves the process
-            (:func:`~lightning_lance.freed_memory`): the peak of the process falls, a step takes longer.
+    Takes the options of :class:`~lightning_lance.LanceConfig`, ``verbose`` (``True``): print the table of what is kept
+    once per fit, and again when layers join; and ``forward_fn``, the forward pass of ``calibration="eval"``.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -71,28 +63,14 @@ class LanceCallback(Callback):
         CalibrationError: the steps that should define the subspaces saw NaN or Inf. The model is restored.
     """
 
-    def __init__(
-        self,
-        rank: int | float | str | dict[str, int | float | str | dict[str, int | float | str]] | None = "auto",
-        bits: int | Literal["auto"] | None = "auto",
-        batch: Literal["unbiased", "projected", "learned"] = "unbiased",
-        layers: int | str | list[str] = "trainable",
-        freeze_norms: bool = False,
-        memory_budget: int | str | None = None,
-        refresh: int | Literal["epoch"] | None = None,
-        calibration_batches: int | None = None,
-        verbose: bool = True,
-        seed: int = 0,
-        skip: str | list[str] | None = None,
-        calibration: Literal["training", "eval"] = "training",
-        preset: Literal["published"] | None = None,
-        forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
-        release_memory: bool = False,
-    ) -> None:
-        given = locals()
-        self.config = LanceConfig(**{field.name: given[field.name] for field in fields(LanceConfig)})
-        self.forward_fn = forward_fn or bare
-        self.verbose = verbose
+    _options: type[CallbackOptions] = CallbackOptions
+
+    @takes(CallbackOptions)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        given = self._options(*args, **options)
+        self.config: LanceConfig = given
+        self.verbose = given.verbose
+        self.forward_fn = given.forward_fn or bare
         self.session: LanceSession | None = None
         self._loaded: dict[str, Any] | None = None
         self._saved: dict[str, Any] = {}
@@ -109,12 +87,19 @@ class LanceCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # A state that an earlier test or validation run has loaded must not leak into this fit.
         self._loaded = None
+        others = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LanceCallback) and c is not self]  # type: ignore[attr-defined]
+        if stage == "fit" and others:
+            raise ConfigError(
+                f"{type(self).__name__} and {', '.join(others)} in one Trainer: what autograd saves is kept by one of "
+                "them. Give one. Layers have ranks of their own in its rank={'layer3.*': 'compact', 'fc': 8}, "
+                "which leaves the others unprojected."
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready = False
         self._saved = {}
         session = self.session = LanceSession(pl_module, self.config)
-        session.reduce, session.share = _reduce(trainer), _share(trainer)
+        session.processes = Processes(trainer.world_size, trainer.global_rank)
         session.start()
         self._wrap_training_step(pl_module, session)
 
@@ -127,7 +112,6 @@ class LanceCallback(Callback):
         stored, self._loaded = self._loaded, None
         if first:
             self._published = None
-            session.spread(trainer.global_rank)
         if stored is not None:
             session.load_state_dict(stored)
         if self.config.calibration == "eval":
@@ -141,7 +125,7 @@ class LanceCallback(Callback):
         if not session.uncalibrated:
             return
         with closing(passes(trainer, module, self._forward, self.config.batches)) as found:
-            session.calibrate(found, session.reduce, session.share, session.uncalibrated)
+            session.calibrate(found, session.uncalibrated)
 
     def _forward(self, module: pl.LightningModule, batch: Any) -> Any:
         try:
@@ -219,28 +203,6 @@ class LanceCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a stored state for the first batch of the fit that follows."""
         self._loaded = state_dict
-
-
-def _reduce(trainer: pl.Trainer) -> Callable[[Mapping[str, LayerStatistics]], None] | None:
-    if trainer.world_size == 1:
-        return None
-
-    def reduce(statistics: Mapping[str, LayerStatistics]) -> None:
-        local = {name: found.signature() for name, found in statistics.items() if found.tensors()}
-        gathered: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(gathered, local)
-        for name in sorted(statistics):
-            for signatures in gathered:
-                if name in signatures:
-                    statistics[name].extend(signatures[name], trainer.strategy.root_device)
-            for tensor in statistics[name].tensors():
-                trainer.strategy.reduce(tensor, reduce_op="sum")
-
-    return reduce
-
-
-def _share(trainer: pl.Trainer) -> Callable[[Any], Any] | None:
-    return None if trainer.world_size == 1 else trainer.strategy.broadcast
 
 
 @rank_zero_only

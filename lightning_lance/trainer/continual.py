@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch import callbacks as stock
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
 
 from lightning_lance.compression.frozen_norms import FrozenNorms
 from lightning_lance.compression.isolation import isolated
-from lightning_lance.continual import Capacity, ContinualConfig, ContinualSession
+from lightning_lance.compression.options import takes
+from lightning_lance.compression.processes import Processes
+from lightning_lance.continual import Capacity, ContinualOptions, ContinualSession
 from lightning_lance.continual.stored_memory import ADVICE
-from lightning_lance.errors import CalibrationError, ConfigError, StateError
+from lightning_lance.errors import CalibrationError, StateError
 from lightning_lance.tensors.checked import Stored
-from lightning_lance.trainer.callback import LanceCallback, _reduce
+from lightning_lance.trainer.callback import CallbackOptions, LanceCallback
 from lightning_lance.trainer.passes import one_pass
 from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
 
@@ -28,6 +29,11 @@ _AVERAGING: tuple[type, ...] = tuple(
     getattr(stock, name) for name in ("WeightAveraging", "StochasticWeightAveraging") if hasattr(stock, name)
 )
 """Callbacks that put averages of the weights into the model; the first one is there from Lightning 2.6 on."""
+
+
+@dataclass(frozen=True)
+class StreamOptions(ContinualOptions, CallbackOptions):
+    """The options of :class:`ContinualCallback`."""
 
 
 class ContinualCallback(LanceCallback):
@@ -41,35 +47,11 @@ class ContinualCallback(LanceCallback):
 
     The state is part of the checkpoints: a run that was interrupted within an experience goes on bit for bit.
 
-    Args:
-        rule: which directions an experience may move and what is stored afterwards, see
-            :class:`~lightning_lance.continual.ContinualConfig`.
-        threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
-            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and .90 where experiences have
-            columns of their own.
-        threshold_growth: added to the threshold after each experience, up to 0.999.
-        columns: fraction of the protected weights that an experience may have as columns of its own, see :attr:`own`.
-        reserved: directions that an experience may change: ``"full"``, everything that is not protected; an int, that
-            many leading directions of the experience outside of what is protected; a float in (0, 1), those that hold
-            that energy; ``"threshold"``, those that with the protected ones hold the threshold. Fewer directions need
-            less memory for gradients and optimiser state.
-        compress_first: whether inputs are projected in the first experience too.
-        damping: how much shorter steps are in directions that are not protected and in which earlier experiences have
-            energy all the same, see :class:`~lightning_lance.continual.ContinualConfig`. ``"auto"``: 0 with gradient
-            descent, .5 with optimisers such as Adam, whose steps are as long in all directions.
-        freeze_above: fraction of a layer's directions from which on its weight is frozen: the last few add little to
-            what can be learned. 1: a layer trains as long as it has any direction free.
-        feature_side: of convolutions, what is protected: ``"patch"``, directions of unfolded patches, or
-            ``"channel"``, directions of channels, whose bases are smaller and fuller.
-        heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
-        bits: of each element of what is kept: ``"auto"`` is 8, since noise in the gradient costs more experience by
-            experience than in fine-tuning; 4, 2, or ``None``, see :class:`~lightning_lance.LanceCallback`.
-        preset: ``"published"``: the method as its authors have it, see
-            :class:`~lightning_lance.continual.ContinualConfig`.
-        forward_fn: ``forward_fn(module, batch)``, the forward pass on which the inputs of layers are looked at before
-            and after an experience, without gradients. By default ``module(inputs)``, or ``module(inputs, task
-            labels)`` where its ``forward`` takes two arguments, for batches ``[inputs, classes, task labels ...]``.
-        options: see :class:`~lightning_lance.LanceCallback`; ``refresh`` is not among them.
+    Takes the options of :class:`~lightning_lance.continual.ContinualOptions`, ``verbose`` (see
+    :class:`~lightning_lance.LanceCallback`), and ``forward_fn``: ``forward_fn(module, batch)``, the forward pass on
+    which the inputs of layers are looked at before and after an experience, without gradients. By default
+    ``module(inputs)``, or ``module(inputs, task labels)`` where its ``forward`` takes two arguments, for batches
+    ``[inputs, classes, task labels ...]``.
 
     Attributes:
         stream: what is protected.
@@ -83,45 +65,15 @@ class ContinualCallback(LanceCallback):
         StateError: at fit start, the strategy cannot train a model of which parts are frozen.
     """
 
-    def __init__(
-        self,
-        *,
-        rule: str = "columns",
-        threshold: float | Literal["auto"] = "auto",
-        threshold_growth: float = 0.003,
-        columns: float = 1 / 64,
-        reserved: int | float | Literal["full", "threshold"] = "full",
-        compress_first: bool = True,
-        damping: float | Literal["auto"] = "auto",
-        freeze_above: float = 0.95,
-        feature_side: Literal["patch", "channel"] = "patch",
-        heads: str | list[str] | None = None,
-        bits: int | Literal["auto"] | None = "auto",
-        preset: Literal["published"] | None = None,
-        forward_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(bits=bits, preset=preset, forward_fn=forward_fn, **options)
+    _options = StreamOptions
+
+    @takes(StreamOptions)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        given = self.config
+        assert isinstance(given, StreamOptions)
         self._norms: FrozenNorms | None = None
-        if self.config.refresh is not None:
-            raise ConfigError(
-                f"refresh={self.config.refresh!r} is not allowed in continual learning: the subspaces are found once "
-                "for each experience. Leave it out."
-            )
-        protection = ContinualConfig(
-            rule=rule,
-            threshold=threshold,
-            threshold_growth=threshold_growth,
-            columns=columns,
-            reserved=reserved,
-            compress_first=compress_first,
-            damping=damping,
-            freeze_above=freeze_above,
-            feature_side=feature_side,
-            heads=heads or (),
-            preset=preset,
-        )
-        self.stream = ContinualSession(self.config, protection)
+        self.stream = ContinualSession(given, given)
         self.config = self.stream.config
         self.own_heads: Sequence[str] = ()
         self.own: str | None = None
@@ -137,6 +89,7 @@ class ContinualCallback(LanceCallback):
         self._averaged = self._go_after_averaging(trainer)
         if self.stream.running:  # an interrupted fit has left it
             self.stream.abandon()
+        self.stream.processes = Processes(trainer.world_size, trainer.global_rank)
         self.session = None
         self._ready = False
         self._norms = FrozenNorms(pl_module) if self.config.freeze_norms else None
@@ -210,8 +163,6 @@ class ContinualCallback(LanceCallback):
                 passes,
                 trainer.optimizers,
                 self.own_heads,
-                _reduce(trainer),
-                _sum_over(trainer),
                 whole=trainer.world_size > 1 or self._averaged,
                 own=self.own,
                 flat=self._averaged,
@@ -255,9 +206,9 @@ class ContinualCallback(LanceCallback):
         passes = [functools.partial(one_pass, trainer, pl_module, self.forward_fn, found) for found in ready]
         if self._averaged:
             self.stream.adopt(pl_module)
-        self.stream.end_experience(pl_module, passes, _sum_over(trainer))
+        self.stream.end_experience(pl_module, passes)
         if trainer.world_size > 1:  # other processors may round an eigenvector in another way
-            self.stream.load_state_dict(trainer.strategy.broadcast(self.stream.state_dict()))
+            self.stream.load_state_dict(self.stream.processes.first(self.stream.state_dict()))
         taken = {f"lance/protected/{name}": found.fraction for name, found in self.capacity.items()}
         if self.verbose and trainer.is_global_zero:
             print(f"\n{self.stream.table()}")  # noqa: T201 - what verbose is for
@@ -279,14 +230,3 @@ class ContinualCallback(LanceCallback):
         if self._loaded is not None:
             return self._loaded
         return {"stream": self.stream.state_dict(), "running": self.stream.running_state()}
-
-
-def _sum_over(trainer: pl.Trainer) -> Any:
-    if trainer.world_size == 1:
-        return None
-
-    def sum_over(tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-
-    return sum_over

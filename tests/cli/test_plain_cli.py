@@ -13,8 +13,8 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_lance import ContinualCallback, LanceCallback, LanceConfig, is_swapped
-from lightning_lance.continual import ContinualConfig
 from lightning_lance.subspaces.ranks import RankRules
+from lightning_lance.trainer.callback import CallbackOptions
 from tests.cli.small import QUIET, SmallData, SmallModule
 
 TRAINER = [f"--trainer.{name}={str(value).lower()}" for name, value in QUIET.items()]
@@ -62,7 +62,7 @@ class TestYaml:
     @pytest.mark.parametrize("rank", RANKS, ids=str)
     def test_ranks_arrive_as_written(self, cwd: Path, rank: Any) -> None:
         [callback] = callbacks(user_cli(written(cwd, [entry(rank=rank)])))
-        assert callback.config == LanceConfig(rank=rank)
+        assert callback.config == CallbackOptions(rank=rank)
         assert repr(callback.config.rank) == repr(rank)  # 8 is no 8.0, a mapping a dict
         for name in ("net.0", "net.2", "net.5"):
             assert callback.config.rules().for_layer(name) == RankRules(rank).for_layer(name)
@@ -107,7 +107,7 @@ class TestFlags:
 
     def test_the_short_name(self) -> None:
         [callback] = callbacks(user_cli("--trainer.callbacks+=LanceCallback"))
-        assert callback.config == LanceConfig()
+        assert callback.config == CallbackOptions()
 
     def test_options_bind_to_the_last_one(self) -> None:
         cli = user_cli(
@@ -153,7 +153,10 @@ class TestContinual:
         assert isinstance(callback, ContinualCallback)
         assert callback.config.rank == self.RANK
         assert callback.config.calibration_batches == 2
-        assert callback.stream.options == ContinualConfig(threshold=0.8, heads=["net.5"])
+        assert callback.stream.config is callback.config
+        assert callback.stream.options.threshold == 0.8
+        assert callback.stream.options.heads == ["net.5"]
+        assert callback.config.bits == 8
 
     def test_in_a_file(self, cwd: Path) -> None:
         options = {"threshold": 0.8, "heads": ["net.5"], "rank": self.RANK, "calibration_batches": 2}

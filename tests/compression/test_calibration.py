@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from lightning_lance import (
 )
 from lightning_lance.compression.calibration import Calibration
 from lightning_lance.compression.isolation import isolated
+from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.surgery import compressed_layers
 from tests.oracles import relative_error
 
@@ -319,13 +321,19 @@ def test_processes_sum_what_they_saw() -> None:
         other(inputs[1])
     remote.stop()
 
-    def reduce(statistics: Any) -> None:
-        for name, found in statistics.items():
-            found.extend(remote.statistics[name].signature(), torch.device("cpu"))
-            for target, part in zip(found.tensors(), remote.statistics[name].tensors(), strict=True):
+    class WithRemote(Processes):
+        """The second of two processes has seen its batch already."""
+
+        def gather(self, found: Any) -> list[Any]:
+            return [found, {name: statistics.signature() for name, statistics in remote.statistics.items()}]
+
+        def sum(self, tensors: Iterable[Tensor]) -> None:
+            statistics = next(waiting)
+            for target, part in zip(tensors, statistics.tensors(), strict=True):
                 target += part
 
-    with calibrate(other, reduce=reduce):
+    waiting = iter(remote.statistics[name] for name in sorted(remote.statistics))
+    with calibrate(other, WithRemote(count=2)):
         other(inputs[0])
     for one, two in zip(whole, other, strict=True):
         projectors = [layer._lance.subspace.channel @ layer._lance.subspace.channel.T for layer in (one, two)]

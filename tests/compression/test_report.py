@@ -49,8 +49,8 @@ def test_layers_say_what_was_kept(report: Report) -> None:
     assert first.energy["channel"] > 0.8
     assert first.plain_bytes == BATCH * 3 * 8 * 8 * 4
     assert first.core_shape[1] == 3
-    # 72 elements of 4 bits in a group of 128 with a range, two factors of 8 x 2, the sample order.
-    assert first.formula_bytes == (64 + 4) + 4 * (16 + 16 + BATCH)
+    # 72 elements, too few to be rounded, two factors of 8 x 2, the sample order.
+    assert first.formula_bytes == 4 * (72 + 16 + 16 + BATCH)
     assert {item.name for item in report.left} == {"rnn", "spare"}
 
 
@@ -105,7 +105,7 @@ def test_what_still_holds_memory_is_named_largest_first(report: Report) -> None:
     assert len(report.still_held(1)) == 1
     header, rows = report.by_operator(2)
     assert len(header) == 4
-    assert [row[0] for row in rows[:2]] == list(report.plain.by_op())[:2]  # type: ignore[union-attr]
+    assert [row[0] for row in rows[:2]] == list(report.compressed.by_op())[:2]
     assert rows[2][0].endswith(" more")
 
 

@@ -193,6 +193,6 @@ def test_rows_of_another_size_do_not_spoil_their_neighbours() -> None:
 
 @pytest.mark.parametrize(("bits", "row"), [(2, 36), (4, 68), (8, 136)])
 def test_bytes_by_formula(bits: int, row: int) -> None:
-    assert [kept_bytes(count, 4, bits) for count in (128, 129, 1280)] == [row, 2 * row, 10 * row]
-    assert kept_bytes(1, 4, bits) == 4  # as it is, where that is less
+    assert [kept_bytes(count, 4, bits) for count in (255, 256, 257, 1280)] == [1020, 2 * row, 3 * row, 10 * row]
+    assert kept_bytes(256, 1, bits) == min(256, 2 * row)  # as it is, where that is less
     assert kept_bytes(1280, 2, None) == 2560

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from lightning_lance import (
     CalibrationError,
     ConfigError,
+    ContinualCallback,
     LanceWarning,
     PlanError,
     StateError,
@@ -410,8 +411,8 @@ def test_stored_rank_wins_and_is_said_once(tmp_path: Path) -> None:
     assert [layer.core_shape for layer in other.report.layers] == [
         (2, 2, 2, 2),
         (2, 2, 2, 2),
-        (8, 8),
-    ]  # the last has too little to gain
+        (2, 2),
+    ]
 
 
 def test_resume_with_other_layers(tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ def test_state_of_another_version(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "b.ckpt")
     module = Classifier()
     before = snapshot(module)
-    with pytest.raises(StateError, match=r"'version'. is 99. Allowed: version 2"):
+    with pytest.raises(StateError, match=r"'version'. is 99. Allowed: version 3"):
         fit(module, [lance()], ckpt_path=str(tmp_path / "b.ckpt"), max_epochs=2)
     assert_restored(module, before)
 
@@ -628,11 +629,22 @@ def test_frozen_norms_in_training_mode_are_pointed_out() -> None:
     fit(frozen_classifier(), [other], max_epochs=1)
     assert callback.report is not None
     assert other.report is not None
-    [note] = callback.report.notes
-    assert "1 batch-norm layers in training mode hold" in note
-    assert "freeze_norms=True" in note
-    assert other.report.notes == []
+    assert "freeze_norms=True, 1 batch norm with frozen weights" in str(callback.report)
+    assert "freeze_norms" not in str(other.report)
     assert other.report.compressed.total < callback.report.compressed.total  # type: ignore[union-attr]
+
+
+def test_one_callback_serves_a_trainer() -> None:
+    module = Classifier(small_net())
+    before = snapshot(module)
+    with pytest.raises(ConfigError, match=r"LanceCallback and ContinualCallback in one Trainer.*rank=\{'layer3"):
+        fit(module, [lance(), ContinualCallback()], max_epochs=1)
+    assert_restored(module, before)
+    callback = lance(rank={"net.0": "compact", "net.9": 4})
+    fit(module, [callback], max_epochs=1)
+    assert callback.report is not None
+    assert [layer.name for layer in callback.report.layers] == ["net.0", "net.9"]
+    assert callback.report.layers[1].core_shape[0] == 4
 
 
 # --- options -------------------------------------------------------------------------------------------------------
