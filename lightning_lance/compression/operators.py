@@ -184,7 +184,7 @@ class _Smooth(FinishedRule):
         recipe = saving.store.recipes.find(input)
         pending = saving.pending
         if pending is not None and recipe is not None and recipe.base() is pending:
-            pending.settle(min(8, 2 * saving.store.bits.other))
+            pending.settle(saving.store.finer)
         saving.store.settle()
         self.recipe = recipe if recipe is not None and recipe.is_normalisation else None
 
@@ -382,6 +382,21 @@ def _factors(input: Any, other: Any, *_: Any, **__: Any) -> Rule | None:
         return None
     least = min(input.numel(), other.numel())
     return lambda saved, store: store.whole(saved) if saved.numel() == least else NotImplemented
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+@_always(F.scaled_dot_product_attention, F.multi_head_attention_forward)
+def _attended(saved: Tensor, store: Store) -> Any:
+    """Queries, keys, values and result ``(B, heads, L, E)``.
+
+    The fused kernel takes the product of queries and keys to the power of e again, beside the log-sum-exp of the exact
+    one, and subtracts two products of the others: where attention is peaked, 4 bits leave nothing of the gradient.
+    """
+    if saved.dim() != 4 or not saved.is_floating_point():
+        return NotImplemented
+    return store.rounded(saved, store.finer)
 
 
 # Norms and losses -----------------------------------------------------------------------------------------------------

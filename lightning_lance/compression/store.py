@@ -290,6 +290,11 @@ class Store:
             return self.whole(tensor)
         return View(Stretch(rounded, bits, tensor.dtype, None), tensor.shape, _contiguous(tensor.shape), 0)
 
+    @property
+    def finer(self) -> int | None:
+        """Bits of what an operator is more sensitive to than to most."""
+        return None if self.bits.other is None else min(8, 2 * self.bits.other)
+
     def for_weight(self, tensor: Tensor) -> Any:
         """Keep a tensor for the gradient of a weight alone; computed from another one where that is kept anyway."""
         bits = self.bits.weight

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceConfig, LanceSession, StateError
 from lightning_lance.compression.store import Bits
-from tests.stock import EXACT, kept, make_store
+from tests.stock import EXACT, kept, make_store, run
 
 FOUR, EIGHT = Bits(4, 4), Bits(8, 8)
 
@@ -457,3 +457,23 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_the_first() -> None
         assert x.grad is not None
         assert torch.equal(x.grad, (x > 0).float()), address
         del products
+
+
+@pytest.mark.parametrize("module", [False, True], ids=["function", "nn.MultiheadAttention"])
+def test_peaked_attention(module: bool) -> None:
+    """As in pretrained transformers: logits of tens, which the backward kernel takes to the power of e again."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(128, 4, batch_first=True)
+    with torch.no_grad():
+        layer.in_proj_weight[:256] *= 4
+    x = torch.randn(8, 49, 128)
+
+    def attend(x: Tensor) -> Tensor:
+        if module:
+            return layer(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+        q, k, v = (part.unflatten(-1, (4, 32)).mT for part in (2 * x, 2 * x.flip(1), x))
+        return F.scaled_dot_product_attention(q.mT.transpose(1, 2), k.mT.transpose(1, 2), v.mT.transpose(1, 2))
+
+    grad = torch.randn_like(attend(x))
+    expected, found = run(attend, x, grad), run(attend, x, grad, make_store(Bits(4, 4), layer.parameters()))
+    assert (found[1] - expected[1]).norm() < 0.2 * expected[1].norm()
