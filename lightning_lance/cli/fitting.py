@@ -165,8 +165,10 @@ class _Cut:
             bounds = [part * min(sizes) // self.parts for part in range(self.parts + 1)]
             for part in range(self.parts):
                 rows = slice(bounds[part], bounds[part + 1])
+                # Copies: a view would keep the whole batch alive.
                 yield tree_map(
-                    lambda leaf, rows=rows: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch
+                    lambda leaf, rows=rows: leaf[rows].clone() if isinstance(leaf, Tensor) and leaf.dim() else leaf,
+                    batch,
                 )
 
 

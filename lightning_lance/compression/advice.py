@@ -58,7 +58,7 @@ def advice(
         kept: what a step keeps.
         config: the options with which it did.
         model: the model.
-        projected: names of the layers whose inputs are projected.
+        projected: names of the layers whose inputs the rank says to project.
         now: bits in which the step kept it, which may be fewer than the options say.
     """
     holders = [in_bits(holder, now, config.kept_bits) for holder in kept.holders]

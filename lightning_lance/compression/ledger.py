@@ -117,7 +117,8 @@ class Ledger:
 
     def _notes(self, kept: SavedBytes) -> list[str]:
         session = self.session
-        changes = advice(kept, session.config, session.model, session.layers, self._kept_in)
+        asked = [name for name, layer in session.layers.items() if not layer._lance.ranks.automatic]
+        changes = advice(kept, session.config, session.model, asked, self._kept_in)
         return ["to keep less:", *(f"  {change}" for change in changes)] if changes else []
 
 

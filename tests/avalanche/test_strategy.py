@@ -347,7 +347,8 @@ def test_the_published_method_is_one_word() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     more = {**settings(model), "optimizer": optimizer, "plugins": [watch, projected], "train_epochs": 2}
     strategy = LanceStrategy(preset="published", threshold=0.9, heads="classifier", **more)
-    assert strategy.lance.session.config == LancePlugin(preset="published").session.config
+    alone = LancePlugin(preset="published", threshold=0.9, heads="classifier")
+    assert strategy.lance.session.config == alone.session.config
     learn(strategy, class_stream())
     # Nothing at first; later the body, and never a head.
     assert projected.names == [set()] * 2 + [{"body.0", "body.5"}] * 4

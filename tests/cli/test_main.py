@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
     "calibration": "eval",
     "preset": "published",
     "forward_fn": "lightning_lance.trainer.passes.bare",
+    "release_memory": True,
 }
 
 

@@ -311,7 +311,7 @@ class TestMessages:
             ("--lance.feature_side=patches", ["lance.feature_side='patches'", "'patch', 'channel'"]),
             ("--lance.rank=1.5", ["lance.rank=1.5", "(0, 1]"]),
             ("--lance.refresh=epoch", ["lance.refresh='epoch'", "Leave it out"]),
-            ("--lance.rnk=4", ["lance.rnk=4", "threshold_growth"]),
+            ("--lance.rnk=4", ["lance.rnk=4", "lance.rank"]),
             ("--data.benchmark=avalanche.benchmarks.SplitMNISTX", ["data.benchmark=avalanche.benchmarks.SplitMNISTX"]),
             ("--data.arguments={sed: 0}", ["data.arguments={'sed': 0}", "augment"]),
             ("--data.batch_size=0", ["data.batch_size=0", "at least 1"]),

@@ -429,7 +429,7 @@ def test_a_budget_below_the_floor_is_an_error_that_names_it() -> None:
         with calibrate(model, budget=10):
             model(torch.randn(8, 6))
 
-    with pytest.raises(ConfigError, match=r"memory_budget=10 bytes is below the floor of \d+ bytes for 2 layers"):
+    with pytest.raises(ConfigError, match=r"memory_budget=10 bytes cannot be met: .* the 2 layers .* need \d+ B"):
         run()
     assert all(layer._lance.subspace is None for layer in compressed_layers(model).values())
 

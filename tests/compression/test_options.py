@@ -11,12 +11,12 @@ import torch
 
 from lightning_lance import ConfigError, ContinualCallback, LanceCallback
 from lightning_lance.avalanche import LancePlugin, LanceStrategy
+from lightning_lance.avalanche.plugin import PluginOptions
 from lightning_lance.compression.options import takes
-from lightning_lance.continual import ContinualOptions
 from lightning_lance.trainer.callback import CallbackOptions
 from lightning_lance.trainer.continual import StreamOptions
 
-TAKERS = [(LanceCallback, CallbackOptions), (ContinualCallback, StreamOptions), (LancePlugin, ContinualOptions)]
+TAKERS = [(LanceCallback, CallbackOptions), (ContinualCallback, StreamOptions), (LancePlugin, PluginOptions)]
 
 
 @pytest.mark.parametrize(("taker", "options"), TAKERS, ids=lambda found: found.__name__)
@@ -87,7 +87,7 @@ def test_a_strategy_tells_its_options_from_those_of_avalanche() -> None:
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), threshold=0.9, rank=4, train_mb_size=7
     )
     assert strategy.train_mb_size == 7
-    assert strategy.lance.session.options == ContinualOptions(threshold=0.9, rank=4)
+    assert strategy.lance.session.options == PluginOptions(threshold=0.9, rank=4)
     with pytest.raises(TypeError, match="treshold"):
         LanceStrategy(model=model, optimizer=strategy.optimizer, treshold=0.9)
 

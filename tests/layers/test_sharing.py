@@ -136,7 +136,7 @@ def test_an_input_that_changed_in_place_gets_its_own_core() -> None:
 
     net, x = Writes().double(), torch.randn(BATCH, WIDTH).double()
     with torch.no_grad():
-        session = LanceSession(net, LanceConfig(rank={"batch": 4}))
+        session = LanceSession(net, LanceConfig(rank={"batch": 4}, bits=None))
         session.start()
         session.calibrate([lambda: net(x.clone(), False)])
     assert net.a._lance.shared is not None

@@ -142,7 +142,7 @@ def check(number: int) -> Found:
     cosine = 1.0
     for bits in (None, "auto"):
         ours = copy.deepcopy(model)
-        session = LanceSession(ours, LanceConfig(bits=bits))
+        session = LanceSession(ours, LanceConfig(None if bits is None else "auto", bits))
         session.start()
         for n, (y, exact, of_input) in zip(batches, wanted, strict=True):
             x = data[:n]
