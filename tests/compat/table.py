@@ -3,6 +3,8 @@
 python -m tests.compat.table                                    # prints it, a quarter of an hour on two cores
 python -m tests.compat.table --write docs/compatibility.md
 python -m tests.compat.table --only resnet18 precision --no-time
+LANCE_COMPATIBILITY=runs/rows make test-rest                    # or, with two processes, the tests first
+python -m tests.compat.table --rows runs/rows --no-time --write docs/compatibility.md
 """
 
 from __future__ import annotations
@@ -48,8 +50,17 @@ def results(only: Sequence[str]) -> list[Row]:
         done = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
         if done.returncode:
             raise SystemExit("no table: a test failed")
-        files = sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        return read(Path(folder))
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows that tests wrote, in the order in which they are listed, and others after them."""
+    from tests.compat.networks import NETWORKS
+    from tests.compat.setups import SETUPS
+
+    order = {name: index for index, name in enumerate([*NETWORKS, *SETUPS])}
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.iterdir())]
+    return sorted(rows, key=lambda row: order.get(row["name"], len(order)))
 
 
 def add_times(rows: Sequence[Row]) -> None:
@@ -102,10 +113,8 @@ HEADER = ["", "plain keeps", "kept", "less", *COSINES.values(), "step", "what to
 def markdown(rows: Sequence[Row], first: str) -> str:
     """A table in Markdown."""
     lines = [[first, *HEADER[1:]], ["---"] * len(HEADER), *map(cells, rows)]
-    if not any(key in row for row in rows for key in COSINES):
-        lines = [
-            [cell for cell, title in zip(line, HEADER, strict=True) if title not in COSINES.values()] for line in lines
-        ]
+    empty = [column for column in range(1, len(HEADER)) if not any(line[column] for line in lines[2:])]
+    lines = [[cell for column, cell in enumerate(line) if column not in empty] for line in lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
@@ -120,16 +129,19 @@ def document(rows: Sequence[Row]) -> str:
     networks, setups, others = ([row for row in rows if row["kind"] == kind] for kind in ("network", "setup", "other"))
     setups.sort(key=lambda row: "step" not in row)
     slower = sum(row.get("step", 0) > LIMIT for row in rows)
+    timed = f" and {SIZE} px for the time" if any("step" in row for row in setups) else ""
     parts = [
         "# Compatibility",
-        f"Made by `{COMMAND}` from the results of `tests/compat`: torch {torch.__version__.partition('+')[0]}, "
-        f"lightning {lightning.__version__}, on the CPU, random weights, crops of photographs as colour images, "
+        f"Made by `{COMMAND}` (`--no-time` leaves step times out) from the results of `tests/compat`: torch "
+        f"{torch.__version__.partition('+')[0]}, lightning {lightning.__version__}, on the CPU, random weights, crops of photographs as colour images, "
         "`LanceCallback()` as it comes, everything trainable. In every row two epochs are trained, the loss stays "
         "finite, fewer bytes are kept than by plain training, and the model comes back as it was.",
         f"*plain keeps* and *kept* are all that autograd holds for one batch of {TESTED}, measured with saved-tensor "
         "hooks. *cosine* is that of the gradient of all parameters to plain training's, in training mode and from the "
-        "same random state, *2 bits* that with `bits=2`, *bf16* that of autocast to bfloat16 in its place. "
-        "*step* is the processor time of a training step next to that of a plain one: the median over pairs "
+        "same random state, *2 bits* that with `bits=2`, *bf16* that of autocast to bfloat16 in its place.",
+        ""
+        if not any("step" in row for row in rows)
+        else "*step* is the processor time of a training step next to that of a plain one: the median over pairs "
         f"that two Trainers take in turn in one process, on one thread, at a batch of {BATCH}. More than {LIMIT} is a "
         f"limit, and said so in {slower} rows. It comes from what each operator costs however small its input, "
         "which these images and networks show most, and from networks of depthwise and pointwise convolutions, which "
@@ -138,12 +150,12 @@ def document(rows: Sequence[Row]) -> str:
         markdown(networks, "network"),
         "None of them keeps more than plain training at a batch of 2 either.",
         "## Training setups",
-        f"ResNet-18, 32 px for the bytes and {SIZE} px for the time.",
+        f"ResNet-18, 32 px for the bytes{timed}.",
         markdown(setups, "setup"),
     ]
     if others:
         parts += ["## Beside the Trainer", *(f"- {row['name']}: {row['note'] or 'works'}" for row in others)]
-    text = "\n\n".join(parts) + "\n"
+    text = "\n\n".join(part for part in parts if part) + "\n"
     return text.replace("\n\n- ", "\n- ").replace("## Beside the Trainer\n- ", "## Beside the Trainer\n\n- ")
 
 
@@ -159,11 +171,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="table", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], help="words that the tests' names hold, as pytest -k")
     parser.add_argument("--no-time", action="store_true", help="tests only")
+    parser.add_argument(
+        "--rows", type=Path, help="folder of rows that the tests wrote before, in place of running them"
+    )
     parser.add_argument("--write", type=Path, help="file for the table in Markdown")
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     start = time.monotonic()
-    rows = results(options.only)
+    rows = read(options.rows) if options.rows else results(options.only)
     if not options.no_time:
         add_times(rows)
     for kind in ("network", "setup"):
