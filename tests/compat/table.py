@@ -133,8 +133,8 @@ def document(rows: Sequence[Row]) -> str:
     parts = [
         "# Compatibility",
         f"Made by `{COMMAND}` (`--no-time` leaves step times out) from the results of `tests/compat`: torch "
-        f"{torch.__version__.partition('+')[0]}, lightning {lightning.__version__}, on the CPU, random weights, crops of "
-        "photographs as colour images, "
+        f"{torch.__version__.partition('+')[0]}, lightning {lightning.__version__}, on the CPU, random weights, crops "
+        "of photographs as colour images, "
         "`LanceCallback()` as it comes, everything trainable. In every row two epochs are trained, the loss stays "
         "finite, fewer bytes are kept than by plain training, and the model comes back as it was.",
         f"*plain keeps* and *kept* are all that autograd holds for one batch of {TESTED}, measured with saved-tensor "
