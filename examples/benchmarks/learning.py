@@ -243,7 +243,6 @@ def in_own_process(item: Item, threads: int) -> Result:
     command = [sys.executable, "-m", "examples.benchmarks.learning", "--threads", str(threads)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-    environment |= ALLOCATORS["returning" if item.seed is None else "stock"]
     worker = ["--worker", json.dumps(asdict(item))]
     done = subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
@@ -477,7 +476,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if options.worker:
         torch.set_num_threads(options.threads)
         warnings.simplefilter("ignore", LanceWarning)
-        print(json.dumps(asdict(run(Item(**json.loads(options.worker))))))
+        item = Item(**json.loads(options.worker))
+        with ALLOCATORS["returned" if item.seed is None else "stock"]():
+            print(json.dumps(asdict(run(item))))
         return []
     if not options.write:
         seeds = [0] if options.quick and options.seeds is None else options.seeds

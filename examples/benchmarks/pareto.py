@@ -127,7 +127,15 @@ def in_own_process(row: Row, steps: int, seconds: float) -> Row:
     )
     mine, other = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(row, steps, other))
-    process.start()
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before]))
+    try:
+        process.start()  # the server begins with the first one, and imports from there
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     other.close()
     try:
         if mine.poll(seconds):

@@ -212,8 +212,9 @@ class LanceSession(Steps):
         """At the end of a first step: which layers to look at."""
         ledger = self._store.ledger
         self._looked = bool(ledger)
-        # Processes that see different batches would have to agree.
-        if ledger and self.processes.count == 1 and not self._store.unusual:
+        # Fine-tuning only; and processes that see different batches would have to agree.
+        tuned = not all(self._trainable)
+        if ledger and tuned and self.processes.count == 1 and not self._store.unusual:
             self._chosen = worth_looking(ledger, self._automatic.keys() - self.layers.keys())
 
     def _flags(self) -> list[bool]:
@@ -284,6 +285,8 @@ class LanceSession(Steps):
         chosen, self._chosen = self._chosen, set()
         if chosen:
             self._install(chosen)
+            chosen &= self.layers.keys()  # not those that continual learning has swapped
+        if chosen:
             self.observe(None if self._observing is not None else chosen)
         watched, self._watched = self._watched, None
         if watched is not None:

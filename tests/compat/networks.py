@@ -274,7 +274,9 @@ NETWORKS: dict[str, Case] = {
     "Conv1d audio": Case(audio, (1, 1024)),
     "U-Net": Case(UNet, (3, 32, 32)),
     "nn.TransformerEncoder": Case(Encoder, (24,), tokens=50),
-    "decoder, separate q k v": Case(Decoder, (24,), tokens=50),
+    "decoder, separate q k v": Case(
+        Decoder, (24,), tokens=50, less="fused attention keeps 8 bits, which peaked attention needs"
+    ),
     "LSTM": Case(
         Recurrent, (24,), tokens=50, less="torch keeps what an LSTM computes in one stretch of bytes, not numbers"
     ),

@@ -28,9 +28,11 @@ OBSERVED = 3
 def network(norm: bool = False, width: int = 32) -> nn.Sequential:
     torch.manual_seed(0)
     norms: list[nn.Module] = [nn.BatchNorm2d(width)] if norm else []
+    classifier = nn.Linear(width, 3)
+    classifier.bias.requires_grad_(False)  # fine-tuning
     return nn.Sequential(
         nn.Conv2d(4, width, 1), *norms, nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier,
     )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def test_smooth_maps_are_truncated_and_gradients_stay() -> None:
     [
         ("no few directions hold the energy", network, rough),
         ("a norm keeps as much", lambda: network(norm=True), smooth),
+        ("all is trained", lambda: network().requires_grad_(True), smooth),
         ("nothing has positions", lambda: nn.Sequential(nn.Flatten(), nn.Linear(4 * SIDE**2, 3)), smooth),
     ],
 )
@@ -118,6 +121,7 @@ def test_an_input_that_another_layer_keeps_is_left_whole() -> None:
             super().__init__()
             self.one, self.other = nn.Conv2d(4, 32, 1), nn.Conv2d(4, 32, 3)
             self.alone = nn.Conv2d(32, 32, 1)
+            self.one.bias.requires_grad_(False)  # fine-tuning
 
         def forward(self, x: Tensor) -> Tensor:
             return self.alone(self.one(x)).mean((2, 3)) + self.other(x).mean((2, 3))
