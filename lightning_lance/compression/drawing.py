@@ -16,6 +16,26 @@ _MOST = 12
 _PLAIN, _KEPT, _ENERGY = "#9a9a9a", "#2f81c7", "#4c9f70"
 
 
+def axis(ax: Any, size: tuple[float, float], what: str) -> tuple[Any, Any]:
+    """A matplotlib axis and its figure.
+
+    Args:
+        ax: the axis to draw into; ``None``: that of a new figure.
+        size: of a new figure in inches.
+        what: method that draws, for the message.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{what} needs matplotlib, which is not installed: pip install 'lightning-lance[plot]'."
+        ) from error
+    return plt.subplots(figsize=size, layout="constrained") if ax is None else (ax.figure, ax)
+
+
 def draw(report: Report) -> Any:
     """Bytes of plain training and what is held, by operator; with the inputs of projected layers beside it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lightning_lance.compression.drawing import axis
 from lightning_lance.compression.report import plain_table
 from lightning_lance.tensors.units import format_bytes
 
@@ -71,16 +72,7 @@ def plot_capacity(history: Sequence[Account], ax: Any = None) -> tuple[Any, Any]
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plot_capacity needs matplotlib, which is not installed: pip install 'lightning-lance[plot]'."
-        ) from error
-    if ax is None:
-        figure, ax = plt.subplots(figsize=(6.0, 3.5), layout="constrained")
-    else:
-        figure = ax.figure
+    figure, ax = axis(ax, (6.0, 3.5), "plot_capacity")
     for layer in dict.fromkeys(row.layer for account in history for row in account):
         known = [(index, row) for index, account in enumerate(history) for row in account if row.layer == layer]
         shares = [100.0 * row.protected / row.width for _, row in known]

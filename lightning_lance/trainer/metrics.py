@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_lance.compression.drawing import axis
 from lightning_lance.errors import ConfigError
 
 
@@ -192,18 +193,9 @@ class ContinualMetrics(Metric):
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "plot needs matplotlib, which is not installed: pip install 'lightning-lance[plot]'."
-            ) from error
         matrix = (self.matrix if val is None else val).detach().float().cpu()
         size = matrix.shape[0]
-        if ax is None:
-            figure, ax = plt.subplots(figsize=(1.5 + 0.45 * size, 1.2 + 0.4 * size), layout="constrained")
-        else:
-            figure = ax.figure
+        figure, ax = axis(ax, (1.5 + 0.45 * size, 1.2 + 0.4 * size), "plot")
         image = ax.imshow((100 * matrix).numpy(), vmin=0.0, vmax=100.0, cmap="viridis")
         figure.colorbar(image, ax=ax, label="accuracy (%)")
         ax.set_xlabel("evaluated on experience")
