@@ -156,8 +156,9 @@ def run(item: Item) -> Result:
     kept = None
     if item.seed is None and config is None:
         spare = _build(task, item)
-        first = slice(0, task.batch)
-        kept = measure_saved_bytes(lambda: task.measure.loss(spare(inputs[first]), targets[first]), spare).total
+        first = torch.arange(task.batch)  # copies, as the batches of training are: a slice keeps all samples alive
+        x, y = inputs[first], targets[first]
+        kept = measure_saved_bytes(lambda: task.measure.loss(spare(x), y), spare).total
         del spare
     model = _build(task, item)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
