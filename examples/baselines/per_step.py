@@ -8,9 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_lance.ops.conv import geometry, low_rank_conv
+from lightning_lance.ops.conv import LowRankConv, geometry
 from lightning_lance.ops.factors import Factors, compress
-from lightning_lance.ops.linear import low_rank_linear
+from lightning_lance.ops.linear import LowRankLinear
 
 Decompose: TypeAlias = Callable[[Tensor, int], Factors]
 """Tucker factors of an input; the second argument is its channel or feature axis."""
@@ -28,7 +28,9 @@ class PerStepConv2d(nn.Conv2d):
         factors = self.decompose(input.detach(), 1)
         self.formula_bytes = tucker_bytes(input, factors, 1)
         how = geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        return low_rank_conv(input, weight, bias, how, compress(input.detach(), factors, 1, 2), factors)
+        core = compress(input.detach(), factors, 1, 2)
+        output: Tensor = LowRankConv.apply(input, weight, bias, how, core, *factors[:4], *factors.spatial)
+        return output
 
 
 class PerStepLinear(nn.Linear):
@@ -43,7 +45,8 @@ class PerStepLinear(nn.Linear):
         factors = self.decompose(input.detach(), input.dim() - 1)
         self.formula_bytes = tucker_bytes(input, factors, input.dim() - 1)
         core = compress(input.detach(), factors, input.dim() - 1, 1)
-        return low_rank_linear(input, self.weight, self.bias, core, factors)
+        output: Tensor = LowRankLinear.apply(input, self.weight, self.bias, core, *factors[:4], *factors.spatial)
+        return output
 
 
 def install(layers: Iterable[nn.Module], make: Callable[[], Decompose]) -> None:

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from examples.benchmarks.fidelity import network
 from examples.benchmarks.table import show
+from lightning_lance.ops.factors import group_sums
 from lightning_lance.subspaces.ranks import compact_batch_rank
-from lightning_lance.tensors.groups import group_sums
 from lightning_lance.tensors.linalg import contrast_scale, group_rotation, sample_groups
 
 CPU = torch.device("cpu")

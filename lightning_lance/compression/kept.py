@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -58,17 +59,15 @@ class Flat:
         return tensor.set_(storage, self._offset, (self._size,), (1,))
 
 
+@dataclass(eq=False)
 class Stretch:
     """A stretch of memory, rounded once for all who save it."""
 
-    __slots__ = ("__weakref__", "_flat", "bits", "dtype", "reference", "rounded")
-
-    def __init__(self, rounded: Rounded, bits: int, dtype: torch.dtype, reference: Any) -> None:
-        self.rounded = rounded
-        self.bits = bits
-        self.dtype = dtype
-        self.reference = reference  # weak; while it lives, no other storage has the same address
-        self._flat: Flat | None = None
+    rounded: Rounded
+    bits: int
+    dtype: torch.dtype
+    reference: Any  # weak; while it lives, no other storage has the same address
+    _flat: Flat | None = None
 
     def restore(self) -> Tensor:
         """What was rounded, on one axis; not expanded again while its memory lives."""
@@ -91,13 +90,16 @@ class Memory(Protocol):
     def parts(self) -> list[tuple[int, int]]: ...
 
 
+@dataclass(eq=False)
 class View(Kept):
     """A tensor in a stretch of memory."""
 
     __slots__ = ("offset", "shape", "stretch", "stride")
 
-    def __init__(self, stretch: Memory, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
-        self.stretch, self.shape, self.stride, self.offset = stretch, shape, stride, offset
+    stretch: Memory
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
     def restore(self) -> Tensor:
         return self.stretch.restore().as_strided(self.shape, self.stride, self.offset)

@@ -24,7 +24,7 @@ from lightning_lance.compression import transforms
 from lightning_lance.compression.kept import Booleans, Flags, Kept, Stretch, View, Whole, dense
 from lightning_lance.compression.recipes import NormInput, Recipes
 from lightning_lance.errors import StateError
-from lightning_lance.ops.saving import OurRule, saving
+from lightning_lance.ops.saving import saving
 from lightning_lance.tensors.rounding import FEWEST, group_size, round_to_bits
 
 STATISTICS = 8
@@ -175,10 +175,23 @@ class Store:
         with torch._C.DisableTorchFunction():
             kept = self._keep(tensor)
             if self.ledger is not None and kept is not tensor and not self.is_weight(tensor):
-                if isinstance(kept, Tensor):
-                    kept = Whole(kept)
-                self._note(tensor, kept)
+                name = saving.name or (tensor.grad_fn.name() if tensor.grad_fn is not None else "")
+                return self._note(tensor, kept, name, False, getattr(saving.rule, "for_weight", False))
             return kept
+
+    def pack_ours(self, tensor: Tensor, rounds: bool, operator: str) -> Any:
+        """Keep what an operator of ours saves, which plain training would not run.
+
+        Args:
+            tensor: as it is saved.
+            rounds: whether it is kept for the gradient of the weight alone; factors stay as they are.
+            operator: names it in a report.
+        """
+        with torch._C.DisableTorchFunction():
+            weight = self.is_weight(tensor)
+            rounds = rounds and not weight and tensor.numel() >= FEWEST and not tensor.is_meta
+            kept = self.rounded(tensor, self.bits.weight) if rounds else tensor.detach()
+            return kept if self.ledger is None or weight else self._note(tensor, kept, operator, True, True)
 
     def unpack(self, kept: Any) -> Tensor:
         """The hook that autograd calls for each saved tensor that a backward pass reads."""
@@ -199,17 +212,16 @@ class Store:
             shape = tuple(input.shape)
             self.ledger.append(Saved(None, False, reference, storage.nbytes(), "input", module, shape, input.dtype))
 
-    def _note(self, tensor: Tensor, kept: Kept) -> None:
+    def _note(self, tensor: Tensor, kept: Any, name: str, ours: bool, for_weight: bool) -> Kept:
         assert self.ledger is not None
+        held: Kept = Whole(kept) if isinstance(kept, Tensor) else kept
         storage = tensor.untyped_storage()
         reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        name = saving.name or (tensor.grad_fn.name() if tensor.grad_fn is not None else "")
-        ours = isinstance(saving.rule, OurRule)
-        for_weight = ours or getattr(saving.rule, "for_weight", False)
         shape, module = tuple(tensor.shape), self.names.current
         self.ledger.append(
-            Saved(weakref.ref(kept), ours, reference, storage.nbytes(), name, module, shape, tensor.dtype, for_weight)
+            Saved(weakref.ref(held), ours, reference, storage.nbytes(), name, module, shape, tensor.dtype, for_weight)
         )
+        return held
 
     def _keep(self, tensor: Tensor) -> Any:
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.device.type == "meta":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -334,6 +334,12 @@ class Reserved(Compressed):
         trained = self.lance_parts()[0].trained
         return torch.is_grad_enabled() and trained.requires_grad
 
+    def lance_reserved(self, operator: Callable[..., Tensor], input: Tensor, parts: Parts, *arguments: Any) -> Tensor:
+        """Run an operator whose last argument are the factors of its input."""
+        factors = arguments[-1] or WHOLE
+        whole = (*parts, *factors, *factors.spatial)
+        return self.lance_run(operator, operator.__name__, input, whole, input, parts, *arguments)
+
     def lance_form(self) -> Form:
         """Parametrisation of a call. A compiled graph cannot look after a steady one."""
         form = self.reservation.form
@@ -389,7 +395,7 @@ class ReservedLinear(Reserved, CompressedLinear):
         self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
         parts, form = self.lance_parts()
-        return self.lance_run(reserved_linear, input, factors or WHOLE, parts, self.bias, form, factors)
+        return self.lance_reserved(reserved_linear, input, parts, self.bias, form, factors)
 
 
 class ReservedConv(Reserved, CompressedConv):
@@ -412,8 +418,7 @@ class ReservedConv(Reserved, CompressedConv):
         self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
         parts, form = self.lance_parts()
-        where = self.lance_geometry()
-        return self.lance_run(reserved_conv, input, factors or WHOLE, parts, bias, where, form, factors)
+        return self.lance_reserved(reserved_conv, input, parts, bias, self.lance_geometry(), form, factors)
 
 
 _RESERVED: dict[type[registry.Variant], type[ReservedLinear] | type[ReservedConv]] = {

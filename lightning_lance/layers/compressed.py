@@ -2,27 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 
 from lightning_lance.layers.registry import Variant
 from lightning_lance.layers.sharing import SharedCores
 from lightning_lance.ops.factors import Factors, compress
-from lightning_lance.ops.saving import OurRule, saving
-from lightning_lance.ops.watching import unwatched
+from lightning_lance.ops.saving import saving
+from lightning_lance.ops.tracking import refuse_transforms
+from lightning_lance.ops.watching import WatchingMode
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.subspaces.subspace import LayerSubspace, Sizes
 from lightning_lance.tensors.orders import SampleOrder
+
+_modes: Any = overrides
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def unwatched(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: the mode is off while the method runs, where it is the innermost one."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not isinstance(_modes._get_current_function_mode(), WatchingMode):
+            return method(*args, **kwargs)
+        mode = _modes._pop_mode()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            _modes._push_mode(mode)
+
+    return run
 
 
 class Observer(Protocol):
     """Sees every input of a layer in a forward pass."""
 
     def update(self, input: Tensor, /) -> None: ...
+
+
+class Plan(NamedTuple):
+    """What calls with equal inputs have in common; a steady training step looks it up and runs.
+
+    Attributes:
+        shape: of the input.
+        dtype: of the input.
+        device: of the input.
+        subspace: that of the layer then.
+        factors: with groups that are in order; ``None`` where the stock path must run.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    subspace: LayerSubspace
+    factors: Factors | None
 
 
 @dataclass
@@ -39,6 +80,7 @@ class LayerState:
         observer: collects statistics of the inputs, during calibration or refresh.
         shared: cores of living inputs, where other layers may read the same one.
         learned: whether the batch mode gets a factor of its own.
+        plan: of the last call.
     """
 
     name: str
@@ -50,23 +92,7 @@ class LayerState:
     observer: Observer | None = None
     shared: SharedCores | None = None
     learned: bool = False
-
-    def factors(self, input: Tensor, sizes: Sizes, channels: int) -> Factors | None:
-        """Factors for one input, or ``None`` where the stock path must run."""
-        subspace = self.subspace
-        if subspace is None:
-            return None
-        spatial = subspace.spatial_factors(sizes)
-        if spatial is None:
-            return None
-        size = input.shape[0]
-        if not subspace.shrinks(size, channels, sizes):
-            return None
-        rotation, groups = subspace.batch.projection(size, input.dtype, input.device, self.order)
-        if rotation is None:
-            return Factors(None, None, 1.0, subspace.channel, spatial)
-        scale = subspace.batch.contrast_scale(size)
-        return Factors(rotation, groups, scale, subspace.channel, spatial)
+    plan: Plan | None = None
 
 
 class Compressed(Variant):
@@ -103,9 +129,27 @@ class Compressed(Variant):
 
     def lance_factors(self, input: Tensor) -> Factors | None:
         """Factors for a call, or ``None`` where the stock path must run."""
-        return self._lance.factors(input, self.sizes(input), input.shape[self.channel_axis])
+        state, shape = self._lance, input.shape
+        subspace = state.subspace
+        if subspace is None:
+            return None
+        # A tracer's tensors must not be kept for real calls.
+        keeps = type(input) is Tensor and not torch.compiler.is_compiling()
+        plan = state.plan if keeps else None
+        if (
+            plan is None
+            or plan[:2] != (shape, input.dtype)
+            or plan.device != input.device
+            or plan.subspace is not subspace
+        ):
+            factors = _factors(subspace, input, self.sizes(input), shape[self.channel_axis])
+            plan = Plan(shape, input.dtype, input.device, subspace, factors)
+            state.plan = plan if keeps else None
+        factors = plan.factors
+        if factors is None or factors.groups is None or not subspace.batch.unbiased:
+            return factors
+        return factors._replace(groups=factors.groups.index_select(0, state.order.draw(shape[0], input.device)))
 
-    @unwatched
     def lance_core(self, input: Tensor) -> tuple[Tensor, Factors] | None:
         """Core of an input and the factors that made it, which other layers of the same input share; or ``None``."""
         shared = None if torch.compiler.is_compiling() else self._lance.shared
@@ -124,17 +168,69 @@ class Compressed(Variant):
         return core, factors
 
     @unwatched
-    def lance_run(self, operator: Callable[..., Tensor], input: Tensor, factors: Factors, *arguments: Any) -> Tensor:
-        """Run one of our operators; what it keeps of its input goes through the store, if one is there."""
-        if torch.compiler.is_compiling() or saving.store is None:
-            return operator(input, *arguments)
-        saving.store.instead_of(input, self._lance.name)
-        before = saving.rule, saving.name
-        saving.rule, saving.name = _CoreRule(factors), operator.__name__
-        try:
-            return operator(input, *arguments)
-        finally:
-            saving.rule, saving.name = before
+    def lance_output(
+        self, function: type[torch.autograd.Function], input: Tensor, weight: Tensor, bias: Tensor | None, *static: Any
+    ) -> Tensor | None:
+        """Output of a call that keeps the core of its input, or ``None`` where the stock path must run.
+
+        Args:
+            function: of :mod:`lightning_lance.ops`.
+            input: of the call; one without a batch axis takes the stock path.
+            weight: as the function takes it.
+            bias: likewise.
+            static: what the function takes between the bias and the core.
+        """
+        state = self._lance
+        if saving.pending is not None:
+            saving.store.settle()
+        if (input.dim() != weight.dim()) if self.channel_axis == 1 else (input.dim() == 1):
+            return None
+        self.lance_observe(input)
+        if state.subspace is None or not (torch.is_grad_enabled() and weight.requires_grad):
+            return None
+        if torch._C._are_functorch_transforms_active():
+            refuse_transforms(state.name)
+        kept = self.lance_core(input)
+        if kept is None:
+            return None
+        core, factors = kept
+        tensors = (*factors[:4], *factors.spatial)
+        return self.lance_run(
+            function.apply, function.__name__, input, tensors, input, weight, bias, *static, core, *tensors
+        )
+
+    @unwatched
+    def lance_run(
+        self, operator: Callable[..., Tensor], name: str, input: Tensor, whole: Iterable[Any], *arguments: Any
+    ) -> Tensor:
+        """Run an operator that keeps less than its input, rounded where a store keeps what is saved.
+
+        Args:
+            operator: what to run.
+            name: of it, for a report.
+            input: which it does not keep.
+            whole: the tensors among these are kept as they are.
+            arguments: of the operator.
+        """
+        store = saving.store
+        if torch.compiler.is_compiling() or store is None:
+            return operator(*arguments)
+        if store.ledger is not None:
+            store.instead_of(input, self._lance.name)
+        top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if top is None or top[0] != store.pack:  # those of others lie on ours
+            return operator(*arguments)
+        factors = {tensor.untyped_storage()._cdata for tensor in whole if type(tensor) is Tensor}
+
+        def pack(saved: Tensor) -> Any:
+            rounds = type(saved) is Tensor and saved.is_floating_point()
+            rounds = rounds and saved.untyped_storage()._cdata not in factors
+            if not rounds and store.ledger is None:
+                return saved.detach()
+            return store.pack_ours(saved, rounds, name)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, store.unpack):
+            return operator(*arguments)
 
 
 @unwatched
@@ -142,16 +238,12 @@ def _observe(observer: Observer, input: Tensor) -> None:
     observer.update(input)
 
 
-class _CoreRule(OurRule):
-    """Of an operator of ours: its core is kept for the weight's gradient alone, and factors stay as they are."""
-
-    __slots__ = ("whole",)
-
-    def __init__(self, factors: Factors) -> None:
-        tensors = (factors.rotation, factors.groups, factors.channel, *factors.spatial)
-        self.whole = {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
-
-    def __call__(self, saved: Tensor, store: Any) -> Any:
-        if not saved.is_floating_point() or saved.untyped_storage()._cdata in self.whole:
-            return saved.detach()  # another object, which a ledger counts
-        return store.rounded(saved, store.bits.weight)
+def _factors(subspace: LayerSubspace, input: Tensor, sizes: Sizes, channels: int) -> Factors | None:
+    """Factors for inputs like this one, but for the order of samples; ``None`` where they are better kept whole."""
+    spatial = subspace.spatial_factors(sizes)
+    size = input.shape[0]
+    if spatial is None or not subspace.shrinks(size, channels, sizes):
+        return None
+    rotation, groups = subspace.batch.projection(size, input.dtype, input.device)
+    scale = 1.0 if rotation is None else subspace.batch.contrast_scale(size)
+    return Factors(rotation, groups, scale, subspace.channel, spatial)

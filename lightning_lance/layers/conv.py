@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import register
-from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
-from lightning_lance.ops.tracking import refuse_transforms
+from lightning_lance.ops.conv import Geometry, LowRankConv, geometry
 from lightning_lance.subspaces.subspace import Sizes
 
 
@@ -46,16 +44,9 @@ class CompressedConv(Compressed):
         return geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if input.dim() == len(self.kernel_size) + 2:
-            self.lance_observe(input)
-            if torch.is_grad_enabled() and weight.requires_grad:
-                if self._lance.subspace is not None:
-                    refuse_transforms(self._lance.name)
-                kept = self.lance_core(input)
-                if kept is not None:
-                    core, factors = kept
-                    where = self.lance_geometry()
-                    return self.lance_run(low_rank_conv, input, factors, weight, bias, where, core, factors)
-        stock: Any = super()
-        result: Tensor = stock._conv_forward(input, weight, bias)
-        return result
+        where = None if self._lance.subspace is None else self.lance_geometry()
+        output = self.lance_output(LowRankConv, input, weight, bias, where)
+        if output is None:
+            stock: Any = super()
+            output = stock._conv_forward(input, weight, bias)
+        return output

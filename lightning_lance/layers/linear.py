@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import register
-from lightning_lance.ops.linear import low_rank_linear
-from lightning_lance.ops.tracking import refuse_transforms
+from lightning_lance.ops.linear import LowRankLinear
 from lightning_lance.subspaces.subspace import Sizes
 
 
@@ -38,15 +36,8 @@ class CompressedLinear(Compressed):
         return True
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() > 1:
-            self.lance_observe(input)
-            if torch.is_grad_enabled() and self.weight.requires_grad:
-                if self._lance.subspace is not None:
-                    refuse_transforms(self._lance.name)
-                kept = self.lance_core(input)
-                if kept is not None:
-                    core, factors = kept
-                    return self.lance_run(low_rank_linear, input, factors, self.weight, self.bias, core, factors)
-        stock: Any = super()
-        result: Tensor = stock.forward(input)
-        return result
+        output = self.lance_output(LowRankLinear, input, self.weight, self.bias)
+        if output is None:
+            stock: Any = super()
+            output = stock.forward(input)
+        return output

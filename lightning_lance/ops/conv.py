@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lance.ops.backward import first_order_only, outside_autocast
-from lightning_lance.ops.factors import Factors, project_gradient
+from lightning_lance.ops.factors import Factors, eager_cpu, project_gradient
 from lightning_lance.tensors.linalg import mode_product, mode_products
-from lightning_lance.tensors.tracing import eager_cpu
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -246,7 +245,7 @@ class LowRankConv(torch.autograd.Function):
     """Convolution with exact output, input gradient and bias gradient, and a projected weight gradient.
 
     Saved: core, factors, and the weight where the input needs a gradient.
-    ``apply(input, weight, bias, geometry, core, scale, rotation, groups, channel, *spatial)``.
+    ``apply(input, weight, bias, geometry, core, rotation, groups, scale, channel, *spatial)``.
     """
 
     @staticmethod
@@ -257,9 +256,9 @@ class LowRankConv(torch.autograd.Function):
         bias: Tensor | None,
         geometry: Geometry,
         core: Tensor,
-        scale: float,
         rotation: Tensor | None,
         groups: Tensor | None,
+        scale: float,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
@@ -283,24 +282,3 @@ class LowRankConv(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
         return (grad_input, grad_weight, grad_bias, *[None] * (6 + len(spatial)))
-
-
-def low_rank_conv(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, core: Tensor, factors: Factors
-) -> Tensor:
-    """Convolution that keeps the core of its input instead of the input.
-
-    Args:
-        input: ``(B, C, *sizes)`` with one to three spatial axes.
-        weight: ``(O, C / groups, *kernel)``.
-        bias: ``(O,)`` or ``None``.
-        geometry: static arguments, see :func:`geometry`.
-        core: of the input, see :func:`~lightning_lance.ops.factors.compress`.
-        factors: projections that made it.
-
-    Returns:
-        ``(B, O, *out)``, that of the stock operator.
-    """
-    rotation, groups, scale, channel, spatial = factors
-    result: Tensor = LowRankConv.apply(input, weight, bias, geometry, core, scale, rotation, groups, channel, *spatial)
-    return result

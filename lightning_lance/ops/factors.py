@@ -1,12 +1,17 @@
-"""The factors of one call, and the projections that forward and backward share."""
+"""The factors of one call, and the projections that forward and backward share.
+
+Samples are summed in groups, and the sums turned into a constant direction and contrasts. Summing costs one pass over
+the activation and one addition per element, whatever the rank; a product with a matrix of ``r`` rows takes ``2 r``
+operations on each.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lightning_lance.tensors.groups import batch_matrix, group_sums, summed
 from lightning_lance.tensors.linalg import mode_product, mode_products
 
 
@@ -33,6 +38,39 @@ WHOLE = Factors(None, None, 1.0, None, ())
 """Of an input that is not projected."""
 
 
+def batch_matrix(rotation: Tensor, groups: Tensor | None, scale: float = 1.0) -> Tensor:
+    """``Φᵀ``, shape ``(r, B)``: a column of the rotation for every sample; the contrasts times ``scale``."""
+    rows = rotation if groups is None else rotation.index_select(1, groups)
+    if scale != 1.0:
+        rows = rows.clone() if groups is None else rows
+        rows[1:] *= scale
+    return rows
+
+
+def eager_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on the CPU, in full precision, and not traced.
+
+    Several operations have a faster way there than the one that suits every device: memory is close and arithmetic
+    dear, sums are made in a fixed order, and what is small need not be large to fill the machine.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and tensor.is_cpu and tensor.dtype in (torch.float32, torch.float64)
+
+
+def summed(tensor: Tensor) -> bool:
+    """Whether summing groups is exact enough and the faster way.
+
+    Accelerators multiply faster than they add to places in memory, in an order of their own; half precision would be
+    rounded at every addition; a compiler fuses the product.
+    """
+    return eager_cpu(tensor)
+
+
+def group_sums(tensor: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Sums over the samples of each group, ``(count, …)`` in the memory format of the tensor."""
+    return torch.zeros_like(tensor[:count]).index_add_(0, groups, tensor)
+
+
 def compress(input: Tensor, factors: Factors, channel_axis: int, first_spatial: int) -> Tensor:
     """Core ``G = X ×_0 Φᵀ ×_c U_cᵀ ×_s U_sᵀ …`` (LANCE, arXiv 2509.21617, eq. for the Tucker core).
 
@@ -56,10 +94,8 @@ def compress(input: Tensor, factors: Factors, channel_axis: int, first_spatial: 
         else:
             core = mode_product(core, batch_matrix(factors.rotation, factors.groups).to(input.dtype), 0)
     spatial = [None if factor is None else factor.to(input.dtype).T for factor in factors.spatial]
-    core = mode_products(core, spatial, first_spatial)
-    if factors.channel is not None:
-        core = mode_product(core, factors.channel.to(input.dtype).T, channel_axis)
-    return core if late is None else mode_product(core, late, 0)
+    channel = None if factors.channel is None else factors.channel.to(input.dtype).T
+    return mode_products(core, spatial, first_spatial, (channel, channel_axis), (late, 0))
 
 
 def project_gradient(grad: Tensor, core: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class LowRankLinear(torch.autograd.Function):
     """Linear map with exact output, input gradient and bias gradient, and a projected weight gradient.
 
     Saved: core, factors, and the weight where the input needs a gradient.
-    ``apply(input, weight, bias, core, scale, rotation, groups, channel, *spatial)`` with the fields of
+    ``apply(input, weight, bias, core, rotation, groups, scale, channel, *spatial)`` with the fields of
     :class:`~lightning_lance.ops.factors.Factors`.
     """
 
@@ -50,9 +50,9 @@ class LowRankLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         core: Tensor,
-        scale: float,
         rotation: Tensor | None,
         groups: Tensor | None,
+        scale: float,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
@@ -82,21 +82,3 @@ def owned(output: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not output._is_view():
         return output
     return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
-
-
-def low_rank_linear(input: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors) -> Tensor:
-    """:func:`torch.nn.functional.linear` that keeps the core of its input instead of the input.
-
-    Args:
-        input: ``(B, *tokens, K)``, at least two axes.
-        weight: ``(O, K)``.
-        bias: ``(O,)`` or ``None``.
-        core: of the input, see :func:`~lightning_lance.ops.factors.compress`.
-        factors: projections that made it, one spatial entry per token axis.
-
-    Returns:
-        ``(B, *tokens, O)``, bit for bit that of the stock operator.
-    """
-    rotation, groups, scale, channel, spatial = factors
-    result: Tensor = LowRankLinear.apply(input, weight, bias, core, scale, rotation, groups, channel, *spatial)
-    return result

@@ -170,7 +170,7 @@ class ReservedLinear(torch.autograd.Function):
     """Linear map with a reparametrised weight, that keeps the core of its input.
 
     Saved: core, tensors of the parametrisation, factors. For the subspace form the core is that of ``x U``.
-    ``apply(input, trained, bias, basis, anchor, mask, form, scale, rotation, groups, channel, *spatial)``.
+    ``apply(input, trained, bias, basis, anchor, mask, form, rotation, groups, scale, channel, *spatial)``.
     """
 
     @staticmethod
@@ -183,9 +183,9 @@ class ReservedLinear(torch.autograd.Function):
         anchor: Tensor,
         mask: Tensor | None,
         form: Form,
-        scale: float,
         rotation: Tensor | None,
         groups: Tensor | None,
+        scale: float,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
@@ -236,7 +236,7 @@ class ReservedConv(torch.autograd.Function):
 
     The weight is written out in forward and again in backward, which costs its rows times the basis: little next to
     the positions that it is applied to.
-    ``apply(input, trained, bias, basis, anchor, mask, geometry, form, scale, rotation, groups, channel,
+    ``apply(input, trained, bias, basis, anchor, mask, geometry, form, rotation, groups, scale, channel,
     *spatial)``.
     """
 
@@ -251,9 +251,9 @@ class ReservedConv(torch.autograd.Function):
         mask: Tensor | None,
         geometry: Geometry,
         form: Form,
-        scale: float,
         rotation: Tensor | None,
         groups: Tensor | None,
+        scale: float,
         channel: Tensor | None,
         *spatial: Tensor | None,
     ) -> Tensor:
@@ -306,10 +306,7 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
         parts.anchor,
         parts.mask,
         form,
-        factors.scale,
-        factors.rotation,
-        factors.groups,
-        factors.channel,
+        *factors[:4],
         *factors.spatial,
     )
     return result
@@ -343,10 +340,7 @@ def reserved_conv(
         parts.mask,
         geometry,
         form,
-        factors.scale,
-        factors.rotation,
-        factors.groups,
-        factors.channel,
+        *factors[:4],
         *factors.spatial,
     )
     return result

@@ -13,12 +13,6 @@ Rule = Callable[[Tensor, Any], Any]
 """How to keep a tensor that an operator saves: ``rule(tensor, store)``; ``NotImplemented``: as any other tensor."""
 
 
-class OurRule:
-    """Base of the rules of our own operators, which plain training would not run."""
-
-    __slots__ = ()
-
-
 class FinishedRule:
     """Base of the rules that want to see the result of their operator."""
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_lance.subspaces.ranks import ModeRank, compact_batch_rank
 from lightning_lance.tensors.checked import LARGEST, Stored
 from lightning_lance.tensors.linalg import contrast_scale, group_rotation, sample_groups
-from lightning_lance.tensors.orders import SampleOrder
 
 ROUNDING = 0.01
 """How far a stored fraction of an energy may be above 1: both sums were rounded."""
@@ -59,24 +58,20 @@ class BatchRule:
         """Weight of the contrasts in the weight gradient; 1 where a bias is accepted."""
         return contrast_scale(size, self.columns(size)) if self.unbiased else 1.0
 
-    def projection(
-        self, size: int, dtype: torch.dtype, device: torch.device, order: SampleOrder
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """``rotation`` and ``groups`` of :class:`~lightning_lance.ops.factors.Factors` for one batch.
+    def projection(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """``rotation`` and ``groups`` of :class:`~lightning_lance.ops.factors.Factors`, which are those of all batches.
+
+        An unbiased mode puts the groups in an order that is drawn for each batch.
 
         Args:
             size: of the batch.
             dtype: of the rotation.
             device: of both.
-            order: which an unbiased mode draws its order from.
         """
         columns = self.columns(size)
         if columns >= size:
             return None, None
-        groups = sample_groups(size, columns, device)
-        if self.unbiased:
-            groups = groups.index_select(0, order.draw(size, device))
-        return group_rotation(size, columns, dtype, device), groups
+        return group_rotation(size, columns, dtype, device), sample_groups(size, columns, device)
 
     def factors(self) -> Iterator[Tensor]:
         """Tensors that are this layer's own."""
@@ -112,9 +107,7 @@ class LearnedBatch(BatchRule):
     def columns(self, size: int) -> int:
         return size if self.factor is None or size != self.factor.shape[0] else self.factor.shape[1]
 
-    def projection(
-        self, size: int, dtype: torch.dtype, device: torch.device, order: SampleOrder
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def projection(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         return (None if self.factor is None or self.columns(size) >= size else self.factor.T), None
 
     def factors(self) -> Iterator[Tensor]:

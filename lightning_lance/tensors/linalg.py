@@ -61,8 +61,10 @@ SMALL_MAP = 64
 """Positions of a map, up to which projecting both of its axes at once is faster."""
 
 
-def mode_products(tensor: Tensor, matrices: Sequence[Tensor | None], first: int) -> Tensor:
-    """Products with neighbouring modes, ``X ×_first A_1 ×_(first+1) A_2 …``.
+def mode_products(
+    tensor: Tensor, matrices: Sequence[Tensor | None], first: int, *others: tuple[Tensor | None, int]
+) -> Tensor:
+    """Products with neighbouring modes, ``X ×_first A_1 ×_(first+1) A_2 …``, and then with others.
 
     The last two modes of a small map are one mode for the Kronecker product of their matrices (Kolda & Bader, section
     2.6): more arithmetic, in a matrix product that is large enough to be fast.
@@ -71,6 +73,7 @@ def mode_products(tensor: Tensor, matrices: Sequence[Tensor | None], first: int)
         tensor: shape ``(..., n_first, n_(first+1), ...)``.
         matrices: shapes ``(m, n)``; ``None`` leaves a mode as it is.
         first: mode of the first one, not negative.
+        others: a matrix, or ``None``, and its mode.
     """
     small = len(matrices) == 2 and first + 2 == tensor.dim() and not torch.compiler.is_compiling()
     if small and tensor.is_contiguous():
@@ -79,8 +82,9 @@ def mode_products(tensor: Tensor, matrices: Sequence[Tensor | None], first: int)
         if one is not None and other is not None and rows * columns <= SMALL_MAP:
             both = one[:, None, :, None] * other[None, :, None, :]
             both = both.reshape(one.shape[0] * other.shape[0], rows * columns)
-            return (tensor.flatten(first) @ both.T).view(*tensor.shape[:first], one.shape[0], other.shape[0])
-    for mode, matrix in enumerate(matrices, start=first):
+            tensor = (tensor.flatten(first) @ both.T).view(*tensor.shape[:first], one.shape[0], other.shape[0])
+            matrices = ()
+    for matrix, mode in (*zip(matrices, range(first, tensor.dim()), strict=False), *others):
         if matrix is not None:
             tensor = mode_product(tensor, matrix, mode)
     return tensor

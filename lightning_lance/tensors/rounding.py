@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lightning_lance.tensors.cached import constant
 from lightning_lance.tensors.codes import pack_codes, unpack_codes, unpacking_table
-from lightning_lance.tensors.tracing import eager_cpu
 
 GROUP = 128
 """Neighbours in memory that share a range, where :func:`group_size` knows no better."""
@@ -135,7 +134,7 @@ def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int
     if missing:  # filled with the last element, so that the range of its group stays as it is
         flat = torch.cat([flat, flat[-1:].expand(missing)])
     groups = flat.view(-1, group)
-    if dither is None and eager_cpu(groups) and bits > 2:
+    if dither is None and bits > 2 and groups.is_cpu and type(groups) is Tensor:
         kernels = _kernels(bits)
         if kernels is not None:
             return _rows(groups, count, bits, kernels[0])

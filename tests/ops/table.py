@@ -10,10 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_lance.ops.conv import Geometry, geometry, low_rank_conv
+from lightning_lance.ops.conv import Geometry, LowRankConv, geometry
 from lightning_lance.ops.factors import Factors, compress
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.linear import low_rank_linear
+from lightning_lance.ops.linear import LowRankLinear
 from lightning_lance.ops.reserved import Form, Parts, reserved_conv, reserved_linear
 from lightning_lance.tensors.linalg import contrast_scale
 from tests.oracles import batch_mode, orthonormal, projected_input
@@ -164,9 +164,8 @@ class Problem:
                 return reserved_conv(x, parts, b, where, static, factors)
             with torch.no_grad():
                 core = compress(x, factors, case.channel_axis, case.first_spatial)
-            if where is None:
-                return low_rank_linear(x, t, b, core, factors)
-            return low_rank_conv(x, t, b, where, core, factors)
+            flat = (core, *factors[:4], *factors.spatial)
+            return LowRankLinear.apply(x, t, b, *flat) if where is None else LowRankConv.apply(x, t, b, where, *flat)
 
         return run
 

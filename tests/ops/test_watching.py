@@ -11,7 +11,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from lightning_lance import LanceConfig, LanceSession
-from lightning_lance.ops.watching import WatchingMode, unwatched
+from lightning_lance.layers.compressed import unwatched
+from lightning_lance.ops.watching import WatchingMode
 
 
 class Counting(TorchFunctionMode):

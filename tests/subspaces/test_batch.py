@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lance.errors import CalibrationError, StateError
-from lightning_lance.ops.conv import geometry, low_rank_conv
+from lightning_lance.ops.conv import LowRankConv, geometry
 from lightning_lance.ops.factors import Factors, compress
-from lightning_lance.ops.linear import low_rank_linear
+from lightning_lance.ops.linear import LowRankLinear
 from lightning_lance.subspaces.batch import BatchRule, LearnedBatch
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.subspaces.subspace import LayerStatistics, LayerSubspace
-from lightning_lance.tensors.orders import SampleOrder
 from tests.hosvd import assert_same_factor, hosvd, projected
 from tests.oracles import gradients, orthonormal, relative_error
 
@@ -51,7 +50,7 @@ def subspace_of(found: LayerStatistics) -> LayerSubspace:
 
 
 def factors_of(subspace: LayerSubspace, sizes: tuple[int, ...], size: int, dtype: torch.dtype) -> Factors:
-    rotation, groups = subspace.batch.projection(size, dtype, CPU, SampleOrder(0))
+    rotation, groups = subspace.batch.projection(size, dtype, CPU)
     spatial = subspace.spatial_factors(sizes)
     assert spatial is not None
     return Factors(rotation, groups, subspace.batch.contrast_scale(size), subspace.channel, spatial)
@@ -72,7 +71,9 @@ def test_convolution_has_the_factors_ranks_and_gradients_of_a_hosvd(dtype: torch
     form, factors = geometry((3, 3), (2, 1), (1, 1), (1, 1), 1, "zeros"), factors_of(subspace, (7, 5), 8, dtype)
     core = compress(x, factors, 1, 2)
     assert core.shape == subspace.core_shape(8, 6, (7, 5)) == tuple(basis.shape[1] for basis in bases)  # type: ignore[union-attr]
-    ours = gradients(lambda i, w, b: low_rank_conv(i, w, b, form, core, factors), x, weight, None, grad)
+    ours = gradients(
+        lambda i, w, b: LowRankConv.apply(i, w, b, form, core, *factors[:4], *factors.spatial), x, weight, None, grad
+    )
     conv = lambda i, w, b: F.conv2d(i, w, b, (2, 1), 1)  # noqa: E731
     plain = gradients(conv, x, weight, None, grad)
     expected = gradients(conv, projected(x, bases), weight.double(), None, grad.double())
@@ -96,7 +97,9 @@ def test_linear_layer_with_tokens_has_them_too(dtype: torch.dtype) -> None:
     x, weight, grad = inputs[1], torch.randn(3, 9, dtype=dtype), torch.randn(6, 5, 3, dtype=dtype)
     factors = factors_of(subspace, (5,), 6, dtype)
     core = compress(x, factors, 2, 1)
-    found = gradients(lambda i, w, b: low_rank_linear(i, w, b, core, factors), x, weight, None, grad)
+    found = gradients(
+        lambda i, w, b: LowRankLinear.apply(i, w, b, core, *factors[:4], *factors.spatial), x, weight, None, grad
+    )
     expected = gradients(F.linear, projected(x, bases), weight.double(), None, grad.double())
     assert relative_error(found[2], expected[2]) < TOLERANCE[dtype]
 
@@ -121,7 +124,7 @@ def test_a_batch_of_another_size_keeps_its_batch_mode_whole_and_teaches_nothing_
     assert torch.equal(learned, also)
     assert one.batch.columns(8) < 8
     assert one.batch.columns(5) == 5
-    assert one.batch.projection(5, torch.float64, CPU, SampleOrder(0)) == (None, None)
+    assert one.batch.projection(5, torch.float64, CPU) == (None, None)
     assert one.core_shape(5, 4, (3, 3))[0] == 5
     assert one.batch.formula_bytes(5, 8) == 0
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lance.ops.factors import Factors, compress, project_gradient
-from lightning_lance.tensors.groups import batch_matrix, group_sums, summed
+from lightning_lance.ops.factors import Factors, batch_matrix, compress, group_sums, project_gradient, summed
 from lightning_lance.tensors.linalg import contrast_scale, mode_product
 from tests.oracles import batch_mode, orthonormal, relative_error
 
