@@ -75,6 +75,7 @@ class LanceCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._saved: dict[str, Any] = {}
         self._ready = False
+        self._set_up = False
         self._published: Report | None = None
         self._own_step: Any = None
         self._wrapped_step: Any = None
@@ -84,9 +85,15 @@ class LanceCallback(Callback):
         """Ranks, energies and measured bytes of the last fit; ``None`` before the end of its first step."""
         return None if self.session is None else self.session.report
 
+    @property
+    def state_key(self) -> str:
+        # The constructor of a Trainer refuses equal keys, in words that name no option of ours; setup has better ones.
+        return super().state_key if self._set_up else f"{super().state_key}.{id(self)}"
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # A state that an earlier test or validation run has loaded must not leak into this fit.
         self._loaded = None
+        self._set_up = True
         others = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LanceCallback) and c is not self]  # type: ignore[attr-defined]
         if stage == "fit" and others:
             raise ConfigError(

@@ -24,6 +24,7 @@ from lightning_lance import (
     CalibrationError,
     ConfigError,
     ContinualCallback,
+    LanceCallback,
     LanceWarning,
     PlanError,
     StateError,
@@ -634,12 +635,19 @@ def test_frozen_norms_in_training_mode_are_pointed_out() -> None:
     assert other.report.compressed.total < callback.report.compressed.total  # type: ignore[union-attr]
 
 
-def test_one_callback_serves_a_trainer() -> None:
+@pytest.mark.parametrize("other", [LanceCallback, ContinualCallback])
+def test_one_callback_serves_a_trainer(other: type[LanceCallback]) -> None:
     module = Classifier(small_net())
-    before = snapshot(module)
-    with pytest.raises(ConfigError, match=r"LanceCallback and ContinualCallback in one Trainer.*rank=\{'layer3"):
-        fit(module, [lance(), ContinualCallback()], max_epochs=1)
-    assert_restored(module, before)
+    used = lance()
+    fit(module, [used], max_epochs=1)
+    for first in (lance(rank={"net.0": "compact"}), used):  # Lightning has an error of its own for two of a kind
+        with pytest.raises(ConfigError, match=rf"LanceCallback and {other.__name__} in one Trainer.*rank=\{{'layer3"):
+            fit(module, [first, other()], max_epochs=1)
+    assert [child.__class__ for child in module.net] == [child.__class__ for child in small_net()]
+
+
+def test_parts_of_a_network_have_ranks_of_their_own() -> None:
+    module = Classifier(small_net())
     callback = lance(rank={"net.0": "compact", "net.9": 4})
     fit(module, [callback], max_epochs=1)
     assert callback.report is not None
