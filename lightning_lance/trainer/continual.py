@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch import callbacks as stock
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
+from torch import nn
 
 from lightning_lance.compression.frozen_norms import FrozenNorms
 from lightning_lance.compression.isolation import isolated
@@ -19,10 +20,10 @@ from lightning_lance.compression.options import takes
 from lightning_lance.compression.processes import Processes
 from lightning_lance.continual import Capacity, ContinualOptions, ContinualSession
 from lightning_lance.continual.stored_memory import ADVICE
-from lightning_lance.errors import CalibrationError, StateError
+from lightning_lance.errors import CalibrationError, ConfigError, StateError
 from lightning_lance.tensors.checked import Stored
 from lightning_lance.trainer.callback import CallbackOptions, LanceCallback
-from lightning_lance.trainer.passes import one_pass
+from lightning_lance.trainer.passes import bare, one_pass
 from lightning_lance.trainer.peeking import copied, peek, prepare, rewind_loaders
 
 _AVERAGING: tuple[type, ...] = tuple(
@@ -61,7 +62,7 @@ class ContinualCallback(LanceCallback):
             After the fit the model is that of this experience; ``stream.select(model, name)`` makes it another's.
 
     Raises:
-        ConfigError: an option has a value that is not allowed.
+        ConfigError: an option has a value that is not allowed; at fit start, the module has no ``forward`` to look at.
         StateError: at fit start, the strategy cannot train a model of which parts are frozen.
     """
 
@@ -86,6 +87,13 @@ class ContinualCallback(LanceCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_strategy(trainer)
+        forward = getattr(pl_module.forward, "__func__", None)
+        if self.forward_fn is bare and forward in (pl.LightningModule.forward, nn.Module.forward):
+            raise ConfigError(
+                f"{type(pl_module).__name__} has no forward(), and {type(self).__name__} looks at the inputs of its "
+                "layers in forward passes before and after an experience. Give it one, or forward_fn=..., a function "
+                "of the module and a batch."
+            )
         self._averaged = self._go_after_averaging(trainer)
         if self.stream.running:  # an interrupted fit has left it
             self.stream.abandon()

@@ -7,8 +7,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -274,3 +276,25 @@ def test_a_table_is_printed_after_each_fit(verbose: bool, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert (lance.stream.table() in printed) == verbose
     assert "after experience 0" in lance.stream.table()
+
+
+class Bare(Learner):
+    """Without a ``forward``: its training step runs the network itself."""
+
+    forward = pl.LightningModule.forward
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.stepped = True
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def test_a_module_without_a_forward_is_refused_before_its_first_step() -> None:
+    """What an experience needs is seen in forward passes, which come after its last step too."""
+    module = Bare()
+    with pytest.raises(ConfigError, match=r"Bare has no forward\(\).*forward_fn=") as raised:
+        fit(module, [ContinualCallback(verbose=False)], max_epochs=1)
+    assert "\n" not in str(raised.value)
+    assert not hasattr(module, "stepped")
+    callback = ContinualCallback(verbose=False, forward_fn=lambda module, batch: module.net(batch[0]))
+    fit(module, [callback], max_epochs=1)
+    assert callback.capacity
