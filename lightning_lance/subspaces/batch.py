@@ -142,7 +142,7 @@ def _stored_rank(rank: Stored) -> ModeRank:
         return value  # type: ignore[return-value]
     whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
     if not whole and not (isinstance(value, float) and 0.0 < value <= 1.0):
-        rank.refuse("'auto', 'full', an int of at least 1, a float in (0, 1]")
+        rank.refuse("'compact', 'full', an int of at least 1, a float in (0, 1]")
     return value  # type: ignore[no-any-return]
 
 

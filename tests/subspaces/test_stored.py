@@ -122,7 +122,7 @@ CASES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("channel",), [1, 2], r"\['channel'\] is a list of 2\. Allowed: a dense tensor of shape \(8, any\)"),
     (("bits",), 3, r"\['bits'\] is 3\. Allowed: None, 2, 4, 8"),
     (("bits",), DELETED, "is a dict without 'bits'"),
-    (("batch", 0), "bogus", r"\['batch'\]\[0\] is 'bogus'\. Allowed: 'auto', 'full', an int of at least 1"),
+    (("batch", 0), "bogus", r"\['batch'\]\[0\] is 'bogus'\. Allowed: 'compact', 'full', an int of at least 1"),
     (("batch", 0), -1, r"\['batch'\]\[0\] is -1"),
     (("spatial", 0, 0), ["a", -3], r"\['spatial'\]\[0\]\[0\]\[0\] is 'a'\. Allowed: an int of at least 0"),
     (("energy", "channel"), float("nan"), r"\['energy'\]\['channel'\] is nan\. Allowed: a number from 0 to 1\.01"),
