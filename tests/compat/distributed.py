@@ -64,11 +64,12 @@ class Save(Callback):
         torch.save(found, Path(self.folder) / f"{trainer.global_rank}.pt")
 
 
-def fit(folder: str, strategy: str, devices: int = WORLD, **options: Any) -> Task:
+def fit(folder: str, strategy: str, devices: int = WORLD, preset: str | None = None, **options: Any) -> Task:
     """Two epochs; the data is split over the processes by Lightning."""
     torch.set_num_threads(1)
     module = seeded(lambda: Task(network(), lr=0.05))
-    callback = lance(rank="compact", **options)
+    options |= {"rank": "compact"} if preset is None else {"preset": preset}
+    callback = lance(**options)
     loader = DataLoader(images(WORLD * BATCH * STEPS), batch_size=BATCH, shuffle=False)
     trainer = make_trainer([callback, Save(folder, callback)], strategy=strategy, devices=devices)
     trainer.fit(module, loader)
@@ -159,5 +160,5 @@ def plain() -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    fit(sys.argv[1], sys.argv[2])
+    fit(*sys.argv[1:3], preset=sys.argv[3] if len(sys.argv) > 3 else None)
     leave()

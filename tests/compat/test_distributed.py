@@ -34,19 +34,19 @@ def assert_bit_equal(one: Any, other: Any) -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def run(folder: Path, strategy: str) -> None:
+def run(folder: Path, *arguments: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.compat.distributed", str(folder), strategy]
+    command = [sys.executable, "-m", "tests.compat.distributed", str(folder), *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
-def assert_ranks_agree(folder: Path) -> dict[str, Any]:
+def assert_ranks_agree(folder: Path, layers: tuple[str, ...] = ("net.0", "net.3", "net.7")) -> dict[str, Any]:
     """Both ranks have the same weights, subspaces and sample orders, bit for bit."""
     first, second = ranks(folder)
     assert first["swapped"]
     assert second["swapped"]
-    assert first["layers"] == ["net.0", "net.3", "net.7"]
+    assert first["layers"] == list(layers)
     for key in ("weights", "subspaces", "order"):
         assert_bit_equal(first[key], second[key])
     assert first["bytes"][1] < first["bytes"][0]
@@ -76,6 +76,15 @@ def test_ddp_in_a_subprocess(tmp_path: Path) -> None:
     plain, kept = first["bytes"]
     note = "the subspaces are those of the batches of both"
     write("setup", "DDP, two processes", None, note, plain=plain, compressed=kept)
+
+
+def test_the_published_preset_in_ddp(tmp_path: Path) -> None:
+    """Forward passes before the first step, on the batches of each process; a factor of the batch mode for all."""
+    run(tmp_path, "ddp", "published")
+    first = assert_ranks_agree(tmp_path, ("net.0", "net.3"))  # not the classifier
+    assert set(first["subspaces"]) == set(first["layers"])
+    learned = [subspace["batch"][3] for subspace in first["subspaces"].values()]
+    assert any(factor is not None and factor.shape[0] == distributed.BATCH for factor in learned)
 
 
 def test_ddp_spawn(tmp_path: Path) -> None:
