@@ -2,7 +2,9 @@
 
 Even levels between the smallest and the largest of about 128 elements, as in ActNN (Chen et al., ICML 2021, section 3)
 and GACT (Liu et al., ICML 2022), rounded to the nearest level or, with dither, to one of the two next to a value so
-that the mean is right.
+that the mean is right between the ends. What is beyond them, as some values are with 2 bits, becomes an end: about an
+eighth of normal numbers, whose mean is then off by some 0.4 deviations, and large values of a skewed group come out too
+small.
 
 On the CPU this is one pass of torch's kernels for the rows of embedding tables, a group being a row, where torch has
 them; elsewhere a dozen operators. Both weigh the same but for 2 bytes a group.
@@ -121,8 +123,8 @@ def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int
     Args:
         flat: one axis, contiguous, floating point.
         bits: 2, 4 or 8.
-        dither: where to start in a table of random numbers, for rounding whose mean is right; ``None``: to the nearest
-            level.
+        dither: where to start in a table of random numbers, for rounding whose mean is right between the ends of a
+            group; ``None``: to the nearest level.
         group: neighbours that share a range, an even number.
 
     Returns:
