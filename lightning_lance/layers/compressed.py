@@ -122,10 +122,11 @@ class Compressed(Variant):
         """Whether every output position reads one input position, of all channels."""
         raise NotImplementedError
 
+    @unwatched
     def lance_observe(self, input: Tensor) -> None:
         """Show an input to the observer, if there is one."""
         if self._lance.observer is not None:
-            _observe(self._lance.observer, input)
+            self._lance.observer.update(input)
 
     def lance_factors(self, input: Tensor) -> Factors | None:
         """Factors for a call, or ``None`` where the stock path must run."""
@@ -181,8 +182,8 @@ class Compressed(Variant):
             static: what the function takes between the bias and the core.
         """
         state = self._lance
-        if saving.pending is not None:
-            saving.store.settle()
+        if not torch.compiler.is_compiling() and saving.store is not None and saving.pending is not None:
+            saving.store.settle()  # this layer is what comes after a normalisation
         if (input.dim() != weight.dim()) if self.channel_axis == 1 else (input.dim() == 1):
             return None
         self.lance_observe(input)
@@ -194,10 +195,9 @@ class Compressed(Variant):
         if kept is None:
             return None
         core, factors = kept
-        tensors = (*factors[:4], *factors.spatial)
-        return self.lance_run(
-            function.apply, function.__name__, input, tensors, input, weight, bias, *static, core, *tensors
-        )
+        flat = (*factors[:4], *factors.spatial)
+        arguments = (input, weight, bias, *static, core, *flat)
+        return self.lance_run(function.apply, function.__name__, input, (weight, *flat), *arguments)
 
     @unwatched
     def lance_run(
@@ -231,11 +231,6 @@ class Compressed(Variant):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, store.unpack):
             return operator(*arguments)
-
-
-@unwatched
-def _observe(observer: Observer, input: Tensor) -> None:
-    observer.update(input)
 
 
 def _factors(subspace: LayerSubspace, input: Tensor, sizes: Sizes, channels: int) -> Factors | None:

@@ -298,17 +298,7 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
     if not torch.is_grad_enabled():
         return _linear(input, parts, bias, form)[0]
     factors = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
-    result: Tensor = ReservedLinear.apply(
-        input,
-        parts.trained,
-        bias,
-        parts.basis,
-        parts.anchor,
-        parts.mask,
-        form,
-        *factors[:4],
-        *factors.spatial,
-    )
+    result: Tensor = ReservedLinear.apply(input, parts.trained, bias, *parts[1:], form, *factors[:4], *factors.spatial)
     return result
 
 
@@ -332,15 +322,6 @@ def reserved_conv(
         return convolve(input, effective_weight(parts, form), bias, geometry)
     factors = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
     result: Tensor = ReservedConv.apply(
-        input,
-        parts.trained,
-        bias,
-        parts.basis,
-        parts.anchor,
-        parts.mask,
-        geometry,
-        form,
-        *factors[:4],
-        *factors.spatial,
+        input, parts.trained, bias, *parts[1:], geometry, form, *factors[:4], *factors.spatial
     )
     return result
