@@ -90,6 +90,7 @@ dist: $(STAMP)  ## source distribution and wheel in dist/
 # A fresh environment that has the package and what it depends on, first from the wheel, then from the source.
 FRESH := build/release/venv/bin/python
 
+release: export OMP_NUM_THREADS = 1
 release: dist  ## build, check, install both in a fresh environment, and test what the source distribution holds
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv --clear build/release/venv
@@ -102,7 +103,8 @@ release: dist  ## build, check, install both in a fresh environment, and test wh
 	cd build/release && venv/bin/python five_lines.py && venv/bin/lightning-lance --version
 	mkdir -p build/release/source
 	tar -xzf dist/*.tar.gz -C build/release/source --strip-components 1
-	cd build/release/source && $(CURDIR)/$(BIN)/python -m pytest --quiet $(RELEASE_TESTS)
+	cd build/release/source && $(CURDIR)/$(PYTEST) --quiet $(RELEASE_TESTS)
+	@echo "built and checked: $$(ls dist/* | tr '\n' ' ')"
 
 clean:  ## remove the virtual environment and what builds and tools left
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs

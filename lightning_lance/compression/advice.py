@@ -73,7 +73,7 @@ def advice(
 def in_bits(holder: Holder, now: Bits, then: Bits) -> Holder:
     """What is kept, if it were rounded to other bits than now; what is not rounded stays as it is."""
     before, after = (now.weight, then.weight) if holder.for_weight else (now.other, then.other)
-    if holder.bits is None or before is None or after is None:
+    if holder.bits is None or holder.bits > 8 or before is None or after is None:
         return holder
     width = min(max(holder.bits * after // before, 2), 8)
     sizes = [kept_bytes(FEWEST, 4, bits) for bits in (holder.bits, width)]

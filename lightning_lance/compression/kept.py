@@ -150,6 +150,58 @@ class Booleans(Flags):
         return expand_bits(self.bits, self.shape, self.stride, 0, 1, torch.bool)
 
 
+class Signs(Kept):
+    """-1, 0 or 1 for an element: two bits."""
+
+    __slots__ = ("negative", "positive")
+
+    def __init__(self, positive: Tensor, negative: Tensor, own_stride: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.positive = Flags(positive, own_stride, dtype, 0, 1)
+        self.negative = Flags(negative, own_stride, dtype, 0, 1)
+
+    def restore(self) -> Tensor:
+        return self.positive.restore().sub_(self.negative.restore())
+
+    def parts(self) -> list[tuple[int, int]]:
+        return [*self.positive.parts(), *self.negative.parts()]
+
+
+class Zeros(Kept):
+    """Zeros in the place of a tensor."""
+
+    __slots__ = ("device", "dtype", "shape")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+
+    def restore(self) -> Tensor:
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+    def parts(self) -> list[tuple[int, int]]:
+        return []
+
+
+class Extremes(Kept):
+    """A tensor of which the largest or smallest elements alone are read: their places, and their values.
+
+    Args:
+        tensor: the tensor.
+        extreme: those values, of a shape that goes with it.
+    """
+
+    __slots__ = ("extreme", "flags")
+
+    def __init__(self, tensor: Tensor, extreme: Tensor) -> None:
+        self.extreme = extreme
+        self.flags = Flags(tensor == extreme, tensor.stride(), torch.bool, 0, 1)
+
+    def restore(self) -> Tensor:
+        return torch.where(self.flags.restore(), self.extreme, torch.nan)
+
+    def parts(self) -> list[tuple[int, int]]:
+        return [*self.flags.parts(), storage_part(self.extreme)]
+
+
 class Shape(Kept):
     """A tensor whose shape and strides alone are read."""
 

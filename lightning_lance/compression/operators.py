@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lance.compression.kept import Kept, Shape
+from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, Zeros
 from lightning_lance.compression.recipes import Dropped, Function, Normalisation, NormInput
-from lightning_lance.compression.store import Store
+from lightning_lance.compression.store import STATISTICS, Store
 from lightning_lance.ops.saving import FinishedRule, Rule, reading, saving
 from lightning_lance.ops.watching import WatchingMode
 from lightning_lance.tensors import places
@@ -167,6 +168,205 @@ def _clamped(input: Tensor, low: float, high: float) -> Rule | None:
         return store.flags(input, _derivative(torch.ops.aten.hardtanh_backward, input, low, high), low, inside)
 
     return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high))
+
+
+@_keeps(
+    *(torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_),
+    *(torch.clip, torch.clip_, Tensor.clip, Tensor.clip_),
+)
+def _clamp(input: Tensor, min: Any = None, max: Any = None, **_: Any) -> Rule | None:
+    if any(isinstance(bound, Tensor) or (bound is not None and abs(bound) > _FAR) for bound in (min, max)):
+        return _whole
+    low, high = (None if bound is None else float(bound) for bound in (min, max))
+    outside, inside = _beside(low, high)
+    if inside is None:
+        return _whole
+
+    def rule(saved: Tensor, store: Store) -> Any:
+        flags = torch.ones_like(saved, dtype=torch.bool) if low is None else _above(saved, low)
+        return store.flags(saved, flags if high is None else flags.logical_and_(_above(-saved, -high)), outside, inside)
+
+    return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high))
+
+
+@_keeps(torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_)
+def _clamp_min(input: Tensor, min: Any, **_: Any) -> Rule | None:
+    return _clamp(input, min)
+
+
+@_keeps(torch.clamp_max, torch.clamp_max_, Tensor.clamp_max, Tensor.clamp_max_)
+def _clamp_max(input: Tensor, max: Any, **_: Any) -> Rule | None:
+    return _clamp(input, None, max)
+
+
+def _beside(low: float | None, high: float | None) -> tuple[float, float | None]:
+    """A number beyond the bounds, and one between them that is neither; ``None`` where there is no such."""
+    if low is None:
+        return (0.0, 0.0) if high is None else (high + 1 + abs(high), high - 1 - abs(high))
+    outside = low - 1 - abs(low)
+    if high is None:
+        return outside, low + 1 + abs(low)
+    return outside, next((n for n in (0.0, 1.0, (low + high) / 2) if low < n < high), None)
+
+
+@cache
+def _at_bounds() -> bool:
+    """Whether the kernel passes gradients at the bounds themselves, which versions of torch see differently."""
+    with torch.inference_mode(False), torch.enable_grad():
+        bound = torch.zeros((), requires_grad=True)
+        return bool(torch.autograd.grad(bound.clamp(min=0), bound)[0] > 0)
+
+
+def _above(tensor: Tensor, bound: float) -> Tensor:
+    return tensor >= bound if _at_bounds() else tensor > bound
+
+
+_FAR = 1e4
+"""Bounds beyond it: half precision has no numbers on their other side."""
+
+
+@_keeps(F.hardshrink, F.softshrink, Tensor.hardshrink)
+def _shrink(input: Tensor, lambd: float = 0.5) -> Rule | None:
+    return lambda saved, store: store.flags(saved, saved.detach().abs() > lambd, 0, 2 * lambd + 1)
+
+
+def _whole(saved: Tensor, store: Store) -> Any:
+    """Keep what is compared, or divided by, as it is."""
+    return store.whole(saved) if saved.is_floating_point() else NotImplemented
+
+
+@_always(
+    *(torch.abs, torch.abs_, Tensor.abs, Tensor.abs_, Tensor.__abs__),
+    *(torch.absolute, Tensor.absolute, Tensor.absolute_),
+)
+def _sign_or_zero(saved: Tensor, store: Store) -> Any:
+    """The kernel multiplies by the sign."""
+    return Signs(saved > 0, saved < 0, saved.stride(), saved.dtype) if saved.is_floating_point() else NotImplemented
+
+
+@_keeps(torch.maximum, torch.minimum, Tensor.maximum, Tensor.minimum)
+def _larger(input: Tensor, other: Tensor, **_: Any) -> Rule | None:
+    """The kernel asks which of the two is larger."""
+    first, second = (_place(tensor) for tensor in (input, other))
+    alike = input.shape == other.shape and input.dtype == other.dtype and first != second
+    if not alike or any(type(tensor) is not Tensor or saving.store.is_weight(tensor) for tensor in (input, other)):
+        return _whole
+
+    def rule(saved: Tensor, store: Store) -> Any:
+        if not saved.is_floating_point() or _place(saved) not in (first, second):
+            return _whole(saved, store)
+        if _place(saved) == second:
+            return Zeros(saved)
+        plain = other.detach()
+        return Signs(saved > plain, saved < plain, saved.stride(), saved.dtype)
+
+    return rule
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.stride(), tensor._version
+
+
+@_keeps(torch.max, torch.min, Tensor.max, Tensor.min)
+def _extreme(input: Tensor, other: Any = None, **_: Any) -> Rule | None:
+    """Of two tensors, of an axis, which keeps places alone, or of all elements."""
+    return _larger(input, other) if isinstance(other, Tensor) else _whole
+
+
+@_keeps(torch.amax, Tensor.amax)
+def _amax(input: Tensor, dim: Any = (), keepdim: bool = False, **_: Any) -> Rule | None:
+    return _reduced(input, dim, torch.amax)
+
+
+@_keeps(torch.amin, Tensor.amin)
+def _amin(input: Tensor, dim: Any = (), keepdim: bool = False, **_: Any) -> Rule | None:
+    return _reduced(input, dim, torch.amin)
+
+
+def _reduced(input: Tensor, dim: Any, function: Any) -> Rule:
+    """The kernel compares with the result, so that a rounded argument would have no largest element."""
+    place = _place(input)
+
+    def rule(saved: Tensor, store: Store) -> Any:
+        if _place(saved) != place or not saved.is_floating_point():
+            return _whole(saved, store)
+        saved = saved.detach()
+        return Extremes(saved, function(saved, dim, True))
+
+    return rule
+
+
+_always(
+    *(torch.aminmax, Tensor.aminmax, torch.median, Tensor.median, torch.nanmedian, Tensor.nanmedian),
+    *(torch.fmax, Tensor.fmax, torch.fmin, Tensor.fmin),
+)(_whole)
+
+
+@_keeps(torch.norm, Tensor.norm, torch.linalg.vector_norm, torch.linalg.norm, F.normalize)
+def _norm(input: Tensor, p: Any = None, *_: Any, ord: Any = None, **__: Any) -> Rule | None:
+    """That of an order but two takes the sign, the largest element, or a power of each."""
+    order = p if ord is None else ord
+    return None if order is None or order == 2 or isinstance(order, str) else _whole
+
+
+# What a gradient is divided by. Of even levels the lowest one, which may be 0, would stand for all small elements, and
+# one a little outside of the range of a function has no gradient.
+
+
+def _relatively(saved: Tensor, store: Store) -> Any:
+    return store.relatively(saved) if saved.is_floating_point() else NotImplemented
+
+
+_always(
+    *(torch.log, Tensor.log, torch.log2, Tensor.log2, torch.log10, Tensor.log10),
+    *(torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.reciprocal, Tensor.reciprocal),
+    *(Tensor.__rtruediv__, torch.atan2, Tensor.atan2, torch.hypot, Tensor.hypot),
+)(_relatively)
+_always(
+    *(torch.log1p, Tensor.log1p, torch.logit, Tensor.logit, torch.special.logit, torch.xlogy, Tensor.xlogy),
+    *(torch.special.xlogy, torch.special.xlog1py, torch.special.entr, torch.erfinv, Tensor.erfinv),
+    *(torch.acos, Tensor.acos, torch.asin, Tensor.asin, torch.atanh, Tensor.atanh, torch.acosh, Tensor.acosh),
+)(_whole)
+
+
+@_keeps(torch.div, torch.divide, Tensor.div, Tensor.div_, Tensor.divide, Tensor.__truediv__, Tensor.__itruediv__)
+def _quotient(input: Any, other: Any, **_: Any) -> Rule | None:
+    if not isinstance(other, Tensor) or saving.store.is_weight(other):
+        return None
+    place, few = _place(other), isinstance(input, Tensor) and other.numel() * STATISTICS <= input.numel()
+    keep = _whole if few else _relatively
+    return lambda saved, store: keep(saved, store) if _place(saved) == place else NotImplemented
+
+
+@_keeps(torch.pow, Tensor.pow, Tensor.pow_, Tensor.__pow__, Tensor.__ipow__)
+def _power(input: Any, exponent: Any, **_: Any) -> Rule | None:
+    if isinstance(exponent, Tensor):
+        return _whole
+    return None if exponent >= 1 else _relatively
+
+
+@_keeps(F.softmax, torch.softmax, Tensor.softmax)
+def _softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Rule | None:
+    """Of probabilities of classes the logarithm may be taken; of attention, on the last axis of more than two, not."""
+    return None if input.dim() > 2 and dim in (-1, input.dim() - 1) else _relatively
+
+
+def _phase(saved: Tensor, store: Store) -> Any:
+    """Angles, by the turn: far from zero a few levels for all of them would be turns apart."""
+    if not saved.is_floating_point() or store.bits.other is None:
+        return NotImplemented
+    turns = torch.remainder(saved.detach() + math.pi, 2 * math.pi).sub_(math.pi)
+    return store.rounded(turns, store.finer)
+
+
+_always(torch.sin, Tensor.sin, torch.sin_, Tensor.sin_, torch.cos, Tensor.cos, torch.cos_, Tensor.cos_)(_phase)
+
+
+@_keeps(F.grid_sample)
+def _grid_sample(input: Tensor, grid: Tensor, *_: Any, **__: Any) -> Rule | None:
+    """A coordinate says which pixels are read."""
+    place = _place(grid)
+    return lambda saved, store: _whole(saved, store) if _place(saved) == place else NotImplemented
 
 
 class _Smooth(FinishedRule):
@@ -458,6 +658,16 @@ class _BatchNorm(FinishedRule):
 
 @_always(
     F.binary_cross_entropy,
+    torch.cdist,
+    torch.dist,
+    Tensor.dist,
+    F.hinge_embedding_loss,
+    F.margin_ranking_loss,
+    F.multi_margin_loss,
+    F.multilabel_margin_loss,
+    F.pairwise_distance,
+    F.soft_margin_loss,
+    F.triplet_margin_loss,
     F.binary_cross_entropy_with_logits,
     F.huber_loss,
     F.kl_div,

@@ -100,14 +100,13 @@ class Report:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table, one row a layer."""
-        return ["layer", "input", "kept core", "energy", "input", "kept", "ratio"], [
-            _row(layer) for layer in self.layers
-        ]
+        return ["layer", "input", "core", "energy", "plain", "kept", "ratio"], [_row(layer) for layer in self.layers]
 
     def totals(self) -> list[str]:
-        """One line for the compressed inputs and one for all that autograd keeps."""
+        """One line for the inputs of projected layers, where there are any, and one for all that autograd keeps."""
         before, after = sum(layer.plain_bytes for layer in self.layers), sum(layer.kept_bytes for layer in self.layers)
-        lines = [f"inputs of these {len(self.layers)} layers: {_change(before, after)}"] if self.layers else []
+        count = f"{len(self.layers)} projected {'layer' if len(self.layers) == 1 else 'layers'}"
+        lines = [f"inputs of {count}: {_change(before, after)}"] if self.layers else []
         if self.plain is not None and self.compressed is not None:
             lines.append(f"all that autograd keeps, measured: {_change(self.plain.total, self.compressed.total)}")
         if self.captured_energy is not None:
@@ -139,17 +138,24 @@ class Report:
         ordered = list(self.compressed.by_op().items())[:count]
         return [f"{format_bytes(size)} for {name}" for name, size in ordered]
 
-    def render(self) -> str:
-        """The tables as text, drawn by rich where it is installed."""
+    def render(self, layers: bool = True) -> str:
+        """The report as text, drawn by rich where it is installed: what is kept by operator, advice last.
+
+        Args:
+            layers: begin with the projected layers, one row each, and say which are not and why; otherwise a line tells
+                how many there are.
+        """
         lines = []
-        if self.layers:
-            lines.append(_table("LANCE: inputs that are projected", *self.rows()))
-            lines.append(self.totals()[0])
+        totals = self.totals()
+        if layers and self.layers:
+            lines += [_table("LANCE: inputs that are projected", *self.rows()), totals.pop(0)]
+        elif self.layers:
+            totals[0] += "; print(callback.report) lists them"
         header, rows = self.by_operator()
         if rows:
             lines.append(_table("LANCE: activations kept for backward", header, rows))
-        lines += self.totals()[1:] if self.layers else self.totals()
-        if self.left:
+        lines += totals
+        if layers and self.left:
             lines += ["not projected:", *(f"  {item}" for item in self.left[:6])]
             if len(self.left) > 6:
                 lines.append(f"  and {len(self.left) - 6} more, see report.left")
@@ -224,7 +230,7 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
     try:
         return _rich_table(title, header, rows)
     except ImportError:
-        return plain_table(header, rows)
+        return f"{title}\n{plain_table(header, rows)}"
 
 
 def _rich_table(title: str, header: list[str], rows: list[list[str]]) -> str:

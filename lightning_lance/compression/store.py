@@ -302,6 +302,11 @@ class Store:
             return self.whole(tensor)
         return View(Stretch(rounded, bits, tensor.dtype, None), tensor.shape, _contiguous(tensor.shape), 0)
 
+    def relatively(self, tensor: Tensor) -> Any:
+        """Keep a tensor whose small elements count as much as its large ones, since a gradient is divided by them."""
+        single = tensor.dtype is torch.float32 and self.bits.other is not None
+        return self.rounded(tensor, 16) if single else self.whole(tensor)
+
     @property
     def finer(self) -> int | None:
         """Bits of what an operator is more sensitive to than to most."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -90,7 +91,7 @@ def plan(model: nn.Module, config: LanceConfig | None = None, heads: Collection[
     for name, module in _layers_of(model):
         variant = registry.find(module)
         reason = None if variant is None else skipped.get(name) or registry.refusal(module)
-        weight = getattr(module, "weight", None)
+        weight = _weight(module)
         if reason is None and variant is not None and weight is not None and weight.requires_grad:
             ranks = rules.for_layer(name)
             if ranks.automatic and config.budget is not None:
@@ -128,6 +129,11 @@ def _layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if ".parametrizations." not in f".{name}.":
             yield name, module
+
+
+def _weight(module: nn.Module) -> Any:
+    """The weight of a layer; ``None`` where it is parametrized: computing it may move buffers (spectral norm)."""
+    return None if parametrize.is_parametrized(module, "weight") else getattr(module, "weight", None)
 
 
 def _trains_a_matrix(module: nn.Module) -> bool:
@@ -172,7 +178,7 @@ def _frozen_names(model: nn.Module) -> list[str]:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
+    weight = _weight(module)
     return weight is not None and not weight.requires_grad and registry.find(module) is not None
 
 

@@ -1,5 +1,7 @@
 """Tensors kept in 2, 4 or 8 bits per element, with a range of their own for every group of neighbours in memory.
 
+Sixteen bits are those of a bfloat16, whose error is a share of each element, however small.
+
 Even levels between the smallest and the largest of about 128 elements, as in ActNN (Chen et al., ICML 2021, section 3)
 and GACT (Liu et al., ICML 2022), rounded to the nearest level or, with dither, to one of the two next to a value so
 that the mean is right between the ends. What is beyond them, as some values are with 2 bits, becomes an end: about an
@@ -40,7 +42,7 @@ class Rounded(NamedTuple):
     """A rounded stretch of memory.
 
     Attributes:
-        codes: uint8; or a row for each group as torch's kernels write it, its range included.
+        codes: uint8; a row for each group as torch's kernels write it, its range included; or bfloat16.
         low: ``(groups, 1)``, the value of code 0 in each group; ``None`` where the rows hold it.
         step: same shape, from one level to the next.
         elements: how many; the last group is filled up.
@@ -122,7 +124,7 @@ def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int
 
     Args:
         flat: one axis, contiguous, floating point.
-        bits: 2, 4 or 8.
+        bits: 2, 4, 8 or 16.
         dither: where to start in a table of random numbers, for rounding whose mean is right between the ends of a
             group; ``None``: to the nearest level.
         group: neighbours that share a range, an even number.
@@ -131,6 +133,8 @@ def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int
         ``None`` where an element is infinite, which no range holds. A NaN may become one of the levels.
     """
     count = flat.numel()
+    if bits == 16:
+        return Rounded(flat.bfloat16(), None, None, count, bits)
     flat = flat.float()
     missing = -count % group
     if missing:  # filled with the last element, so that the range of its group stays as it is
@@ -247,6 +251,8 @@ def expand(rounded: Rounded, dtype: torch.dtype) -> Tensor:
         New tensor ``(elements,)``.
     """
     codes, low, step, count, bits, group, scale = rounded
+    if bits == 16:
+        return codes.to(dtype)
     if low is None or step is None:
         kernels = _kernels(bits)
         assert kernels is not None

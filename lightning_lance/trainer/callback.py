@@ -214,7 +214,7 @@ class LanceCallback(Callback):
 
 @rank_zero_only
 def _show(report: Report) -> None:
-    sys.stdout.write(f"\n{report.render()}\n")
+    sys.stdout.write(f"\n{report.render(layers=False)}\n")
     sys.stdout.flush()
 
 

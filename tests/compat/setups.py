@@ -222,7 +222,9 @@ class CompileLate(Callback):
 
 SETUPS: dict[str, Setup] = {
     "precision 32-true": Setup(),
-    "precision bf16-mixed": Setup(options={"precision": "bf16-mixed"}),
+    "precision bf16-mixed": Setup(
+        options={"precision": "bf16-mixed"}, note="22 MB of both are the copies of the weights that autocast makes"
+    ),
     "precision bf16-true": Setup(options={"precision": "bf16-true"}),
     "precision 64-true": Setup(options={"precision": "64-true"}),
     "accumulate_grad_batches": Setup(options={"accumulate_grad_batches": 2}),

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_lance.compression.store import Bits
 from tests.stock import assert_same, kept, layouts, make_store, run, same_bits, special
 
 Operator = Callable[[Tensor], Tensor]
+FOUR = Bits(4, 4)
 
 ACTIVATIONS: dict[str, Operator] = {
     "nn.ReLU": nn.ReLU(),
@@ -90,6 +92,90 @@ def test_dropout_draws_the_same_and_keeps_one_bit(p: float, inplace: bool, dtype
     for operator in (nn.Dropout(p, inplace), *functional):
         assert_same(operator, x, special(5, 7, 40, dtype=dtype))
     assert kept(nn.Dropout(p, inplace), x)[1] == x.numel() // 8
+
+
+COMPARED: dict[str, tuple[Operator, float]] = {
+    "abs": (torch.abs, 2),
+    "Tensor.abs": (lambda x: x.abs(), 2),
+    "abs(x)": (abs, 2),
+    "clamp from below": (lambda x: x.clamp(min=0), 1),
+    "clamp from above": (lambda x: torch.clamp(x, max=-1.0), 1),
+    "clamp": (lambda x: x.clamp(-1, 3), 1),
+    "clamp in place": (lambda x: x.clamp_(-3, -1), 1),
+    "clamp_min": (lambda x: torch.clamp_min(x, 1), 1),
+    "clamp_max": (lambda x: x.clamp_max(6.0), 1),
+    "clip": (lambda x: x.clip(-0.3, 1.7), 1),
+    "hardshrink": (F.hardshrink, 1),
+    "softshrink": (lambda x: F.softshrink(x, 3.0), 1),
+    "maximum": (lambda x: torch.maximum(x, x.flip(0)), 2),
+    "minimum": (lambda x: x.minimum(x.flip(0)), 2),
+    "max of two": (lambda x: torch.max(x, torch.zeros_like(x)), 2),
+    "amax": (lambda x: x.amax(-1), 1),
+    "amax of two axes": (lambda x: torch.amax(x, (0, 1), keepdim=True), 1),
+    "amin": (lambda x: x.amin(1), 1),
+    "max of all": (lambda x: x.max(), 32),
+    "min of all": (torch.min, 32),
+    "median": (lambda x: x.median(), 32),
+    "aminmax": (lambda x: torch.stack(torch.aminmax(x, dim=-1)), 32),
+    "largest absolute": (lambda x: torch.linalg.vector_norm(x, float("inf"), dim=-1), 32),
+    "sum of absolutes": (lambda x: x.norm(1, dim=-1), 32),
+    "clamp by a tensor": (lambda x: x.clamp(min=torch.zeros_like(x)), 64),
+    "max of one tensor twice": (lambda x: torch.maximum(x, x), 32),
+    "max, other shapes": (lambda x: torch.maximum(x, x[:1]), 64),
+    "clamp beyond half precision": (lambda x: x.clamp(-2e4, 2e4), 32),
+    "clamp between equal bounds": (lambda x: x.clamp(1, 1), 32),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_is_compared_bit_for_bit_in_every_layout(name: str) -> None:
+    """Of rounded numbers none would be equal to the largest, which is where the gradient goes."""
+    operator, bits = COMPARED[name]
+    for dtype in (torch.float32, torch.float16):
+        for x in layouts(
+            6, 8, 64, dtype=dtype, make=lambda *s, dtype: special(*s, dtype=dtype).nan_to_num(0.5)
+        ).values():
+            assert_same(operator, x, torch.randn_like(operator(x * 1)))
+    x = torch.randn(16, 32, 64)
+    small = 64 * operator(x * 1).numel() if operator(x * 1).shape != x.shape else 0  # the result, once or twice
+    assert kept(operator, x)[1] * 8 <= bits * x.numel() + small + 64
+
+
+DIVIDED: dict[str, Operator] = {
+    "logarithm of a softmax": lambda x: torch.log((8 * x).softmax(-1)),
+    "logarithm of a softmax, made safe": lambda x: torch.log((8 * x).softmax(-1) + 1e-8),
+    "logarithm of channels": lambda x: F.softmax(9 * x.view(-1, 16, 16), 1).log2(),
+    "logarithm of a deviation": lambda x: torch.log(F.softplus(4 * x) + 1e-3),
+    "quotient": lambda x: x / (F.softplus(4 * x) + 0.01),
+    "quotient of a number": lambda x: 1 / (F.softplus(x) + 0.05),
+    "square root": lambda x: (x.abs() + 1e-4).sqrt(),
+    "one over a square root": lambda x: (x.abs() + 1e-2).rsqrt(),
+    "power": lambda x: (x.abs() + 1e-2) ** -0.5,
+    "arcus cosine": lambda x: torch.acos((4 * x).tanh() * 0.9999),
+    "logarithm near zero": lambda x: torch.log1p(-(2 * x).sigmoid()),
+    "angle of two": lambda x: torch.atan2(x, x.flip(0)),
+    "length of two": lambda x: torch.hypot(x, x.flip(0)),
+    "sine of many turns": lambda x: torch.sin(30 * x),
+    "largest": lambda x: x * x.amax(-1, keepdim=True),
+    "infinity norm": lambda x: F.normalize(x, p=float("inf"), dim=-1),
+    "grid": lambda x: F.grid_sample(
+        x[:, None].reshape(-1, 1, 16, 16), x.view(-1, 8, 16, 2).tanh(), align_corners=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_gradients_that_hang_on_small_differences(name: str) -> None:
+    """Even levels from the smallest to the largest element would stand for the small ones with zero, or far off."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 256)
+    grad = torch.randn_like(DIVIDED[name](x))
+    plain, ours = (run(DIVIDED[name], x, grad, store)[1].flatten() for store in (None, make_store(FOUR)))
+    assert ours.isfinite().all()
+    assert torch.cosine_similarity(plain, ours, dim=0) > 0.95
+    assert 0.9 < ours.norm() / plain.norm() < 1.1
+    before, after = kept(DIVIDED[name], x, FOUR)
+    assert after <= before
 
 
 POOLS: dict[str, tuple[Operator, tuple[int, ...]]] = {

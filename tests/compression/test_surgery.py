@@ -88,6 +88,17 @@ def test_planning_changes_nothing() -> None:
     assert [str(item) for item in made.left] == ["gate (Bilinear): no variant for Bilinear"]
 
 
+@pytest.mark.parametrize("config", [LanceConfig(), COMPACT])
+def test_planning_computes_no_parametrized_weight(config: LanceConfig) -> None:
+    """Spectral norm moves its buffers each time that the weight is read in training mode."""
+    layers = [nn.Linear(48, 48), parametrizations.spectral_norm(nn.Linear(48, 48)), nn.Linear(48, 4)]
+    layers[1].parametrizations.weight.original.requires_grad_(False)
+    model = nn.Sequential(*layers)
+    before = copy.deepcopy(model.state_dict())
+    plan(model, config)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_parameters_of_a_container_are_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model.position = nn.Parameter(torch.zeros(1, 4))
