@@ -71,6 +71,11 @@ class OwnValues:
         """Size of all of them."""
         return sum(value.nbytes for values in self._found.values() for value in values.values())
 
+    @property
+    def last_bytes(self) -> int:
+        """Size of those of the last experience that has some."""
+        return sum(value.nbytes for value in self.first().values())
+
     def state_dict(self) -> dict[str, Values]:
         """Plain containers and CPU tensors."""
         return {own: {name: value.cpu() for name, value in values.items()} for own, values in self._found.items()}

@@ -458,7 +458,9 @@ class ContinualSession(Steps):
 
     def table(self) -> str:
         """What the last experience that has ended left: a row for each layer; empty before the first one."""
-        return account_table(self.history[-1], len(self.history) - 1) if self.history else ""
+        if not self.history:
+            return ""
+        return account_table(self.history[-1], len(self.history) - 1, self._own.last_bytes)
 
     def plot_capacity(self, ax: Any = None) -> tuple[Any, Any]:
         """Protected share of each layer over the experiences.
@@ -642,9 +644,6 @@ class ContinualSession(Steps):
     def _check_fits(self, model: nn.Module) -> None:
         """Refuse a model of other widths than those of what is stored for its weights."""
         modules = dict(model.named_modules())
-        misfit = self._own.misfit(model)
-        if misfit is not None:
-            raise StateError(f"{misfit}. Give the model that the stream was stored with.")
         opened = {} if self._pending is None else self._pending["opened"]
         for name, memory in self.memories.items():
             rows, needed = self.rule.rows(name), weight_of(name) in self._shared or name in opened
@@ -667,6 +666,9 @@ class ContinualSession(Steps):
                     f"{name}: what is stored for its weight is of {wanted} groups, rows and width, the layer "
                     f"has {shape}. Give the model that the stream was stored with."
                 )
+        misfit = self._own.misfit(model)
+        if misfit is not None:
+            raise StateError(f"{misfit}. Give the model that the stream was stored with.")
 
     def _protectable(self, model: nn.Module, heads: set[str]) -> dict[str, nn.Module]:
         """Layers that have, or may get, a memory."""
