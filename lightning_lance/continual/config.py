@@ -42,7 +42,7 @@ class ContinualConfig:
             ``"scaled"``: a protected direction closes as far as it mattered (SGP).
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
             more of what was learned, and leaves less to learn in. ``"auto"``: .97, and where experiences have columns
-            of their own .90 of what is not the mean of the inputs, which may be most of their energy.
+            of their own .87 of what is not the mean of the inputs, which may be most of their energy.
         threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
             .003 for ten experiences of CIFAR-100).
         columns: fraction of the protected layers' weights that an experience may have as columns of its own.
