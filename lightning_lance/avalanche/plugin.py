@@ -47,8 +47,8 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     is between experiences. Where training fails, call :meth:`restore`, or use
     :class:`~lightning_lance.avalanche.LanceStrategy`, which does it for you.
 
-    Takes the options of :class:`PluginOptions`. Where the model has a head for each task, each has columns, biases and norms
-    of its own, and is evaluated with them; elsewhere biases and norms are frozen too.
+    Takes the options of :class:`PluginOptions`. Where the model has a head for each task, each has columns,
+    biases and norms of its own, and is evaluated with them; elsewhere biases and norms are frozen too.
 
     Attributes:
         session: the bases and the state of the stream.
