@@ -40,15 +40,15 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     Before an experience the layers are calibrated on a few of its batches and swapped in place for variants that keep
     a low-rank core of their input; after it the model gets its own layers back, and the input directions that they need
     are protected. From the second experience on the weights of shared layers change only outside of them, and what
-    cannot be protected in this way is frozen: biases, norms, layers of other types. Heads that Avalanche adapts
+    cannot be protected in this way is frozen, such as layers of other types. Heads that Avalanche adapts
     (``MultiHeadClassifier``, ``IncrementalClassifier``) are found by themselves; name other heads in ``heads``.
 
     Method: LANCE (Apolinario & Roy, arXiv 2509.21617). Give it as the first plugin, so that others see the model as it
     is between experiences. Where training fails, call :meth:`restore`, or use
     :class:`~lightning_lance.avalanche.LanceStrategy`, which does it for you.
 
-    Takes the options of :class:`PluginOptions`. Where the model has a head for each task, each has columns of its own,
-    and is evaluated with them.
+    Takes the options of :class:`PluginOptions`. Where the model has a head for each task, each has columns,
+    biases and norms of its own, and is evaluated with them; elsewhere biases and norms are frozen too.
 
     Attributes:
         session: the bases and the state of the stream.

@@ -39,12 +39,13 @@ Account = list[LayerAccount]
 """All layers at the end of one experience."""
 
 
-def account_table(account: Account, experience: int) -> str:
+def account_table(account: Account, experience: int, values: int = 0) -> str:
     """A table of text, a row for each layer.
 
     Args:
         account: of the experience.
         experience: its index, from 0.
+        values: bytes of norms and biases that it has for itself.
     """
     header = ["layer", "trained", "protected", "free", "own columns", "state"]
     rows = []
@@ -53,7 +54,9 @@ def account_table(account: Account, experience: int) -> str:
         trained = "frozen" if row.frozen else "yes"
         rows.append([row.layer, trained, taken, str(row.free), str(row.own), format_bytes(row.bytes)])
     width, protected = sum(row.width for row in account), sum(row.protected for row in account)
-    own, size = sum(row.own for row in account), sum(row.bytes for row in account)
+    own, size = sum(row.own for row in account), sum(row.bytes for row in account) + values
+    if values:
+        rows.append(["norms, biases", "yes", "", "", "its own", format_bytes(values)])
     taken = f"{protected} of {width} ({protected / max(width, 1):.0%})"
     rows.append(["all", "", taken, str(width - protected), str(own), format_bytes(size)])
     return f"LANCE, after experience {experience}\n{plain_table(header, rows)}"

@@ -21,8 +21,8 @@ HIGHEST_THRESHOLD = 0.999
 THRESHOLD = 0.97
 """Where all experiences share everything."""
 
-THRESHOLD_OF_COLUMNS = 0.90
-"""Where each has columns of its own."""
+THRESHOLD_OF_COLUMNS = 0.87
+"""Where each has columns of its own; of the energy about the mean, which is the same in all samples."""
 
 AUTO_DAMPING = 0.5
 """With optimisers whose steps are as long in all directions, where all experiences share everything."""
@@ -41,8 +41,8 @@ class ContinualConfig:
             experience whose name is given has a few columns of its own; without names it is ``"threshold"``.
             ``"scaled"``: a protected direction closes as far as it mattered (SGP).
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
-            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and .90 where experiences have
-            columns of their own.
+            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and where experiences have columns
+            of their own .87 of what is not the mean of the inputs, which may be most of their energy.
         threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
             .003 for ten experiences of CIFAR-100).
         columns: fraction of the protected layers' weights that an experience may have as columns of its own.
@@ -138,6 +138,10 @@ class ContinualConfig:
         else:
             threshold = self.threshold
         return max(threshold, min(threshold + self.threshold_growth * experience, HIGHEST_THRESHOLD))
+
+    def about_mean(self, own: bool = False) -> bool:
+        """Whether the threshold is a fraction of the energy without that of the mean; ``own``: see above."""
+        return isinstance(self.threshold, str) and own and self.rule == "columns"
 
     def damping_of(self, optimizers: Iterable[torch.optim.Optimizer], own: bool = False) -> float:
         """Damping with the given optimisers; ``own``: the experience has columns of its own."""

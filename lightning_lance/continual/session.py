@@ -30,6 +30,7 @@ from lightning_lance.continual.layers import (
 )
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
+from lightning_lance.continual.own_values import NORMS, OwnValues, Values, exchange, names_of, tensor_of, weight_of
 from lightning_lance.continual.rules import RULES, Layer, Now
 from lightning_lance.continual.stored import CONTINUAL_STATE_VERSION, read_experience, read_stream
 from lightning_lance.errors import LanceWarning, PlanError, StateError
@@ -37,13 +38,6 @@ from lightning_lance.layers import registry
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.subspaces.ranks import closest, matches
 from lightning_lance.tensors.orders import SampleOrder
-
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
-)
 
 
 class ContinualSession(Steps):
@@ -54,8 +48,8 @@ class ContinualSession(Steps):
     cannot be protected in this way is frozen: biases, affine parameters and running statistics of norms, and layers of
     other types. Heads train freely. A module that was not there before trains as in a first experience.
 
-    An experience that is given a name, ``own``, has a few columns of its own in addition, with which it is evaluated:
-    :meth:`select` makes the model that of one experience, :meth:`export` copies it.
+    An experience that is given a name, ``own``, has a few columns, and biases and norms, of its own in addition, with
+    which it is evaluated: :meth:`select` makes the model that of one experience, :meth:`export` copies it.
 
     Args:
         config: what to compress, and how far.
@@ -98,9 +92,10 @@ class ContinualSession(Steps):
         self._known: set[str] = set()
         self._said: set[str] = set()
         self._run: _Run | None = None
-        # The experience whose columns are in the model, and the weights without them.
+        self._own = OwnValues()
+        # The experience that the model is of, and what all share of the tensors that are its own.
         self._selected: str | None = None
-        self._shared: dict[str, Tensor] = {}
+        self._shared: Values = {}
         self._merged: dict[str, float] = {}
         # Of a state that was taken within an experience: what its weights have that is not shared.
         self._pending: dict[str, Any] | None = None
@@ -185,6 +180,7 @@ class ContinualSession(Steps):
                 f"and outside of heads: {', '.join(registry.supported())}."
             )
         trained = self._freeze(run, layers)
+        self._enter(run)
         self._add_memories(trained, run.now)
         moments = {}
         if self.rule.needs_moments(run.now):
@@ -301,6 +297,7 @@ class ContinualSession(Steps):
             "before": dict(run.before),
             "now": list(run.now),
             "rule": self.rule.running_state(),
+            "shared": _on_cpu(run.shared),
         }
 
     def resume_experience(
@@ -374,6 +371,7 @@ class ContinualSession(Steps):
         for name, layer in trained.items():
             self._train(run, name, layer, order, optimizers, reservations[name])
         self.rule.resume(run.views, found.rule)
+        run.shared = found.shared
         run.flatten_after_steps()
 
     def end_experience(self, model: nn.Module, passes: Sequence[Pass]) -> dict[str, Capacity]:
@@ -402,7 +400,8 @@ class ContinualSession(Steps):
         run.restore()
         threshold = self.rule.threshold(run.now)
         # A sketch has to see a little more than what is to be protected.
-        moments = self._moments(run.layers, (1.0 + threshold) / 2)
+        about_mean = self.options.about_mean(run.now.own is not None)
+        moments = self._moments(run.layers, 1.0 - (1.0 - threshold) / (4 if about_mean else 2), about_mean)
         called: set[str] = set()
         handles = [*_observe(model, moments), *_note_calls(model, called)]
         try:
@@ -440,6 +439,9 @@ class ContinualSession(Steps):
                 else:
                     # Its forward never ran. Where its weight has changed, a function that we do not see uses it.
                     del self.memories[name]
+            if run.now.own is not None and run.own:
+                self._own.store(run.now.own, run.model, run.shared)
+            run.leave()
         except BaseException:
             self.memories = memories
             self.abandon()
@@ -456,7 +458,9 @@ class ContinualSession(Steps):
 
     def table(self) -> str:
         """What the last experience that has ended left: a row for each layer; empty before the first one."""
-        return account_table(self.history[-1], len(self.history) - 1) if self.history else ""
+        if not self.history:
+            return ""
+        return account_table(self.history[-1], len(self.history) - 1, self._own.last_bytes)
 
     def plot_capacity(self, ax: Any = None) -> tuple[Any, Any]:
         """Protected share of each layer over the experiences.
@@ -478,6 +482,7 @@ class ContinualSession(Steps):
         if run is not None:
             run.hide()
             run.restore()
+            run.leave()
             self.rule.abandon(run.views)
         for name, memory in list(self.memories.items()):
             memory.abandon()
@@ -491,7 +496,7 @@ class ContinualSession(Steps):
     @property
     def bytes(self) -> int:
         """Size of all protected bases, and of what experiences have for themselves."""
-        return sum(capacity.bytes for capacity in self.capacity().values()) + self.rule.bytes
+        return sum(capacity.bytes for capacity in self.capacity().values()) + self.rule.bytes + self._own.bytes
 
     @torch.no_grad()
     def select(self, model: nn.Module, own: str | None) -> None:
@@ -519,33 +524,42 @@ class ContinualSession(Steps):
         self._leave(model)
         if own is None:
             return
+        values = dict(self._own.of(own))
         for name, layer in self._views(model).items():
             change = self.rule.own_change(name, layer, own)
             if change is not None:
                 weight = layer.weight
-                self._shared[name] = weight.detach().clone()
-                weight.data.copy_(exact(weight) + layer.side.weight(change.to(weight.device), weight.shape))
-                self._merged[name] = fingerprint(weight)
+                rows = layer.side.weight(change.to(weight.device), weight.shape)
+                values[weight_of(name)] = exact(weight) + rows
+        self._shared = exchange(model, values)
+        self._merged = {name: fingerprint(tensor_of(model, name)) for name in values}
         self._selected = own
 
     @property
     def selected(self) -> str | None:
-        """Name of the experience whose columns are merged into the model, between experiences."""
+        """Name of the experience that the model is of, between experiences."""
         return self._selected
 
     def _leave(self, model: nn.Module) -> None:
         """Between experiences: back to what all of them share."""
         for name in self._shared:
-            held: Any = model.get_submodule(name).weight
-            if fingerprint(held) != self._merged[name]:
+            if fingerprint(tensor_of(model, name)) != self._merged[name]:
                 raise StateError(
-                    f"{name}: its weight was changed while the columns of {self._selected!r} were merged into it. Call "
+                    f"{name} was changed while the model was that of {self._selected!r}. Call "
                     "select(model, None) before loading or changing weights between two experiences."
                 )
-        for name, weight in self._shared.items():
-            held = model.get_submodule(name).weight
-            held.data.copy_(weight)
+        exchange(model, self._shared)
         self._selected, self._shared, self._merged = None, {}, {}
+
+    def _enter(self, run: _Run) -> None:
+        """Give the model the norms and biases that the experience begins with."""
+        own = run.now.own
+        if own is None:
+            return
+        values = self._own.first() if run.own else self._own.of(own)
+        shared = {name: tensor_of(run.model, name).detach().clone() for name in run.own or values}
+        exchange(run.model, {name: value for name, value in values.items() if name in shared})
+        run.shared = shared
 
     def _show(self, run: _Run, own: str) -> None:
         """While one is running: let the layers work with the weights of another experience."""
@@ -559,6 +573,7 @@ class ContinualSession(Steps):
                 continue
             rows = rows - (0.0 if other is None else other) + (0.0 if change is None else change)
             run.show(module, layer.side.weight(rows, weight.shape).to(weight))
+        run.hidden = exchange(run.model, {**run.shared, **self._own.of(own)})
 
     def export(self, model: nn.Module, own: str | None = None) -> nn.Module:
         """A copy of the model as an experience is evaluated with, without anything of this package in it.
@@ -610,6 +625,7 @@ class ContinualSession(Steps):
             self.memories[name].opened = opened
         self.rule.resume(views, pending["rule"])
         self.rule.abandon(views)
+        exchange(model, pending["shared"])
         for name in pending["opened"]:
             self.memories[name].opened = None
 
@@ -630,7 +646,7 @@ class ContinualSession(Steps):
         modules = dict(model.named_modules())
         opened = {} if self._pending is None else self._pending["opened"]
         for name, memory in self.memories.items():
-            rows, needed = self.rule.rows(name), name in self._shared or name in opened
+            rows, needed = self.rule.rows(name), weight_of(name) in self._shared or name in opened
             module: Any = modules.get(name)
             if module is None or reserved_variant(module) is None:
                 if needed:
@@ -644,12 +660,15 @@ class ContinualSession(Steps):
             side, _ = _side(module, self.options)
             shape = (side.groups, module.weight.numel() // (side.groups * side.width), side.width)
             wanted = (memory.groups, shape[1] if rows is None else rows, memory.width)
-            held = self._shared.get(name, module.weight)
+            held = self._shared.get(weight_of(name), module.weight)
             if shape != wanted or held.shape != module.weight.shape:
                 raise StateError(
                     f"{name}: what is stored for its weight is of {wanted} groups, rows and width, the layer "
                     f"has {shape}. Give the model that the stream was stored with."
                 )
+        misfit = self._own.misfit(model)
+        if misfit is not None:
+            raise StateError(f"{misfit}. Give the model that the stream was stored with.")
 
     def _protectable(self, model: nn.Module, heads: set[str]) -> dict[str, nn.Module]:
         """Layers that have, or may get, a memory."""
@@ -672,19 +691,20 @@ class ContinualSession(Steps):
     def _freeze(self, run: _Run, layers: dict[str, nn.Module]) -> dict[str, Any]:
         """Freeze what earlier experiences share and no basis protects; returns the layers that train."""
         unprotected, full = [], []
-        for name, module in run.model.named_modules():
-            if name in run.heads or name not in self._known:
-                continue
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+        known = [(n, m) for n, m in run.model.named_modules() if n not in run.heads and n in self._known]
+        run.own = names_of(known, self.memories) if self.rule.owns(run.now) else []
+        own = set(run.own)
+        for name, module in known:
+            if not own and isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
                 run.keep_statistics(module)
             for key, parameter in module.named_parameters(recurse=False):
-                if not parameter.requires_grad:
+                if not parameter.requires_grad or (f"{name}.{key}" if name else key) in own:
                     continue
                 if name in layers and key == "weight":
                     if not self.rule.freezes(self._view(name, module), run.now):
                         continue
                     full.append((name, self.memories[name].capacity()))
-                elif name not in layers and not isinstance(module, _NORMS):
+                elif name not in layers and not isinstance(module, NORMS):
                     unprotected.append(f"{name}.{key}" if name else key)
                 run.freeze(parameter)
         self._say_full(full)
@@ -726,11 +746,13 @@ class ContinualSession(Steps):
         for name in sorted(moments):
             self.processes.sum(moments[name].tensors())
 
-    def _moments(self, layers: dict[str, nn.Module], energy: float = SKETCH_ENERGY) -> dict[str, FeatureMoments]:
+    def _moments(
+        self, layers: dict[str, nn.Module], energy: float = SKETCH_ENERGY, about_mean: bool = False
+    ) -> dict[str, FeatureMoments]:
         found = {}
         for name, layer in layers.items():
             side, shape = _side(layer, self.options)
-            found[name] = FeatureMoments(side, shape, name, self.options.max_rows, energy)
+            found[name] = FeatureMoments(side, shape, name, self.options.max_rows, energy, about_mean=about_mean)
         return found
 
     def _warn_of_little(self, capacity: dict[str, Capacity]) -> None:
@@ -773,6 +795,7 @@ class ContinualSession(Steps):
             "known": sorted(self._known),
             "said": sorted(self._said),
             "rule": [self.options.rule, self.rule.state_dict()],
+            "own": self._own.state_dict(),
             "selected": None if self._selected is None else [self._selected, _on_cpu(self._shared), self._merged],
             "pending": self._pending if self._run is None else self._not_shared(self._run),
         }
@@ -780,7 +803,7 @@ class ContinualSession(Steps):
     def _not_shared(self, run: _Run) -> dict[str, Any]:
         opened = {name: self.memories[name].opened for name in run.views}
         opened = {name: found for name, found in opened.items() if found is not None}
-        return {"opened": opened, "rule": self.rule.running_state()}
+        return {"opened": opened, "rule": self.rule.running_state(), "shared": _on_cpu(run.shared)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a stored stream between two experiences.
@@ -795,7 +818,7 @@ class ContinualSession(Steps):
             )
         found = read_stream(state, self.options, self.rule)
         self.memories, self.experience, self.rule = found.memories, found.experience, found.rule
-        self.history = found.history
+        self.history, self._own = found.history, found.own
         self._known, self._said, self._pending = found.known, found.said, found.pending
         self._selected, self._shared, self._merged = found.selected, found.shared, found.merged
 
@@ -812,6 +835,11 @@ class _Run:
         self.flat = False
         self.layers: dict[str, nn.Module] = {}
         self.views: dict[str, Layer] = {}
+        # Names of norms' and biases' tensors that train for this experience alone, and the values that all share.
+        self.own: list[str] = []
+        self.shared: Values = {}
+        # While another experience is shown: the values of this one.
+        self.hidden: Values = {}
         self._shown: list[tuple[nn.Module, Tensor | None]] = []
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
@@ -843,6 +871,13 @@ class _Run:
                 held.reservation.shown = None
             else:
                 held.weight.data.copy_(weight)
+        hidden, self.hidden = self.hidden, {}
+        exchange(self.model, hidden)
+
+    def leave(self) -> None:
+        """Put back what all experiences share. Does nothing the second time."""
+        shared, self.shared = self.shared, {}
+        exchange(self.model, shared)
 
     def flatten_after_steps(self) -> None:
         """With ``flat``: after every step, make the weights what the layers work with."""

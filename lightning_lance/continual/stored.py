@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_lance.continual.account import Account, LayerAccount
 from lightning_lance.continual.memory import LayerMemory
+from lightning_lance.continual.own_values import OwnValues, Values, read_values, weight_of
 from lightning_lance.continual.rules import Now, Rule
 from lightning_lance.continual.stored_memory import ADVICE, read_columns
 from lightning_lance.errors import StateError
@@ -18,7 +19,7 @@ from lightning_lance.tensors.checked import Stored
 if TYPE_CHECKING:
     from lightning_lance.continual.config import ContinualConfig
 
-CONTINUAL_STATE_VERSION = 3
+CONTINUAL_STATE_VERSION = 4
 
 
 class StoredStream(NamedTuple):
@@ -31,9 +32,10 @@ class StoredStream(NamedTuple):
         known: names of modules that were there.
         said: what has been warned of.
         rule: the rule, with its state.
-        selected: name of the experience whose columns were merged into the weights.
-        shared: layer name -> weight without them.
-        merged: layer name -> fingerprint of the weight with them.
+        own: values of norms and biases that single experiences have for themselves.
+        selected: name of the experience that the model was of.
+        shared: name of a tensor that is its own -> what all share of it.
+        merged: name of such a tensor -> fingerprint of what it has.
         pending: what the weights have that is not shared, of a state that was taken within an experience.
     """
 
@@ -43,6 +45,7 @@ class StoredStream(NamedTuple):
     known: set[str]
     said: set[str]
     rule: Rule
+    own: OwnValues
     selected: str | None
     shared: dict[str, Tensor]
     merged: dict[str, float]
@@ -68,8 +71,8 @@ def read_stream(state: Any, options: ContinualConfig, fresh: Rule) -> StoredStre
             f"version {CONTINUAL_STATE_VERSION}, the one that this package reads; continue another with the version of "
             "the package that wrote it"
         )
-    side, experience, memories, known, said, rule, selected, pending = stored.fields(
-        "feature_side", "experience", "memories", "known", "said", "rule", "selected", "pending"
+    side, experience, memories, known, said, rule, own, selected, pending = stored.fields(
+        "feature_side", "experience", "memories", "known", "said", "rule", "own", "selected", "pending"
     )
     if side.text() != options.feature_side:
         side.refuse(f"feature_side={options.feature_side!r}, as asked for; give the stored one to go on")
@@ -86,9 +89,11 @@ def read_stream(state: Any, options: ContinualConfig, fresh: Rule) -> StoredStre
     except Exception as error:  # of a rule that does not check
         raise StateError(f"{kept.place} cannot be read ({type(error).__name__}: {error}). {ADVICE}") from error
     if pending.value is not None:
-        opened, running = pending.fields("opened", "rule")
+        opened, running, before = pending.fields("opened", "rule", "shared")
         following.check_running(running, found, _opened(opened, found))
-    own, shared, merged = _selected(selected, following, found)
+        read_values(before)
+    values = OwnValues.read(own)
+    chosen, shared, merged = _selected(selected, following, found, values)
     return StoredStream(
         experience.integer(0),
         _history(stored.fields("history")[0]) if "history" in state else [],
@@ -96,7 +101,8 @@ def read_stream(state: Any, options: ContinualConfig, fresh: Rule) -> StoredStre
         {item.text() for item in known.items()},
         {item.text() for item in said.items()},
         following,
-        own,
+        values,
+        chosen,
         shared,
         merged,
         pending.value,
@@ -133,19 +139,21 @@ def _opened(stored: Stored, memories: Mapping[str, LayerMemory]) -> dict[str, li
 
 
 def _selected(
-    stored: Stored, rule: Rule, memories: Mapping[str, LayerMemory]
+    stored: Stored, rule: Rule, memories: Mapping[str, LayerMemory], values: OwnValues
 ) -> tuple[str | None, dict[str, Tensor], dict[str, float]]:
     if stored.value is None:
         return None, {}, {}
     own, shared, merged = stored.items(3)
     if own.text() not in rule.names:
         own.refuse(f"None or the name of an experience that has ended: {', '.join(map(repr, rule.names)) or 'none'}")
-    weights = {}
+    weights, layers = read_values(shared), {weight_of(name): memory for name, memory in memories.items()}
+    theirs = values.of(own.text())
     for name, item in shared.named():
-        memory = _known_layer(item, name, memories)
-        given = item.value.shape if isinstance(item.value, Tensor) else (None,)
-        weights[name] = item.tensor(given)
-        if weights[name].numel() % (memory.width * memory.groups):
+        if name in theirs:
+            item.tensor(theirs[name].shape, (theirs[name].dtype,))
+            continue
+        memory = _known_layer(item, name, layers)
+        if not weights[name].is_floating_point() or weights[name].numel() % (memory.width * memory.groups):
             item.refuse(f"a weight for {memory.groups} groups of width {memory.width}")
     sums = {name: item.number() for name, item in merged.named()}
     if sums.keys() != weights.keys():
@@ -162,6 +170,7 @@ class StoredExperience(NamedTuple):
         layers: layer name -> its state.
         compression: state of the compression, to be checked by it; ``None``: there is none.
         rule: state of the rule.
+        shared: what all experiences share of the norms and biases that it has for itself.
     """
 
     now: Now
@@ -169,6 +178,7 @@ class StoredExperience(NamedTuple):
     layers: dict[str, StoredLayer]
     compression: Any
     rule: Any
+    shared: Values
 
 
 class StoredLayer(NamedTuple):
@@ -194,7 +204,9 @@ def read_experience(state: Any, experience: int, memories: Mapping[str, LayerMem
             :meth:`~lightning_lance.continual.layers.Reservation.check`.
     """
     stored = Stored(state, "the stored experience", "Load another checkpoint, or begin the experience again.")
-    layers, compression, before, now, kept = stored.fields("layers", "compression", "before", "now", "rule")
+    layers, compression, before, now, kept, shared = stored.fields(
+        "layers", "compression", "before", "now", "rule", "shared"
+    )
     index, own, damping = now.items(3)
     if index.integer(0) != experience:
         index.refuse(f"{experience}, the experience that the stored stream is in")
@@ -219,7 +231,7 @@ def read_experience(state: Any, experience: int, memories: Mapping[str, LayerMem
     if not isinstance(compression.value, (dict, type(None))):
         compression.refuse("None, or the state of a session")
     sums = {name: item.real() for name, item in before.named()}
-    return StoredExperience(following, sums, found, compression.value, kept.value)
+    return StoredExperience(following, sums, found, compression.value, kept.value, read_values(shared))
 
 
 __all__ = [

@@ -43,8 +43,10 @@ class ContinualCallback(LanceCallback):
     On the first batch the layers are calibrated on the next ``calibration_batches`` batches and swapped in place; at
     the end of the fit the model gets its own layers back, and the input directions that they need are protected. From
     the second fit on, the weights of shared layers change only outside of them, whatever the optimiser, and what cannot
-    be protected in this way is frozen: biases, norms, layers of other types. Give the same callback to the Trainer of
-    each experience. Method: LANCE (Apolinario & Roy, arXiv 2509.21617).
+    be protected in this way is frozen, such as layers of other types; biases and norms are too, or with ``own`` each
+    experience has its own. Give the same callback to the Trainer of each experience.
+
+    Method: LANCE (Apolinario & Roy, arXiv 2509.21617).
 
     The state is part of the checkpoints: a run that was interrupted within an experience goes on bit for bit.
 
@@ -58,7 +60,8 @@ class ContinualCallback(LanceCallback):
         stream: what is protected.
         own_heads: names of further modules that are not protected.
         own: name of the experience of the next fit, such as the label of its task, where it is known when the model is
-            evaluated and has a head of its own: it gets columns of its own under it. ``None``: it shares everything.
+            evaluated and has a head of its own: it gets columns, biases and norms of its own.
+            ``None``: it shares everything.
             After the fit the model is that of this experience; ``stream.select(model, name)`` makes it another's.
 
     Raises:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lance import StateError
 from lightning_lance.continual import ContinualConfig, ContinualSession, LayerAccount, LayerMemory, plot_capacity
 from lightning_lance.continual.rules.columns import Columns
+from lightning_lance.tensors.units import format_bytes
 from tests.continual.test_columns import Stream, batch
 
 pytestmark = [
@@ -35,11 +36,17 @@ def test_each_boundary_is_one_table_whose_sums_are_those_of_the_session() -> Non
     assert sum(row.own for row in last) > 0
     assert all(row.own == 0 for row in stream.session.history[0])
     of_others = sum(size for own in ("task 0", "task 1") for _, size in stream.session.rule.own_columns(own).values())
-    assert sum(row.bytes for row in last) + of_others == stream.session.bytes
+    values = stream.session.state_dict()["own"]
+    sizes = {own: sum(value.nbytes for value in found.values()) for own, found in values.items()}
+    assert sizes.keys() == {"task 1", "task 2"}  # what the first one has is what all share
+    assert sum(row.bytes for row in last) + of_others + sum(sizes.values()) == stream.session.bytes
     lines = stream.session.table().splitlines()
     assert lines[0] == "LANCE, after experience 2"
     assert lines[1].split() == ["layer", "trained", "protected", "free", "own", "columns", "state"]
-    assert [line.split()[0] for line in lines[3:]] == [*(row.layer for row in last), "all"]
+    assert [line.split()[0] for line in lines[3:]] == [*(row.layer for row in last), "norms,", "all"]
+    shown = sum(row.bytes for row in last) + sizes["task 2"]
+    assert lines[-1].endswith(format_bytes(shown))
+    assert lines[-2].endswith(format_bytes(sizes["task 2"]))
     body = next(line for line in lines if line.startswith("body.5")).split()
     row = next(row for row in last if row.layer == "body.5")
     assert body[1:5] == ["yes", str(row.protected), "of", "150"]

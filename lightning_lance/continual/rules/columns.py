@@ -73,6 +73,9 @@ class Columns(Threshold):
     def needs_moments(self, now: Now) -> bool:
         return super().needs_moments(now) or self._opens(now)
 
+    def owns(self, now: Now) -> bool:
+        return self._opens(now)
+
     def _opens(self, now: Now) -> bool:
         return now.own is not None and now.own not in self._own and self.options.columns > 0.0 and now.experience > 0
 

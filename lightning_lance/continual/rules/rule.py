@@ -110,6 +110,10 @@ class Rule:
     def abandon(self, layers: Mapping[str, Layer]) -> None:
         """The experience has failed, and the weights are written out: take what is not shared out of them."""
 
+    def owns(self, now: Now) -> bool:
+        """Whether the experience trains norms and biases, which no basis protects, for itself."""
+        return False
+
     def own_change(self, name: str, layer: Layer, own: str | None) -> Tensor | None:
         """What an experience alone adds to a weight, ``(groups, rows, K)`` in float64; ``None``: nothing."""
         return None

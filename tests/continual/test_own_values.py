@@ -1,0 +1,237 @@
+"""Norms and biases of one's own: each experience is evaluated with those it trained, to the bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lance import StateError
+from lightning_lance.continual.moments import FeatureMoments
+from lightning_lance.ops.features import FeatureSide
+from tests.continual.test_columns import OPTIMIZERS, Stream
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::lightning_lance.LanceWarning"),
+]
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm2d(6),
+    "group": lambda: nn.GroupNorm(2, 6),
+    "layer": lambda: nn.LayerNorm([6, 5, 5]),
+}
+
+
+class Normed(nn.Module):
+    """A norm, biases, and a head for each experience."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(2, 6, 3, padding=1), NORMS[kind](), nn.ReLU(), nn.Flatten(), nn.Linear(150, 16), nn.ReLU()
+        )
+        self.heads = nn.ModuleList(nn.Linear(16, 3) for _ in range(4))
+
+    def forward(self, inputs: Tensor, experience: int) -> Tensor:
+        result: Tensor = self.heads[experience](self.body(inputs))
+        return result
+
+
+def normed(kind: str = "batch", optimizer: str = "momentum", **options: Any) -> Stream:
+    stream = Stream(optimizer, **options)
+    stream.model = Normed(kind)  # type: ignore[assignment]
+    stream.optimizer = OPTIMIZERS[optimizer](stream.model.parameters())
+    return stream
+
+
+def values(stream: Stream) -> dict[str, Tensor]:
+    """Everything of the norm, and the biases outside of heads."""
+    state = stream.model.state_dict()
+    return {n: t.clone() for n, t in state.items() if n.startswith("body.1.") or n in ("body.0.bias", "body.4.bias")}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_each_experience_gets_back_the_norms_and_biases_that_it_trained(kind: str, optimizer: str) -> None:
+    stream, trained = normed(kind, optimizer), []
+    for experience in range(3):
+        stream.begin(experience)
+        if trained:  # goes on from those of the one before
+            assert same(values(stream), trained[-1])
+        stream.model.train()
+        stream.train(experience)
+        trained.append(values(stream))
+        stream.end(experience)
+        assert same(values(stream), trained[0])  # what all share is what the first one had
+    for name in ("body.1.weight", "body.1.bias", "body.4.bias"):
+        assert not torch.equal(trained[0][name], trained[1][name])
+    for experience in (2, 0, 1):
+        stream.session.select(stream.model, f"task {experience}")
+        assert same(values(stream), trained[experience])
+        exported = stream.session.export(stream.model, "task 1")
+        assert all(torch.equal(exported.state_dict()[name], trained[1][name]) for name in trained[1])
+        assert same(values(stream), trained[experience])
+    stream.session.select(stream.model, None)
+    assert same(values(stream), trained[0])
+
+
+def test_an_experience_of_a_known_name_leaves_what_the_name_has() -> None:
+    stream = normed()
+    stream.learn(0, 1)
+    stream.session.select(stream.model, "task 1")
+    had = values(stream)
+    stream.begin(0, own="task 1")
+    stream.model.train()
+    stream.train(0)
+    assert same(values(stream), had)
+    stream.end(0)
+    stream.session.select(stream.model, "task 1")
+    assert same(values(stream), had)
+
+
+def test_without_names_norms_and_biases_stay_as_the_first_experience_left_them() -> None:
+    stream = normed()
+    stream.learn(0)
+    before = values(stream)
+    stream.session.begin_experience(stream.model, stream.passes(1), [stream.optimizer])
+    stream.model.train()
+    stream.train(1)
+    stream.end(1)
+    assert same(values(stream), before)
+    assert stream.session.state_dict()["own"] == {}
+
+
+def test_while_one_is_running_another_is_shown_and_hidden_again() -> None:
+    stream = normed()
+    stream.learn(0)
+    first = values(stream)
+    stream.learn(1)
+    stream.session.select(stream.model, "task 1")
+    second = values(stream)
+    stream.begin(2)
+    stream.model.train()
+    stream.train(2)
+    running = values(stream)
+    for own, wanted in (("task 1", second), ("task 0", first), ("task 2", running), ("task 0", first)):
+        stream.session.select(stream.model, own)
+        assert same(values(stream), wanted)
+    stream.session.select(stream.model, None)
+    assert same(values(stream), running)
+    stream.end(2)
+
+
+@pytest.mark.parametrize("again", ["abandon", "load"])
+def test_of_an_experience_that_did_not_end_nothing_is_left(again: str) -> None:
+    stream = normed()
+    stream.learn(0, 1)
+    before = values(stream)
+    stream.begin(2)
+    stream.train(2)
+    assert not same(values(stream), before)
+    if again == "abandon":
+        stream.session.abandon()
+        assert same(values(stream), before)
+    else:
+        other = normed()
+        other.load(stream.state())
+        other.begin(2)
+        other.session.abandon()
+        assert same(values(other), before)
+
+
+def test_a_resumed_experience_ends_with_the_same_bits() -> None:
+    def whole(stop: int | None) -> dict[str, Tensor]:
+        stream = normed("batch", "adamw")
+        stream.learn(0, 1)
+        stream.begin(2)
+        stream.model.train()
+        stream.train(2, 0, 3)
+        if stop is not None:
+            state, stream = stream.state(), normed("batch", "adamw")
+            stream.load(state)
+            stream.model.train()
+            stream.session.resume_experience(stream.model, state["running"], [stream.optimizer])
+        stream.train(2, 3, 6)
+        stream.end(2)
+        found = {f"shared {n}": t.clone() for n, t in stream.model.state_dict().items()}
+        stream.session.select(stream.model, "task 2")
+        return found | dict(stream.model.state_dict())
+
+    assert same(whole(None), whole(3))
+
+
+def test_a_stored_stream_goes_on_with_its_values() -> None:
+    stream, other = normed(), normed()
+    stream.learn(0, 1)
+    stream.session.select(stream.model, "task 1")
+    state = copy.deepcopy(stream.state())
+    other.load(state)
+    assert same(values(other), values(stream))
+    for own in ("task 0", "task 1"):
+        stream.session.select(stream.model, own)
+        other.session.select(other.model, own)
+        assert same(values(other), values(stream))
+
+
+def test_what_was_changed_while_an_experience_was_selected_is_named() -> None:
+    stream = normed()
+    stream.learn(0, 1)
+    stream.session.select(stream.model, "task 1")
+    with torch.no_grad():
+        stream.model.body[0].bias.add_(1.0)
+    with pytest.raises(StateError, match=r"body\.0\.bias was changed"):
+        stream.session.select(stream.model, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("body.1.running_var", torch.full((6,), -1.0), "variances of at least 0"),
+        ("body.1.weight", torch.full((6,), torch.nan), "finite numbers"),
+        ("body.1.weight", "text", "a dense tensor"),
+        ("body.1.weight", torch.zeros(6, dtype=torch.bool), "a dense tensor"),
+    ],
+)
+def test_damaged_values_are_refused_by_name(key: str, value: Any, message: str) -> None:
+    stream, other = normed(), normed()
+    stream.learn(0, 1)
+    state = stream.state()["session"]
+    state["own"]["task 1"][key] = value
+    with pytest.raises(StateError, match=rf"\['own'\]\['task 1'\]\['{key}'\].*{message}"):
+        other.session.load_state_dict(state)
+    assert other.session.experience == 0
+
+
+def test_values_of_another_model_are_refused_by_name() -> None:
+    stream, other = normed("batch"), normed("layer")
+    stream.learn(0, 1)
+    other.session.load_state_dict(stream.state()["session"])
+    with pytest.raises(StateError, match=r"body\.1\.\w+: the stored"):
+        other.session.begin_experience(other.model, other.passes(2), [other.optimizer], own="task 2")
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
+def test_an_automatic_threshold_counts_energy_about_the_mean(spread: float) -> None:
+    """Against the covariance, computed in float64."""
+    torch.manual_seed(0)
+    rows = torch.randn(400, 12, dtype=torch.float64) * spread * torch.linspace(0.2, 1.0, 12) + 3.0
+    found = FeatureMoments(FeatureSide(1, 12), None, "layer", about_mean=True)
+    for part in rows.split(130):
+        found.update(part)
+    (moments,) = found.groups()
+    variance = float((rows - rows.mean(0)).square().sum())
+    assert moments.total - moments.mean == pytest.approx(variance, rel=2e-3)
+    assert moments.total - moments.needed(0.9) == pytest.approx(0.1 * variance, rel=2e-3)
+    found = FeatureMoments(FeatureSide(1, 12), None, "layer")
+    found.update(rows)
+    assert found.groups()[0].mean == 0.0
