@@ -249,7 +249,11 @@ def _larger(input: Tensor, other: Tensor, **_: Any) -> Rule | None:
     """The kernel asks which of the two is larger."""
     first, second = (_place(tensor) for tensor in (input, other))
     alike = input.shape == other.shape and input.dtype == other.dtype and first != second
-    if not alike or any(type(tensor) is not Tensor or saving.store.is_weight(tensor) for tensor in (input, other)):
+    if (
+        None in (first, second)
+        or not alike
+        or any(type(tensor) is not Tensor or saving.store.is_weight(tensor) for tensor in (input, other))
+    ):
         return _whole
 
     def rule(saved: Tensor, store: Store) -> Any:
@@ -263,8 +267,12 @@ def _larger(input: Tensor, other: Tensor, **_: Any) -> Rule | None:
     return rule
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.stride(), tensor._version
+def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Where a tensor lies, by which it is known again when it is saved; ``None`` inside of a transform."""
+    try:
+        return tensor.data_ptr(), tensor.stride(), tensor._version
+    except RuntimeError:
+        return None
 
 
 @_keeps(torch.max, torch.min, Tensor.max, Tensor.min)
@@ -288,7 +296,7 @@ def _reduced(input: Tensor, dim: Any, function: Any) -> Rule:
     place = _place(input)
 
     def rule(saved: Tensor, store: Store) -> Any:
-        if _place(saved) != place or not saved.is_floating_point():
+        if place is None or _place(saved) != place or not saved.is_floating_point():
             return _whole(saved, store)
         saved = saved.detach()
         return Extremes(saved, function(saved, dim, True))
@@ -331,9 +339,10 @@ _always(
 
 @_keeps(torch.div, torch.divide, Tensor.div, Tensor.div_, Tensor.divide, Tensor.__truediv__, Tensor.__itruediv__)
 def _quotient(input: Any, other: Any, **_: Any) -> Rule | None:
-    if not isinstance(other, Tensor) or saving.store.is_weight(other):
+    place = _place(other) if isinstance(other, Tensor) else None
+    if place is None or saving.store.is_weight(other):
         return None
-    place, few = _place(other), isinstance(input, Tensor) and other.numel() * STATISTICS <= input.numel()
+    few = isinstance(input, Tensor) and other.numel() * STATISTICS <= input.numel()
     keep = _whole if few else _relatively
     return lambda saved, store: keep(saved, store) if _place(saved) == place else NotImplemented
 

@@ -141,6 +141,13 @@ def test_what_is_compared_bit_for_bit_in_every_layout(name: str) -> None:
     assert kept(operator, x)[1] * 8 <= bits * x.numel() + small + 64
 
 
+@pytest.mark.parametrize("name", ["abs", "clamp", "maximum", "amax", "amin", "max of two", "aminmax"])
+def test_what_is_compared_inside_of_a_transform(name: str) -> None:
+    """A tensor of ``vmap`` has no place in memory, and its axes are not those of what is saved."""
+    operator = COMPARED[name][0]
+    assert_same(torch.vmap(lambda x: operator(x) / (1 + x.square().mean())), torch.randn(5, 6, 8, 64))
+
+
 DIVIDED: dict[str, Operator] = {
     "logarithm of a softmax": lambda x: torch.log((8 * x).softmax(-1)),
     "logarithm of a softmax, made safe": lambda x: torch.log((8 * x).softmax(-1) + 1e-8),

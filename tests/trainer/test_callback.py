@@ -455,10 +455,13 @@ def test_metrics_reach_the_logger(tmp_path: Path) -> None:
 
 
 def test_table_is_printed_once_per_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(Classifier(), [lance(verbose=True)], max_epochs=3)
+    callback = lance(verbose=True)
+    fit(Classifier(), [callback], max_epochs=3)
     text = capsys.readouterr().out
     assert text.count("all that autograd keeps, measured") == 1
-    assert "net.3" in text
+    assert text.count("LANCE: ") == 1
+    assert "print(callback.report) lists them" in text
+    assert "net.3" in str(callback.report)
 
 
 def test_unused_and_refused_layers_are_named() -> None:
