@@ -288,10 +288,12 @@ class ContinualSession(Steps):
             return None
         layers: dict[str, Any] = {}
         for name, layer in run.layers.items():
-            reserved = self.memories[name].reserved
+            memory = self.memories[name]
+            steps = memory.steps if memory.rounded and memory.reserved is None else None
             layers[name] = {
-                "opened": self.memories[name].opened,
-                "reserved": None if reserved is None else reserved.detach().cpu(),
+                "opened": memory.opened,
+                "reserved": None if memory.reserved is None else memory.reserved.detach().cpu(),
+                "steps": None if steps is None else steps.detach().cpu(),
                 "reservation": layer.reservation.state_dict(layer.weight) if isinstance(layer, Reserved) else None,
             }
         compression = None if run.compression is None else run.compression.state_dict()
@@ -361,6 +363,7 @@ class ContinualSession(Steps):
             memory.reserve()
             memory.reserved = None if stored.reserved is None else stored.reserved.to(layer.weight.device)
             memory.opened = stored.opened
+            memory.steps = None if stored.steps is None else stored.steps.to(layer.weight.device)
             run.views[name] = self._view(name, layer)
             if self.rule.freezes(run.views[name], run.now):
                 run.freeze(layer.weight)
