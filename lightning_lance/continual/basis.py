@@ -27,17 +27,11 @@ class Moments(NamedTuple):
         matrix: ``S`` itself, shape ``(K, K)``, or a root ``F`` with ``S = F Fᵀ``, shape ``(K, k)``.
         is_root: which of them.
         total: the trace of ``S``; may exceed that of ``F Fᵀ`` where only leading directions are known.
-        mean: the part of it that is the mean of the vectors, where thresholds do not count it; else 0.
     """
 
     matrix: Tensor
     is_root: bool
     total: float
-    mean: float = 0.0
-
-    def needed(self, threshold: float) -> float:
-        """Energy that a basis has to hold: all but a fraction of what is not the mean."""
-        return self.total - (1.0 - threshold) * (self.total - self.mean)
 
     @classmethod
     def of(cls, gram: Tensor | Moments) -> Moments:
@@ -144,7 +138,7 @@ def grow(basis: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
 def grow_and_rest(basis: Tensor, gram: Tensor | Moments, threshold: float) -> tuple[Tensor, Residual | None]:
     """:func:`grow`, and what of the moments is outside of the result; ``None`` where it was not computed."""
     moments = Moments.of(gram)
-    needed = moments.needed(threshold)
+    needed = threshold * moments.total
     if moments.total <= 0.0 or basis.shape[1] >= basis.shape[0]:
         return basis, None
     found = split(moments, basis)
@@ -191,7 +185,7 @@ def shrink(free: Tensor, gram: Tensor | Moments, threshold: float) -> Tensor:
     """
     moments = Moments.of(gram)
     inner, held = inner_moments(free, moments)
-    needed = moments.needed(threshold)
+    needed = threshold * moments.total
     if moments.total <= 0.0 or free.shape[1] == 0 or held > needed:
         return free
     values, rotation = symmetric_eigh(inner)

@@ -21,8 +21,11 @@ HIGHEST_THRESHOLD = 0.999
 THRESHOLD = 0.97
 """Where all experiences share everything."""
 
-THRESHOLD_OF_COLUMNS = 0.87
-"""Where each has columns of its own; of the energy about the mean, which is the same in all samples."""
+THRESHOLD_OF_COLUMNS = 0.93
+"""Where each has columns of its own."""
+
+THRESHOLD_OF_DAMPED_COLUMNS = 0.90
+"""Where steps are damped besides in what a threshold leaves out."""
 
 AUTO_DAMPING = 0.5
 """With optimisers whose steps are as long in all directions, where all experiences share everything."""
@@ -42,7 +45,7 @@ class ContinualConfig:
             ``"scaled"``: a protected direction closes as far as it mattered (SGP).
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
             more of what was learned, and leaves less to learn in. ``"auto"``: .97, and where experiences have columns
-            of their own .87 of what is not the mean of the inputs, which may be most of their energy.
+            of their own .93, or .90 with damping.
         threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
             .003 for ten experiences of CIFAR-100).
         columns: fraction of the protected layers' weights that an experience may have as columns of its own.
@@ -131,17 +134,21 @@ class ContinualConfig:
         if isinstance(self.max_rows, bool) or self.max_rows < 1:
             raise ConfigError(f"max_rows={self.max_rows!r} is not allowed. Allowed: an int of at least 1.")
 
-    def threshold_of(self, experience: int, own: bool = False) -> float:
-        """Threshold after an experience, counted from 0; ``own``: it has columns of its own."""
-        if isinstance(self.threshold, str):
-            threshold = THRESHOLD_OF_COLUMNS if own and self.rule == "columns" else THRESHOLD
-        else:
-            threshold = self.threshold
-        return max(threshold, min(threshold + self.threshold_growth * experience, HIGHEST_THRESHOLD))
+    def threshold_of(self, experience: int, own: bool = False, damped: bool = False) -> float:
+        """Threshold after an experience, counted from 0.
 
-    def about_mean(self, own: bool = False) -> bool:
-        """Whether the threshold is a fraction of the energy without that of the mean; ``own``: see above."""
-        return isinstance(self.threshold, str) and own and self.rule == "columns"
+        Args:
+            experience: the experience.
+            own: it has columns of its own.
+            damped: its steps are damped.
+        """
+        if not isinstance(self.threshold, str):
+            threshold = self.threshold
+        elif own and self.rule == "columns":
+            threshold = THRESHOLD_OF_DAMPED_COLUMNS if damped else THRESHOLD_OF_COLUMNS
+        else:
+            threshold = THRESHOLD
+        return max(threshold, min(threshold + self.threshold_growth * experience, HIGHEST_THRESHOLD))
 
     def damping_of(self, optimizers: Iterable[torch.optim.Optimizer], own: bool = False) -> float:
         """Damping with the given optimisers; ``own``: the experience has columns of its own."""

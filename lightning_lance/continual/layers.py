@@ -72,20 +72,21 @@ class Reservation:
         # In half precision what rounding leaves in M is no longer small.
         steady = steady and whole and not memory.scaled and weight.dtype == memory.dtype
         steady = steady or self.flat
-        rounded = whole and memory.rounded and not memory.scaled
-        self.form = Form(side, weight.shape, whole, steady, ROUNDED_PASSES if rounded else 1)
+        stored = whole and memory.rounded and memory.importance is None  # as it is: not twice in memory
+        damped = memory.steps.shape[1] if stored and memory.steps is not None else 0
+        self.form = Form(side, weight.shape, whole, steady, ROUNDED_PASSES if stored else 1, damped)
         self._version, self._steps = weight._version, 0
         self._start = fingerprint(weight)
         self._scaled, self._dtype = memory.scaled, memory.dtype
         self.shown: Tensor | None = None
-        if rounded:
-            basis = memory.stored  # as it is: not twice in memory
+        if stored:
+            basis = memory.stored
         else:
             basis = memory.closed() if whole else memory.directions()
         self.basis = Parameter(basis.to(weight.device).contiguous(), requires_grad=False)
         self.mask: Parameter | None = None
-        if rounded and memory.opened is not None:
-            self.mask = Parameter(memory.is_closed().to(weight.device), requires_grad=False)
+        if stored and (memory.opened is not None or memory.scaled):
+            self.mask = Parameter(memory.closing().to(weight.device), requires_grad=False)
         self.anchor: Parameter | None = None
         self.update: Parameter | None = None
         if whole:
@@ -175,7 +176,8 @@ class Reservation:
     def _anchor_loose(self, weight: Tensor) -> None:
         """Where columns are closed in part, steps count from this weight on."""
         if self._scaled and self.anchor is not None:
-            loose = torch.linalg.vector_norm(self.basis, dim=1, keepdim=True) < 1.0 - 1e-5
+            closed = torch.linalg.vector_norm(self.basis, dim=1) if self.mask is None else self.mask
+            loose = closed.unsqueeze(1) < 1.0 - 1e-5
             self.anchor.data.copy_(torch.where(loose, self._anchored(weight), self.anchor))
 
     @torch.no_grad()
@@ -194,7 +196,7 @@ class Reservation:
 
         return {
             "start": self._start,
-            "basis": stored(self.basis) if self._scaled else None,
+            "basis": stored(self.basis) if self._scaled and self.mask is None else None,
             "anchor": stored(self.anchor),
             "update": stored(self.update),
             "weight": stored(weight) if self.written_out else None,
@@ -234,7 +236,7 @@ class Reservation:
                     item.refuse("None, since the layer trains " + ("its weight" if item is update else "another one"))
             else:
                 item.tensor((*own.shape[:-1], count), (own.dtype,), finite=False)
-        if self.update is not None or (basis.value is not None and not flat.value):
+        if self.update is not None or ((self._scaled or basis.value is not None) and not flat.value):
             kept.tensor(weight.shape, (weight.dtype,), finite=False)
         elif kept.value is not None:
             kept.refuse("None, since the model's own state holds the weight")
@@ -243,13 +245,13 @@ class Reservation:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], weight: Tensor) -> None:
         """Go on with stored tensors that were checked; the weight gets its stored values where there are any."""
-        self._start, self._scaled = state["start"], state["basis"] is not None
+        self._start, self._scaled = state["start"], self._scaled or state["basis"] is not None
         steady, self._steps = state["steady"]
         self.flat = state["flat"]
         self.form, self._version = self.form._replace(steady=steady), weight._version
-        if self._scaled:
+        if state["basis"] is not None:
             self.basis = Parameter(state["basis"].to(weight.device), requires_grad=False)
-            self.form, self.mask = self.form._replace(passes=1), None
+            self.form, self.mask = self.form._replace(passes=1, damped=0), None
         if self.anchor is not None:
             self.anchor = Parameter(state["anchor"].to(self.anchor), requires_grad=False)
         for own, name in ((self.update, "update"), (weight.data, "weight")):

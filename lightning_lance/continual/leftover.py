@@ -25,7 +25,7 @@ from lightning_lance.continual.basis import Moments, Residual, as_double, inner_
 from lightning_lance.tensors.linalg import orthonormalize, symmetric_eigh
 
 LEFT_OUT = 2e-3
-"""Energy of earlier experiences, each of 1 in all, that is not kept apart by direction."""
+"""Energy of earlier experiences, each of 1 in all, that is not kept apart by direction, unless told otherwise."""
 
 _NOTHING = torch.finfo(torch.float32).eps ** 2
 """A share of the energy below this is rounding."""
@@ -80,7 +80,14 @@ def step_sizes(past: Tensor, present: Tensor, damping: float) -> Tensor:
 
 
 def outside(
-    before: Leftover, moments: Moments, rest: Residual | None, basis: Tensor, already: int, apart: bool
+    before: Leftover,
+    moments: Moments,
+    rest: Residual | None,
+    basis: Tensor,
+    already: int,
+    apart: bool,
+    left_out: float = LEFT_OUT,
+    most: int | None = None,
 ) -> Leftover:
     """What is left outside of a protected basis after one more experience.
 
@@ -90,7 +97,9 @@ def outside(
         rest: of the moments, what is outside of ``basis``, where it is known already.
         basis: ``M`` after the experience, shape ``(K, m)``.
         already: how many of its columns it had before.
-        apart: keep directions, until the others hold less than :data:`LEFT_OUT`; else their mean energy alone.
+        apart: keep directions; else their mean energy alone.
+        left_out: energy of an experience, of 1 in all, that the directions which are not kept may hold.
+        most: number of directions that are kept at most; ``None``: as many as that asks for.
     """
     width, count = basis.shape
     open_count = width - count
@@ -101,7 +110,7 @@ def outside(
         return before._replace(rest=before.rest + max(0.0, 1.0 - held / moments.total) / open_count)
     rest = residual(split(moments, basis)) if rest is None else rest
     fresh = rest.values / moments.total
-    found = _until(fresh, LEFT_OUT / 4) if apart else fresh.numel()  # what is left out early is not multiplied
+    found = _until(fresh, left_out / 4) if apart else fresh.numel()  # what is left out early is not multiplied
     # In the precision that they are stored in: sizes of steps need no more, and it is twice as fast.
     protected = basis.detach().cpu()
     known = before.directions.detach().to(protected)
@@ -115,7 +124,8 @@ def outside(
     gram[known.shape[1] :, : known.shape[1]] = gram[: known.shape[1], known.shape[1] :].T
     gram.diagonal()[known.shape[1] :] = fresh[:found]  # the vectors of the rest are orthonormal
     values, rotation = symmetric_eigh(gram, gram.dtype)
-    kept = min(_until(values, LEFT_OUT * 3 / 4), open_count) if apart else 0
+    kept = min(_until(values, left_out * 3 / 4), open_count) if apart else 0
+    kept = kept if most is None else min(kept, most)
     kept = min(kept, int((values > torch.finfo(torch.float32).eps).sum()))
     dropped = float(values[kept:].sum()) + float(fresh[found:].sum())
     tail = dropped / (open_count - kept) if kept < open_count else 0.0

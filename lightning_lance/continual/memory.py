@@ -21,7 +21,7 @@ from lightning_lance.continual.basis import (
     sharpen,
     shrink,
 )
-from lightning_lance.continual.leftover import Leftover, energy_along, inside, outside, step_sizes
+from lightning_lance.continual.leftover import LEFT_OUT, Leftover, energy_along, inside, outside, step_sizes
 from lightning_lance.continual.moments import FeatureMoments
 from lightning_lance.continual.stored_memory import ADVICE, StoredMemory, read_memory
 from lightning_lance.errors import StateError
@@ -133,6 +133,7 @@ class LayerMemory:
         # What is left of earlier experiences outside of M: beside a stored M some directions of their own, beside the
         # free ones nothing but the energies along them.
         self._soft = torch.empty(groups, width, 0, dtype=self._basis.dtype, device=device)
+        self._stored = self._basis
         self._energies = torch.empty(groups, 0, dtype=torch.float64)
         self._rest = [0.0] * groups
         self.reserved: Tensor | None = None
@@ -165,7 +166,7 @@ class LayerMemory:
 
     def to(self, device: torch.device) -> None:
         """Move the bases."""
-        self._basis, self._soft = self._basis.to(device), self._soft.to(device)
+        self._hold(self._stored.to(device), self._basis.shape[2])
 
     def _require(self, action: str, *allowed: Stage) -> None:
         if self.stage not in allowed:
@@ -262,8 +263,21 @@ class LayerMemory:
 
     @property
     def stored(self) -> Tensor:
-        """What is stored of ``M``, shape ``(groups, K, m)``."""
-        return self._basis
+        """What is stored of ``M`` and, where steps are damped, of what is beside it: ``(groups, K, m)``.
+
+        To be worked with as it is, together with :meth:`closing`.
+        """
+        return self._stored if self.steps is not None else self._basis
+
+    @property
+    def beside(self) -> int:
+        """How many directions beside ``M`` are stored in each group."""
+        return self._soft.shape[2]
+
+    def closing(self) -> Tensor:
+        """How far each stored column is closed to the running experience, ``(groups, m)``: in [0, 1]."""
+        flags = self.is_closed()
+        return flags if self.steps is None else torch.cat([flags, 1.0 - self.steps], 1)
 
     def is_closed(self) -> Tensor:
         """1 for each column of ``M`` that the running experience may not move, else 0; shape ``(groups, m)``."""
@@ -329,13 +343,22 @@ class LayerMemory:
         self._require("start", Stage.CALIBRATED)
         self.stage = Stage.TRAINING
 
-    def protect(self, gram: Tensor | FeatureMoments, threshold: float, soft: bool = False) -> int:
+    def protect(
+        self,
+        gram: Tensor | FeatureMoments,
+        threshold: float,
+        soft: bool = False,
+        left_out: float = LEFT_OUT,
+        most: int | None = None,
+    ) -> int:
         """Enlarge ``M`` until it holds more than a fraction of the experience's energy, in each group.
 
         Args:
             gram: second moments of the feature vectors after training, ``(K, K)`` or ``(groups, K, K)``.
             threshold: the fraction, in (0, 1].
             soft: store the directions of what is not protected beside ``M``, to damp steps along them.
+            left_out: energy of an experience, of 1 in all, that directions may hold which are not stored then.
+            most: directions that are stored so in each group, at most; ``None``: no limit.
 
         Returns:
             Directions added, over all groups.
@@ -355,31 +378,35 @@ class LayerMemory:
             for basis, seen, left in groups:
                 larger, rest = grow_and_rest(basis, seen, threshold)
                 grown.append(larger)
-                lefts.append(outside(left, seen, rest, larger, basis.shape[1], soft))
+                lefts.append(outside(left, seen, rest, larger, basis.shape[1], soft, left_out, most))
             stored = max(basis.shape[1] for basis in grown) + max(left.directions.shape[1] for left in lefts)
             if self.compact and self.width - min(basis.shape[1] for basis in grown) < stored:
                 self._is_free = True
                 self._store_free([inside(left, complement(b)) for b, left in zip(grown, lefts, strict=True)])
             else:
-                self._append(grown)
-                self._soft = self._stack([left.directions for left in lefts], self._basis.dtype)
+                self._append(grown, [left.directions for left in lefts])
                 self._store_energies(lefts)
         self.reserved = self.steps = self.opened = self.importance = None
         self.stage = Stage.CONSOLIDATED
         return sum(self.counts) - before
 
-    def _append(self, grown: list[Tensor]) -> None:
-        """Store what is new of ``M``; what is there stays bit for bit."""
+    def _append(self, grown: list[Tensor], beside: list[Tensor]) -> None:
+        """Store what is new of ``M``, whose other columns stay bit for bit, and what is beside it."""
         raw = [basis[:, :count] for basis, count in zip(self._basis, self.counts, strict=True)]
         bases = [torch.cat([old, new[:, old.shape[1] :].to(old)], 1) for old, new in zip(raw, grown, strict=True)]
         self.counts = [basis.shape[1] for basis in bases]
-        self._basis = self._stack(bases, self._basis.dtype)
+        parts = [self._stack(found, self._basis.dtype) for found in (bases, beside)]
+        self._hold(torch.cat(parts, 2), parts[0].shape[2])
+
+    def _hold(self, stored: Tensor, count: int) -> None:
+        """Store ``M``, or the free directions, and behind its columns what is beside it, in one tensor."""
+        self._stored, self._basis, self._soft = stored, stored[:, :, :count], stored[:, :, count:]
 
     def _store_free(self, lefts: list[Leftover]) -> None:
         """Store the free directions, turned into eigenvectors of what earlier experiences have in them."""
         self.counts = [self.width - left.directions.shape[1] for left in lefts]
-        self._basis = self._stack([left.directions for left in lefts])
-        self._soft = self._soft.new_empty(self.groups, self.width, 0)
+        stored = self._stack([left.directions for left in lefts])
+        self._hold(stored, stored.shape[2])
         self._store_energies(lefts)
 
     def _store_energies(self, lefts: list[Leftover]) -> None:
@@ -450,7 +477,7 @@ class LayerMemory:
         """Plain containers and CPU tensors, safe for ``torch.load(weights_only=True)``."""
         return {
             "stage": self.stage.value,
-            "basis": self._basis.detach().cpu(),
+            "basis": self._basis.detach().cpu().contiguous(),
             "is_free": self._is_free,
             "compact": self.compact,
             "counts": list(self.counts),
@@ -488,7 +515,7 @@ class LayerMemory:
     def _assign(self, found: StoredMemory) -> None:
         device = self._basis.device
         self.stage, self.counts, self._rest = Stage(found.stage), found.counts, found.rest
-        self._basis, self._is_free, self.compact = found.basis.to(device), found.is_free, found.compact
-        self._soft, self._energies = found.soft.to(device), found.energies
+        self._is_free, self.compact, self._energies = found.is_free, found.compact, found.energies
+        self._hold(torch.cat([found.basis, found.soft.to(found.basis)], 2).to(device), found.basis.shape[2])
         self.reserved = None if found.reserved is None else found.reserved.to(device)
         self.steps = self.opened = self.importance = None

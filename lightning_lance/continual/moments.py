@@ -37,7 +37,6 @@ class FeatureMoments:
         max_rows: feature vectors taken from one input.
         energy: fraction of the energy that a sketch is made wide enough for.
         seed: seed of the subsets.
-        about_mean: note the energy of the mean apart, which thresholds do not count then.
     """
 
     def __init__(
@@ -48,18 +47,14 @@ class FeatureMoments:
         max_rows: int = ROWS_PER_UPDATE,
         energy: float = SKETCH_ENERGY,
         seed: int = 0,
-        about_mean: bool = False,
     ) -> None:
         self.side = side
         self.geometry = geometry
         self.label = label
         self.max_rows = max_rows
         self.energy = energy
-        self.about_mean = about_mean
         self.count = 0
         self._rows: list[Tensor] = []
-        # Of the vectors of each group, and how many they are.
-        self._sums = torch.zeros(side.groups, side.width + 1 if about_mean else 0)
         self._gram: Tensor | None = None
         self._sketches: list[NystromSketch] = []
         self._generator = torch.Generator().manual_seed(seed)
@@ -73,10 +68,6 @@ class FeatureMoments:
         for rows in feature_rows(input, self.side, self.geometry, self.max_rows, self._generator):
             rows = rows if rows.dtype == torch.float64 else rows.float()
             self.count += rows.shape[1]
-            if self.about_mean:
-                self._sums = self._sums.to(rows.device)
-                self._sums[:, :-1] += rows.sum(1)
-                self._sums[:, -1] += rows.shape[1]
             if self._gram is None and not self._sketches:
                 self._rows.append(rows)
                 if self.count >= self._row_limit:
@@ -114,7 +105,6 @@ class FeatureMoments:
         """Every accumulator, to be summed in place over the processes of a distributed run."""
         self.collapse()
         grams = [] if self._gram is None else [self._gram]
-        grams += [self._sums] if self.about_mean else []
         return grams + [tensor for sketch in self._sketches for tensor in sketch.tensors()]
 
     def check(self) -> None:
@@ -138,12 +128,7 @@ class FeatureMoments:
             CalibrationError: the inputs hold NaN or Inf.
         """
         self.check()
-        found = [self._moments(group) for group in range(self.side.groups)]
-        if not self.about_mean:
-            return found
-        sums, counts = self._sums[:, :-1], self._sums[:, -1].clamp(min=1.0)
-        means = (sums.square().sum(1) / counts).tolist()
-        return [moments._replace(mean=mean) for moments, mean in zip(found, means, strict=True)]
+        return [self._moments(group) for group in range(self.side.groups)]
 
     def _moments(self, group: int) -> Moments:
         if self._gram is not None:

@@ -284,10 +284,12 @@ class ContinualSession(Steps):
             return None
         layers: dict[str, Any] = {}
         for name, layer in run.layers.items():
-            reserved = self.memories[name].reserved
+            memory = self.memories[name]
+            steps = memory.steps if memory.rounded and memory.reserved is None else None
             layers[name] = {
-                "opened": self.memories[name].opened,
-                "reserved": None if reserved is None else reserved.detach().cpu(),
+                "opened": memory.opened,
+                "reserved": None if memory.reserved is None else memory.reserved.detach().cpu(),
+                "steps": None if steps is None else steps.detach().cpu(),
                 "reservation": layer.reservation.state_dict(layer.weight) if isinstance(layer, Reserved) else None,
             }
         compression = None if run.compression is None else run.compression.state_dict()
@@ -358,6 +360,7 @@ class ContinualSession(Steps):
             memory.reserve()
             memory.reserved = None if stored.reserved is None else stored.reserved.to(layer.weight.device)
             memory.opened = stored.opened
+            memory.steps = None if stored.steps is None else stored.steps.to(layer.weight.device)
             run.views[name] = self._view(name, layer)
             if self.rule.freezes(run.views[name], run.now):
                 run.freeze(layer.weight)
@@ -400,8 +403,7 @@ class ContinualSession(Steps):
         run.restore()
         threshold = self.rule.threshold(run.now)
         # A sketch has to see a little more than what is to be protected.
-        about_mean = self.options.about_mean(run.now.own is not None)
-        moments = self._moments(run.layers, 1.0 - (1.0 - threshold) / (4 if about_mean else 2), about_mean)
+        moments = self._moments(run.layers, (1.0 + threshold) / 2)
         called: set[str] = set()
         handles = [*_observe(model, moments), *_note_calls(model, called)]
         try:
@@ -746,13 +748,11 @@ class ContinualSession(Steps):
         for name in sorted(moments):
             self.processes.sum(moments[name].tensors())
 
-    def _moments(
-        self, layers: dict[str, nn.Module], energy: float = SKETCH_ENERGY, about_mean: bool = False
-    ) -> dict[str, FeatureMoments]:
+    def _moments(self, layers: dict[str, nn.Module], energy: float = SKETCH_ENERGY) -> dict[str, FeatureMoments]:
         found = {}
         for name, layer in layers.items():
             side, shape = _side(layer, self.options)
-            found[name] = FeatureMoments(side, shape, name, self.options.max_rows, energy, about_mean=about_mean)
+            found[name] = FeatureMoments(side, shape, name, self.options.max_rows, energy)
         return found
 
     def _warn_of_little(self, capacity: dict[str, Capacity]) -> None:

@@ -182,10 +182,11 @@ class StoredExperience(NamedTuple):
 
 
 class StoredLayer(NamedTuple):
-    """One layer of it: columns that are opened, ``U``, and the state of its reservation."""
+    """One layer: columns that are opened, ``U``, sizes of steps beside ``M``, and the state of its reservation."""
 
     opened: list[list[int]] | None
     reserved: Tensor | None
+    steps: Tensor | None
     reservation: Stored
 
 
@@ -213,7 +214,9 @@ def read_experience(state: Any, experience: int, memories: Mapping[str, LayerMem
     following = Now(experience, None if own.value is None else own.text(), damping.number(0.0))
     found, opened = {}, {}
     for name, item in layers.named():
-        columns, reserved, reservation = item.fields("opened", "reserved", "reservation")
+        if isinstance(item.value, dict):  # of before they were stored
+            item = Stored({"steps": None, **item.value}, item.place, item.advice)
+        columns, reserved, steps, reservation = item.fields("opened", "reserved", "steps", "reservation")
         memory = memories.get(name)
         directions = None
         if reserved.value is not None:
@@ -226,7 +229,14 @@ def read_experience(state: Any, experience: int, memories: Mapping[str, LayerMem
             if memory is None or not memory.has_columns:
                 columns.refuse("None for a layer that stores no columns")
             opened[name] = read_columns(columns, memory.counts)
-        found[name] = StoredLayer(opened.get(name), directions, reservation)
+        sizes = None
+        if steps.value is not None:
+            if memory is None or not memory.rounded or directions is not None:
+                steps.refuse("None for a layer that stores no directions beside a rounded basis")
+            sizes = steps.tensor((memory.groups, memory.beside), (memory.dtype,))
+            if bool(((sizes < 0.0) | (sizes > 1.0)).any()):
+                steps.refuse("sizes from 0 to 1", f"a tensor from {float(sizes.min()):.3g} to {float(sizes.max()):.3g}")
+        found[name] = StoredLayer(opened.get(name), directions, sizes, reservation)
     rule.check_running(kept, memories, opened)
     if not isinstance(compression.value, (dict, type(None))):
         compression.refuse("None, or the state of a session")

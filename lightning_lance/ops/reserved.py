@@ -10,7 +10,8 @@ of the input. No copy of ``W`` is kept for backward.
 
 ``M`` may be given in half precision, orthonormal but for its rounding: subtracting the part along it then takes a few
 passes, each of which leaves a few thousandths of what the last one has left. And single columns of it may be open, by a
-mask, as if they were none of it.
+mask, as if they were none of it. Behind them there may be others, ``L``, along which steps are only shorter, by the
+mask again: one pass has them too, the first one of a weight, so that the others make good what it moves in ``M``.
 
 An optimiser whose steps are sums of gradients, as those of gradient descent are, leaves ``T M = C`` where it was, for
 the gradients have no part in ``M``. The complement form is *steady* then: ``W = T``, and only gradients are projected.
@@ -42,6 +43,7 @@ class Form(NamedTuple):
         complement: which of the two parametrisations.
         steady: of the complement form: ``T M = C`` holds by itself.
         passes: of the complement form: how often the part along ``M`` is subtracted.
+        damped: of the complement form: columns at the end of the basis along which steps are only shorter.
     """
 
     side: FeatureSide
@@ -49,6 +51,7 @@ class Form(NamedTuple):
     complement: bool
     steady: bool = False
     passes: int = 1
+    damped: int = 0
 
 
 class Parts(NamedTuple):
@@ -58,8 +61,8 @@ class Parts(NamedTuple):
         trained: ``T`` of the weight's shape, or ``V`` of shape ``(rows, r)``.
         basis: ``M`` or ``U``, shape ``(groups, K, m)``.
         anchor: ``C`` of shape ``(groups, rows / groups, m)``, or ``W₀`` of the weight's shape.
-        mask: of the complement form: 0 for the columns of ``M`` that are open, else 1, shape ``(groups, m)``; ``None``:
-            none is.
+        mask: of the complement form: 0 for the columns of ``M`` that are open, else 1, and for those that are damped
+            what steps lack of their full length, shape ``(groups, m)``; ``None``: 1 for all.
     """
 
     trained: Tensor
@@ -75,14 +78,33 @@ def precision(basis: Tensor, trained: Tensor) -> torch.dtype:
     return torch.promote_types(trained.dtype, torch.float32)
 
 
-def drop(rows: Tensor, basis: Tensor, expected: Tensor | None, mask: Tensor | None, passes: int) -> Tensor:
-    """Rows ``(groups, n, K)`` with their products with the basis made ``expected``, ``(groups, n, m)``; ``None``: 0."""
-    for _ in range(passes):
-        excess = rows @ basis if expected is None else torch.baddbmm(expected, rows, basis, beta=-1)
+def drop(
+    rows: Tensor, basis: Tensor, expected: Tensor | None, mask: Tensor | None, form: Form, transposed: bool = False
+) -> Tensor:
+    """Rows ``(groups, n, K)`` with their products with the basis made ``expected``, ``(groups, n, m)``; ``None``: 0.
+
+    Args:
+        rows: of a weight; with ``transposed`` of its gradient, or what is multiplied with it.
+        basis: see :class:`Parts`, in the dtype of the rows.
+        expected: likewise.
+        mask: likewise.
+        form: static part of the parametrisation.
+        transposed: take the passes in the opposite order, as the gradient of this does.
+    """
+    for count in _columns(basis, form, transposed):
+        part = basis[:, :, :count]
+        excess = rows @ part if expected is None else torch.baddbmm(expected[:, :, :count], rows, part, beta=-1)
         if mask is not None:
-            excess = excess * mask.unsqueeze(1).to(excess.dtype)
-        rows = torch.baddbmm(rows, excess, basis.mT, alpha=-1)
+            excess = excess * mask[:, :count].unsqueeze(1).to(excess.dtype)
+        rows = torch.baddbmm(rows, excess, part.mT, alpha=-1)
     return rows
+
+
+def _columns(basis: Tensor, form: Form, transposed: bool) -> list[int]:
+    """How many leading columns of the basis each pass has: all of them in one, without those damped in the others."""
+    every = basis.shape[2]
+    counts = [every] + [every - form.damped] * (form.passes - 1)
+    return counts[::-1] if transposed else counts
 
 
 def effective_weight(parts: Parts, form: Form) -> Tensor:
@@ -95,7 +117,7 @@ def effective_weight(parts: Parts, form: Form) -> Tensor:
     with _full_precision(trained.device.type):
         if form.complement:
             rows = form.side.rows(trained).to(dtype)
-            return form.side.weight(drop(rows, basis, anchor, mask, form.passes), form.shape).to(trained.dtype)
+            return form.side.weight(drop(rows, basis, anchor, mask, form), form.shape).to(trained.dtype)
         rows = form.side.rows(anchor).to(dtype)
         update = trained.view(rows.shape[0], rows.shape[1], -1).to(dtype)
         merged = torch.baddbmm(rows, update, basis.mT)
@@ -109,7 +131,7 @@ def trained_grad(weight_grad: Tensor, basis: Tensor, form: Form, mask: Tensor | 
         rows = rows.to(precision(basis, weight_grad))
     basis = basis.to(rows.dtype)
     if form.complement:
-        return form.side.weight(drop(rows, basis, None, mask, form.passes), form.shape)
+        return form.side.weight(drop(rows, basis, None, mask, form, transposed=True), form.shape)
     return (rows @ basis).flatten(0, 1)
 
 
@@ -137,18 +159,17 @@ def _linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form) -> tup
         return F.linear(input, effective_weight(parts, form), bias), None
     flat = input.reshape(-1, input.shape[-1])
     columns = basis[0].to(flat.dtype)
-    part = flat @ columns
     if form.complement:
-        part = part if mask is None else part * mask
-        projected = torch.addmm(flat, part, columns.T, alpha=-1)
-        for _ in range(form.passes - 1):
-            left = projected @ columns
-            left = left if mask is None else left * mask
-            projected = projected.addmm_(left, columns.T, alpha=-1)
-            part += left
+        projected = flat
+        part = flat.new_zeros(flat.shape[0], columns.shape[1])
+        for count in _columns(basis, form, transposed=True):
+            left = projected @ columns[:, :count]
+            left = left if mask is None else left * mask[:, :count]
+            projected = torch.addmm(projected, left, columns[:, :count].T, alpha=-1)
+            part[:, :count] += left
         output = F.linear(projected, trained, bias).addmm_(part, anchor[0].T)
     else:
-        projected = part
+        part = projected = flat @ columns
         output = F.linear(flat, anchor, bias).addmm_(part, trained.T)
     leading = input.shape[:-1]
     return output.view(*leading, output.shape[1]), projected.view(*leading, projected.shape[1])
@@ -160,7 +181,7 @@ def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
         return grad @ effective_weight(parts, form).to(grad.dtype)
     flat = grad.reshape(-1, grad.shape[-1])
     if form.complement:
-        found = drop((flat @ trained)[None], basis.to(flat.dtype), (flat @ anchor[0])[None], mask, form.passes)[0]
+        found = drop((flat @ trained)[None], basis.to(flat.dtype), (flat @ anchor[0])[None], mask, form)[0]
     else:
         found = (flat @ anchor).addmm_(flat @ trained, basis[0].T)
     return found.view(*grad.shape[:-1], found.shape[1])
@@ -221,7 +242,7 @@ class ReservedLinear(torch.autograd.Function):
             few = few and not (ctx.form.steady and grad.dtype != precision(basis, trained))
             if not ctx.projected and few:
                 core = core.to(grad.dtype)
-                flat = drop(core.flatten(0, -2)[None], basis.to(grad.dtype), None, mask, ctx.form.passes)
+                flat = drop(core.flatten(0, -2)[None], basis.to(grad.dtype), None, mask, ctx.form, transposed=True)
                 core = flat.view(core.shape)
             grad_trained = linear_weight_grad(grad, core, factors)
             if not ctx.projected and not few:

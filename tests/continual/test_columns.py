@@ -244,6 +244,41 @@ def test_weights_that_were_changed_under_a_selection_are_not_overwritten() -> No
         stream.session.select(stream.model, None)
 
 
+def test_damped_steps_take_no_second_copy_of_what_is_stored() -> None:
+    stream = Stream("adamw")
+    stream.learn(0, 1)
+    stream.begin(2)
+    for name, memory in stream.session.memories.items():
+        layer = stream.model.get_submodule(name)
+        assert isinstance(layer, Reserved)
+        assert 0 < memory.beside <= memory.width / 6 + 0.5
+        assert memory.steps is not None
+        assert float(memory.steps.min()) < 0.9
+        basis = layer.reservation.basis
+        assert basis.dtype == torch.bfloat16
+        assert basis.shape[2] == max(memory.counts) + memory.beside
+        state = memory.state_dict()
+        for part in (memory.stored, memory._basis, memory._soft):
+            assert part.untyped_storage().data_ptr() == basis.untyped_storage().data_ptr()
+        assert state["basis"].shape[2] + state["soft"].shape[2] == basis.shape[2]
+
+
+@pytest.mark.parametrize("part", ["steps", "wide", "above"])
+def test_a_bad_size_of_steps_is_refused(part: str) -> None:
+    stream = Stream("adamw")
+    stream.learn(0)
+    stream.begin(1)
+    state = stream.state()
+    layers = state["running"]["layers"]
+    sizes = layers["body.5"]["steps"]
+    layers["body.5"]["steps"] = {"steps": "0.5", "wide": sizes[:, 1:], "above": sizes + 1.0}[part]
+    other = Stream("adamw")
+    other.load(state)
+    with pytest.raises(StateError, match=r"'body.5'.*'steps'"):
+        other.session.resume_experience(other.model, state["running"], [other.optimizer])
+    assert not is_swapped(other.model)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("options", [{}, {"damping": 0.5}, {"reserved": 12}])
 def test_resumed_within_an_experience_equals_uninterrupted(optimizer: str, options: dict[str, Any]) -> None:

@@ -74,6 +74,45 @@ def test_directions_stored_in_float32_are_orthonormal_and_outside_of_what_is_pro
         assert float((left.along(outside) - expected).abs().max()) <= LEFT_OUT * (experience + 1) + 1e-6
 
 
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_the_leading_directions_are_kept_and_the_others_count_in_the_mean(most: int) -> None:
+    memory = LayerMemory(WIDTH, dtype=torch.float64, compact=False)
+    past = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    for experience in range(3):
+        matrix = spectrum_gram(experience, 0.7)
+        memory.reserve(matrix, "full", 1.0)
+        memory.start()
+        memory.protect(matrix, 0.5, soft=True, left_out=0.0, most=most)
+        past += matrix / matrix.trace()
+        outside = complement(memory.protected[0])
+        energies = outside.T @ past @ outside
+        (left,) = memory._leftovers()
+        assert left.directions.shape[1] == memory.beside == most
+        # What was not kept has no direction any more: later on its share of a grown M is a guess.
+        assert float(left.along(outside).sum()) == pytest.approx(
+            float(energies.trace()), rel=0.02 if experience else 1e-6
+        )
+        if experience == 0:
+            leading = torch.linalg.eigvalsh(energies).flip(0)[:most]
+            torch.testing.assert_close(left.along(left.directions), leading, rtol=1e-6, atol=left.rest)
+
+
+@pytest.mark.parametrize("left_out", [0.01, 0.2])
+def test_what_is_not_kept_holds_no_more_than_is_allowed(left_out: float) -> None:
+    memory = LayerMemory(WIDTH, dtype=torch.float64, compact=False)
+    matrix = spectrum_gram(0, 0.7)
+    memory.reserve()
+    memory.start()
+    memory.protect(matrix, 0.5, soft=True, left_out=left_out)
+    (left,) = memory._leftovers()
+    outside = WIDTH - memory.counts[0]
+    held = float((left.directions.T @ matrix @ left.directions).trace() / matrix.trace())
+    missing = left.rest * (outside - memory.beside)
+    total = 1.0 - float((memory.protected[0].T @ matrix @ memory.protected[0]).trace() / matrix.trace())
+    assert held + missing == pytest.approx(total, rel=1e-6)
+    assert left_out / 4 < missing <= left_out
+
+
 def test_without_damping_only_the_mean_energy_is_stored_beside_a_basis() -> None:
     memory = LayerMemory(WIDTH, dtype=torch.float64)
     matrix = spectrum_gram(0, 0.5)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lance import StateError
-from lightning_lance.continual.moments import FeatureMoments
-from lightning_lance.ops.features import FeatureSide
 from tests.continual.test_columns import OPTIMIZERS, Stream
 
 pytestmark = [
@@ -218,20 +216,3 @@ def test_values_of_another_model_are_refused_by_name() -> None:
     other.session.load_state_dict(stream.state()["session"])
     with pytest.raises(StateError, match=r"body\.1\.\w+: the stored"):
         other.session.begin_experience(other.model, other.passes(2), [other.optimizer], own="task 2")
-
-
-@pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
-def test_an_automatic_threshold_counts_energy_about_the_mean(spread: float) -> None:
-    """Against the covariance, computed in float64."""
-    torch.manual_seed(0)
-    rows = torch.randn(400, 12, dtype=torch.float64) * spread * torch.linspace(0.2, 1.0, 12) + 3.0
-    found = FeatureMoments(FeatureSide(1, 12), None, "layer", about_mean=True)
-    for part in rows.split(130):
-        found.update(part)
-    (moments,) = found.groups()
-    variance = float((rows - rows.mean(0)).square().sum())
-    assert moments.total - moments.mean == pytest.approx(variance, rel=2e-3)
-    assert moments.total - moments.needed(0.9) == pytest.approx(0.1 * variance, rel=2e-3)
-    found = FeatureMoments(FeatureSide(1, 12), None, "layer")
-    found.update(rows)
-    assert found.groups()[0].mean == 0.0

@@ -54,6 +54,39 @@ def test_no_gradient_step_moves_an_output_inside_of_the_basis(
     assert float((change @ protected).norm()) < 1e-5 * float(change.norm())
 
 
+@pytest.mark.parametrize("rows", [4, 400])  # a product with the inputs, and one with the weight
+def test_damped_columns_shorten_steps_and_leave_what_is_protected(rows: int) -> None:
+    """Against the passes written out, with columns that are orthonormal but for rounding."""
+    width, protected, damped = 30, 5, 4
+    exact = orthonormal(width, protected + damped)
+    basis = (exact + 1e-3 * torch.randn_like(exact))[None]
+    mask = torch.cat([torch.ones(protected), torch.tensor([0.9, 0.5, 0.1, 0.0])]).double()[None]
+    mask[0, 2] = 0.0  # an open column
+    weight = torch.randn(6, width, dtype=torch.float64)
+    form = Form(FeatureSide(1, width), weight.shape, complement=True, passes=6, damped=damped)
+    anchor = (weight @ basis[0])[None]
+    trained = (weight + torch.randn_like(weight)).requires_grad_()
+    found = effective_weight(Parts(trained, basis, anchor, mask), form)
+
+    expected = trained
+    for number in range(6):
+        closed = mask[0] if number == 0 else torch.cat([mask[0, :protected], torch.zeros(damped)])
+        expected = expected - ((expected @ basis[0] - anchor[0]) * closed) @ basis[0].T
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    closed = basis[0][:, [0, 1, 3, 4]]
+    assert float(((found - weight) @ closed).detach().abs().max()) < 1e-12
+    lengths = (found - weight).detach() @ exact[:, protected:] / ((trained - weight).detach() @ exact[:, protected:])
+    torch.testing.assert_close(lengths.median(0).values, 1.0 - mask[0, protected:], rtol=0, atol=0.05)
+
+    inputs = torch.randn(rows, width, dtype=torch.float64, requires_grad=True)
+    output = reserved_linear(inputs, Parts(trained, basis, anchor, mask), None, form, None)
+    reference = F.linear(inputs, expected)
+    torch.testing.assert_close(output, reference, rtol=0, atol=1e-10)
+    grads = [torch.autograd.grad(y.square().sum(), (inputs, trained), retain_graph=True) for y in (output, reference)]
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+
+
 @pytest.mark.parametrize("rows", [4, 400])
 def test_a_steady_gradient_has_no_part_in_the_basis_under_autocast(rows: int) -> None:
     parts, form = parts_of(Operator(Case((rows, 12), 8), "steady", 5).draw(torch.float32))

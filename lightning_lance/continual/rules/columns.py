@@ -36,6 +36,12 @@ from lightning_lance.tensors.checked import Stored
 STORED = torch.bfloat16
 """Dtype of columns and of the bases that they refer to."""
 
+UNDAMPED = 0.1
+"""Share of the energy that is not protected in directions that damping leaves alone."""
+
+DAMPED = 1 / 6
+"""Share of a layer's directions that it damps at most: each takes as much as one that is protected."""
+
 
 class Own(NamedTuple):
     """What one experience has for itself in one layer.
@@ -69,6 +75,11 @@ class Columns(Threshold):
 
     def memory(self, side: FeatureSide, label: str, dtype: torch.dtype, device: torch.device, own: bool) -> LayerMemory:
         return LayerMemory(side.width, side.groups, label, dtype, device, not own, STORED if own else None)
+
+    def damped(self, layer: Layer, now: Now) -> tuple[float, int | None]:
+        if now.own is None:
+            return super().damped(layer, now)
+        return UNDAMPED * (1.0 - self.threshold(now)), round(DAMPED * layer.memory.width)
 
     def needs_moments(self, now: Now) -> bool:
         return super().needs_moments(now) or self._opens(now)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lance.continual.leftover import LEFT_OUT
 from lightning_lance.continual.memory import LayerMemory
 from lightning_lance.continual.moments import FeatureMoments
 from lightning_lance.ops.features import FeatureSide
@@ -100,12 +101,17 @@ class Rule:
 
     def threshold(self, now: Now) -> float:
         """Energy to protect after an experience."""
-        return self.options.threshold_of(now.experience, now.own is not None)
+        return self.options.threshold_of(now.experience, now.own is not None, now.damping > 0.0)
+
+    def damped(self, layer: Layer, now: Now) -> tuple[float, int | None]:
+        """Where steps are damped: energy, of 1 in all, in directions that are not, and how many are at most."""
+        return LEFT_OUT, None
 
     def consolidate(self, name: str, layer: Layer, now: Now) -> None:
         """After training: store what the experience needs of a layer; its moments are those after training."""
         assert layer.moments is not None
-        layer.memory.protect(layer.moments, self.threshold(now), soft=now.damping > 0.0)
+        left_out, most = self.damped(layer, now)
+        layer.memory.protect(layer.moments, self.threshold(now), now.damping > 0.0, left_out, most)
 
     def abandon(self, layers: Mapping[str, Layer]) -> None:
         """The experience has failed, and the weights are written out: take what is not shared out of them."""
