@@ -83,14 +83,18 @@ def feature_rows(
     else:
         source = input.movedim(1, -1)
         where = source.shape[:-1]
-    total = math.prod(where)
-    if max_rows is not None and total > max_rows:
-        chosen = torch.randperm(total, generator=generator)[:max_rows].sort().values
-        total = max_rows
-    else:
+    total, size = math.prod(where), max(1, _CHUNK // (side.width * side.groups))
+    everything = max_rows is None or total <= max_rows
+    if everything and total // where[0] <= size:  # whole samples at a time, which needs no gathering
+        samples = size // (total // where[0])
+        for start in range(0, where[0], samples):
+            yield source[start : start + samples].reshape(-1, side.groups, side.width).transpose(0, 1)
+        return
+    if everything:
         chosen = torch.arange(total)
-    size = max(1, _CHUNK // (side.width * side.groups))
-    for start in range(0, total, size):
+    else:
+        chosen = torch.randperm(total, generator=generator)[:max_rows].sort().values
+    for start in range(0, len(chosen), size):
         part = chosen[start : start + size].to(input.device)
         vectors = source[torch.unravel_index(part, where)] if len(where) > 1 else source[part]
         yield vectors.reshape(part.numel(), side.groups, side.width).transpose(0, 1)
