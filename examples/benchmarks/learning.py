@@ -374,15 +374,16 @@ def cells(row: Row) -> list[str]:
 INTRODUCTION = """\
 # Does it learn as plain training does?
 
-Small trainings that need no download, several seeds each; `python -m examples.benchmarks.learning` runs them, and
-`--write docs/learning.md` writes this page. *Score* is the mean over seeds, in per cent, *to plain* its difference to
-plain training with the same seeds, in points, with its standard error; *kept* is what autograd keeps of a step, *peak*
-that of the process above the idle model, *step* the time of a step next to plain training's. Checkpointing recomputes
-every block, and ends with the weights of plain training, bit for bit.
+Small trainings that need no download; `python -m examples.benchmarks.learning` runs what is not measured yet, with more
+seeds too, and `--write docs/learning.md` writes this page of what is. *Score* is the mean over seeds, in per cent,
+*to plain* its difference to plain training with the same seeds, in points, with its standard error; *kept* is what
+autograd keeps of a step, *peak* that of the process above the idle model, *step* the time of a step next to plain
+training's, roughly: several runs share the machine. Checkpointing recomputes every block, and ends with the weights of
+plain training, bit for bit.
 
 A ✗ marks a loss that is larger than wanted: for `default` and `bits=2` .3 point, or a standard error of plain training
 where that is larger; for `compact` .5 point where a trained network is fine-tuned. It is not meant for training from
-scratch.
+scratch. One seed says little about a point.
 """
 
 
@@ -394,7 +395,7 @@ def document(found: Sequence[Row], figure: str) -> str:
         seeds = max(len(row.scores) for row in group)
         made = TASKS[task]
         kind = "fine-tuned" if made.fine_tuning else "from scratch"
-        lines += [f"**{made.title}** ({kind}; {made.measure.name}, {seeds} seeds):\n"]
+        lines += [f"**{made.title}** ({kind}; {made.measure.name}, {seeds} seed{'s' if seeds > 1 else ''}):\n"]
         lines += [f"| {' | '.join(HEADER)} |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
         lines += [f"| {' | '.join(cells(row))} |" for row in group]
         lines.append("")
