@@ -99,11 +99,12 @@ ROWS = [
 
 
 def test_what_is_found_is_what_was_measured() -> None:
-    first, second, third = findings(ROWS)
+    first, at_any, second, third = findings(ROWS)
     assert first.endswith(
         "within 1.33 times plain's step is 130 MB (19% of plain's), by *ours, micro-batches of 1/4*; "
         "*micro-batches of 1/4* reaches 260 MB (37% of plain's)."
     )
+    assert at_any == "At any step time it is 90 MB (13% of plain's), by *ours, micro-batches of 1/8*, at 1.40 times."
     assert second == "At plain's step time (up to 1.05) ours has 350 MB (50% of plain's), by *ours*."
     assert third == "There *micro-batches of 1/4* is better: 260 MB (37% of plain's)."
     slow = [row("plain", 700, 1.0), row("quarter", 260, 1.2), row("default", 350, 1.4)]
