@@ -145,4 +145,5 @@ def write(kind: str, name: str, report: Report | None, note: str = "", **more: A
             "held": report.still_held(2),
         }
     path = Path(RESULTS) / f"{kind}-{''.join(c if c.isalnum() else '_' for c in name)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(row))
