@@ -54,17 +54,7 @@ class OwnValues:
 
     def misfit(self, model: nn.Module) -> str | None:
         """What a model lacks of what is stored, in words."""
-        for values in self._found.values():
-            for name, value in values.items():
-                try:
-                    shape = tuple(tensor_of(model, name).shape)
-                except AttributeError:
-                    return f"{name}: the stored stream has values of it for single experiences, the model has none"
-                if shape != tuple(value.shape):
-                    return (
-                        f"{name}: the stored values of single experiences have shape {tuple(value.shape)}, not {shape}"
-                    )
-        return None
+        return next((found for values in self._found.values() if (found := misfit(model, values))), None)
 
     @property
     def bytes(self) -> int:
@@ -121,6 +111,19 @@ def names_of(modules: Iterable[tuple[str, nn.Module]], protected: Mapping[str, A
             continue
         found += [f"{name}.{key}" if name else key for key in keys]
     return found
+
+
+def misfit(model: nn.Module, values: Mapping[str, Tensor]) -> str | None:
+    """What a model lacks of tensors with these names and shapes, in words; ``None``: nothing."""
+    for name, value in values.items():
+        try:
+            shape = tuple(tensor_of(model, name).shape)
+        except AttributeError:
+            return f"{name}: the stored stream has values of it for single experiences, the model has none"
+        stored = tuple(value.shape)
+        if shape != stored:
+            return f"{name}: the stored values of single experiences have shape {stored}, the model's {shape}"
+    return None
 
 
 def weight_of(layer: str) -> str:

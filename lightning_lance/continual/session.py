@@ -30,7 +30,16 @@ from lightning_lance.continual.layers import (
 )
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
-from lightning_lance.continual.own_values import NORMS, OwnValues, Values, exchange, names_of, tensor_of, weight_of
+from lightning_lance.continual.own_values import (
+    NORMS,
+    OwnValues,
+    Values,
+    exchange,
+    misfit,
+    names_of,
+    tensor_of,
+    weight_of,
+)
 from lightning_lance.continual.rules import RULES, Layer, Now
 from lightning_lance.continual.stored import CONTINUAL_STATE_VERSION, read_experience, read_stream
 from lightning_lance.errors import LanceWarning, PlanError, StateError
@@ -339,6 +348,9 @@ class ContinualSession(Steps):
     def _resume(self, run: _Run, state: dict[str, Any], optimizers: list[torch.optim.Optimizer]) -> None:
         """Check everything, then give the model anything of it."""
         found = read_experience(state, self.experience, self.memories, self.rule)
+        lacking = misfit(run.model, found.shared)
+        if lacking is not None:
+            raise StateError(f"{lacking}. Resume with the model that the experience began with.")
         run.before, run.now = found.before, found.now
         layers = self._protectable(run.model, run.heads)
         trained = self._freeze(run, layers)
@@ -668,9 +680,10 @@ class ContinualSession(Steps):
                     f"{name}: what is stored for its weight is of {wanted} groups, rows and width, the layer "
                     f"has {shape}. Give the model that the stream was stored with."
                 )
-        misfit = self._own.misfit(model)
-        if misfit is not None:
-            raise StateError(f"{misfit}. Give the model that the stream was stored with.")
+        before = {} if self._pending is None else self._pending["shared"]
+        found = self._own.misfit(model) or misfit(model, before) or misfit(model, self._shared)
+        if found is not None:
+            raise StateError(f"{found}. Give the model that the stream was stored with.")
 
     def _protectable(self, model: nn.Module, heads: set[str]) -> dict[str, nn.Module]:
         """Layers that have, or may get, a memory."""

@@ -216,3 +216,22 @@ def test_values_of_another_model_are_refused_by_name() -> None:
     other.session.load_state_dict(stream.state()["session"])
     with pytest.raises(StateError, match=r"body\.1\.\w+: the stored"):
         other.session.begin_experience(other.model, other.passes(2), [other.optimizer], own="task 2")
+
+
+@pytest.mark.parametrize("place", ["running", "pending"])
+def test_shared_values_that_do_not_fit_are_refused_by_name(place: str) -> None:
+    stream, other = normed(), normed()
+    stream.learn(0, 1)
+    stream.begin(2)
+    state = stream.state()
+    held = state["running"] if place == "running" else state["session"]["pending"]
+    held["shared"]["body.1.bias"] = torch.zeros(5)
+    other.load(state)
+    before = values(other)
+    again: dict[str, Callable[[], None]] = {
+        "running": lambda: other.session.resume_experience(other.model, state["running"], [other.optimizer]),
+        "pending": lambda: other.begin(2),
+    }
+    with pytest.raises(StateError, match=r"body\.1\.bias: the stored .*\(5,\)"):
+        again[place]()
+    assert same(values(other), before)
