@@ -6,6 +6,7 @@ and used when it is evaluated. The weight itself is trained with projected gradi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -114,8 +115,7 @@ class ScaledWeightsPlugin(SupervisedPlugin):
             bases = self.choose(name, side.rows(gradient)[0], moments[name])
             parametrize.register_parametrization(layer, "weight", ScaledWeight(side, bases))
             trained += list(layer.parametrizations.weight[0].scales)
-        optimizer = strategy.optimizer
-        self._optimizer = type(optimizer)(trained, **optimizer.defaults) if trained else None
+        self._optimizer = _like(strategy.optimizer, trained) if trained else None
 
     @torch.no_grad()
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
@@ -189,6 +189,12 @@ class ScaledWeightsPlugin(SupervisedPlugin):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _like(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """One with the same options; `defaults` may hold more than the constructor takes, as those of AdamW do."""
+    taken = inspect.signature(type(optimizer)).parameters
+    return type(optimizer)(trained, **{name: value for name, value in optimizer.defaults.items() if name in taken})
 
 
 def scaled(side: FeatureSide, weight: Tensor, stored: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -43,11 +43,11 @@ def network() -> MultiHead:
     return MultiHead(trunk, 12, 2)
 
 
-def trained(plugin: ScaledWeightsPlugin, tasks: int = 3, epochs: int = 3) -> Any:
+def trained(plugin: ScaledWeightsPlugin, tasks: int = 3, epochs: int = 3, kind: Any = torch.optim.SGD) -> Any:
     model = network()
     strategy = Naive(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+        optimizer=kind(model.parameters(), lr=0.05),
         train_mb_size=8,
         train_epochs=epochs,
         eval_mb_size=24,
@@ -149,6 +149,16 @@ def test_a_task_is_evaluated_with_its_scales_and_the_weights_come_back(make: Any
     for basis, scale in stored:
         wanted = wanted + rows @ basis.double() @ scale.double() @ basis.double().T
     torch.testing.assert_close(seen[2].flatten(1).double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["AdamW", "Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD"]
+)
+def test_scales_are_trained_by_an_optimizer_of_the_same_kind(kind: str) -> None:
+    plugin = TRGPPlugin(samples=24)
+    trained(plugin, epochs=1, kind=getattr(torch.optim, kind))
+    scales = [scale for layers in plugin.scales.values() for pairs in layers.values() for _, scale in pairs]
+    assert any(float(scale.abs().max()) > 0.0 for scale in scales)
 
 
 def test_conceptors_obey_their_algebra() -> None:
