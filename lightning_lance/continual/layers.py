@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from lightning_lance.continual.memory import LayerMemory
+from lightning_lance.errors import LanceWarning
 from lightning_lance.layers import registry
 from lightning_lance.layers.compressed import Compressed, LayerState
 from lightning_lance.layers.conv import CompressedConv
@@ -19,7 +21,7 @@ from lightning_lance.layers.linear import CompressedLinear
 from lightning_lance.ops.conv import Geometry, geometry
 from lightning_lance.ops.factors import WHOLE
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.reserved import Form, Parts, effective_weight, precision, reserved_conv, reserved_linear
+from lightning_lance.ops.reserved import Form, Parts, drop, effective_weight, precision, reserved_conv, reserved_linear
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.tensors.checked import Stored
 from lightning_lance.tensors.orders import SampleOrder
@@ -33,14 +35,14 @@ ROUNDED_PASSES = 3
 EXACT_PASSES = 6
 """The same for float64."""
 
+OUTSIDE_TOLERANCE = 1e-5
+"""Relative to the gradient, of what rounding leaves in it along protected directions."""
+
 STEADY_TOLERANCE = 1e-4
 """Relative to the weight. Independent roundings of ten thousand steps in float32 add up to some 2e-6."""
 
 LONGEST = 1.1
 """What a stored basis may multiply a vector's length with: 1, but for rounding and damped directions beside it."""
-
-_BEFORE_STEADY = {"steady": [False, 0], "flat": False}
-"""What states have that were stored before there were steady reservations."""
 
 
 class Reservation:
@@ -48,18 +50,25 @@ class Reservation:
 
     They are parameters, for they live as long as the weight does: state, and no activation.
 
+    Where all directions outside of ``M`` are trained, the weight ``W`` itself is what an optimiser steps on, with
+    gradients that have no part in ``M``. Some steps are sums of such gradients, and leave ``W M`` alone. Others do not:
+    ``W M`` is noted before them (:meth:`before_step`), and made what it was after them (:meth:`after_step`). In
+    between nothing is stored for it but a product with one vector, by which :meth:`watch` sees that it holds. A weight
+    in half precision is rounded too coarsely for that: ``C = W M`` is stored, and so it is where something moved the
+    weight in another way.
+
     Args:
         weight: the layer's weight, at the start of the experience.
         memory: of the layer, with its directions reserved.
         side: feature side of the layer.
-        steady: the optimiser's steps on the weight are sums of gradients (:func:`steps_are_sums`), so that projecting
-            these is enough. It is looked after: where something else moves the weight inside of the protected basis,
-            the reservation goes on with the form that holds for any steps.
-        flat: the weight is the one that the layer works with after every step, for :meth:`flatten` is called then. So
-            it may be averaged, or exchanged for an average, by whoever knows the parameter only.
+        steady: the optimiser's steps on the weight are sums of gradients (:func:`steps_are_sums`).
+        flat: a weight in half precision, too, is the one that the layer works with after every step. So it may be
+            averaged, or exchanged for an average, by whoever knows the parameter only.
 
     Attributes:
         form: parametrisation in use.
+        flat: steps may be anything, and what they move inside of ``M`` is taken back after each.
+        anchor: ``C``, where it is stored.
         shown: a weight to work with for the time being, such as that of an earlier experience; ``None``: one's own.
         update: ``V``, the trained parameter of a truncated reservation; ``None``: the weight itself is trained.
     """
@@ -68,14 +77,15 @@ class Reservation:
         self, weight: Tensor, memory: LayerMemory, side: FeatureSide, steady: bool = False, flat: bool = False
     ) -> None:
         whole = memory.reserved is None
-        self.flat = flat and whole
         # In half precision what rounding leaves in M is no longer small.
-        steady = steady and whole and not memory.scaled and weight.dtype == memory.dtype
-        steady = steady or self.flat
+        self._fine = whole and weight.dtype == memory.dtype
+        steady = steady and self._fine and not memory.scaled
+        self.flat = whole and not steady and (flat or self._fine)
         stored = whole and memory.rounded and memory.importance is None  # as it is: not twice in memory
         damped = memory.steps.shape[1] if stored and memory.steps is not None else 0
-        self.form = Form(side, weight.shape, whole, steady, ROUNDED_PASSES if stored else 1, damped)
+        self.form = Form(side, weight.shape, whole, steady or self.flat, ROUNDED_PASSES if stored else 1, damped)
         self._version, self._steps = weight._version, 0
+        self._label = memory.label
         self._start = fingerprint(weight)
         self._scaled, self._dtype = memory.scaled, memory.dtype
         self.shown: Tensor | None = None
@@ -89,11 +99,18 @@ class Reservation:
             self.mask = Parameter(memory.closing().to(weight.device), requires_grad=False)
         self.anchor: Parameter | None = None
         self.update: Parameter | None = None
-        if whole:
-            self.anchor = Parameter(self._anchored(weight), requires_grad=False)
-        else:
+        # W M while a step is under way, a vector v in the span of M, and W v.
+        self._held: Tensor | None = None
+        self._held_version = 0
+        self._vector: Tensor | None = None
+        self._expected: Tensor | None = None
+        if not whole:
             rows = weight.numel() // side.width
             self.update = Parameter(weight.new_zeros(rows, self.basis.shape[2]))
+        elif self._fine:
+            self._expected = self._seen(weight)
+        else:
+            self.anchor = Parameter(self._anchored(weight), requires_grad=False)
 
     def _anchored(self, weight: Tensor) -> Tensor:
         found = self.form.side.rows(exact(weight)) @ exact(self.basis)
@@ -111,44 +128,96 @@ class Reservation:
 
     @torch.no_grad()
     def watch(self, weight: Tensor) -> None:
-        """Before a training step: see whether a steady reservation still is, after 1, 2, 4 … and every 32 steps."""
-        if not self.form.steady or self.flat or weight._version == self._version:
+        """Before a training step: see whether ``W M`` is what it was, after 1, 2, 4 … and every 32 steps."""
+        if self._expected is None or weight._version == self._version:
             return
         self._version = weight._version
         self._steps += 1
         if self._steps % WATCH_STEPS and self._steps & (self._steps - 1):
             return
         if not self._is_steady(weight):
-            self.form = self.form._replace(steady=False)
+            self._store_anchor(weight)
+
+    def _store_anchor(self, weight: Tensor) -> None:
+        """From now on nothing moves inside of ``M``, whoever changes the weight, and in whatever way."""
+        warnings.warn(
+            f"{self._label}: its weight was changed, and not in a step of a torch optimiser; some of that is in what "
+            "earlier experiences need, and stays. What follows is kept out of there, for more memory. Change weights "
+            "in optimizer.step() alone, or before the experience begins.",
+            LanceWarning,
+            stacklevel=2,
+        )
+        self.anchor = Parameter(self._anchored(weight), requires_grad=False)
+        self.form, self.flat = self.form._replace(steady=False), False
+        self._expected = self._held = None
+
+    def _is_closed(self) -> Tensor:
+        """1 for each column of the basis that may not move at all, else 0; shape ``(groups, m)``."""
+        closed: Tensor
+        if self.mask is not None:
+            closed = self.mask > 1.0 - 1e-5
+        elif self._scaled:
+            closed = torch.linalg.vector_norm(self.basis, dim=1) > 1.0 - 1e-5
+        else:
+            closed = torch.ones(self.basis.shape[0], self.basis.shape[2], device=self.basis.device)
+        return closed.to(torch.float32)
+
+    def _seen(self, weight: Tensor) -> Tensor:
+        """``W M v`` for one vector ``v``, shape ``(groups, rows, 1)``: no product with all of ``M``."""
+        if self._vector is None:
+            count = self.basis.shape[2]
+            signs = 1.0 - 2.0 * (torch.arange(count, device=self.basis.device) % 2)
+            signs = (self._is_closed() * signs / math.sqrt(max(1, count))).unsqueeze(2)
+            dtype = precision(self.basis, weight)
+            self._vector = self.basis.detach().to(dtype) @ signs.to(dtype)
+        return self.form.side.rows(weight.detach()).to(self._vector.dtype).matmul(self._vector)
 
     def _is_steady(self, weight: Tensor) -> bool:
-        """Whether ``W M = C``, seen along one vector of ``span(M)`` in each group: no product with all of ``M``."""
-        assert self.anchor is not None
-        rows, count = self.form.side.rows(weight.detach()), self.basis.shape[2]
-        if count == 0:
-            return True
-        signs = 1.0 - 2.0 * (torch.arange(count, device=weight.device) % 2)
-        signs = signs.to(self.anchor).div_(math.sqrt(count)).expand(self.basis.shape[0], count).unsqueeze(2)
-        signs = signs if self.mask is None else signs * self.mask.unsqueeze(2).to(signs)
-        expected = self.anchor @ signs
-        excess = torch.baddbmm(expected, rows.to(signs.dtype), self.basis.to(signs.dtype) @ signs, beta=-1)
-        size = torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(rows) / math.sqrt(self.form.side.width)
-        return bool(torch.linalg.vector_norm(excess) <= STEADY_TOLERANCE * size)
+        """Whether ``W M`` is what it was, as far as one vector of its span in each group tells."""
+        assert self._expected is not None
+        excess = torch.linalg.vector_norm(self._seen(weight) - self._expected)
+        rows = torch.linalg.vector_norm(weight.detach()) / math.sqrt(self.form.side.width)
+        return bool(excess <= STEADY_TOLERANCE * (torch.linalg.vector_norm(self._expected) + rows))
 
     def parts(self, weight: Tensor) -> Parts:
         """Tensors of the parametrisation, given the layer's weight as it is now."""
         if self.update is None:
-            assert self.anchor is not None
             return Parts(weight, self.basis, self.anchor, self.mask)
         return Parts(self.update, self.basis, weight)
 
     @torch.no_grad()
-    def flatten(self, weight: Tensor) -> None:
+    def before_step(self, weight: Tensor, sums: bool) -> None:
+        """Note ``W M``, until :meth:`after_step`, unless the step is a sum of gradients and these are outside of ``M``.
+
+        Args:
+            weight: the layer's weight, with its gradient.
+            sums: whether the step is one: :func:`is_sum`.
+        """
+        if self.anchor is not None or self._held is not None or weight.grad is None or self._expected is None:
+            return
+        # What has a part in M once may have it in a momentum ever after.
+        self.flat = self.flat or not sums or not self._is_outside(weight.grad)
+        if self.flat:
+            dtype = precision(self.basis, weight)
+            self._held = self.form.side.rows(weight.detach()).to(dtype) @ self.basis.to(dtype)
+            self._held_version = weight._version
+
+    def _is_outside(self, grad: Tensor) -> bool:
+        """Whether a gradient has no part in ``M``: penalties on weights, noise or clipped values have some."""
+        if grad.is_sparse:
+            return False
+        part = torch.linalg.vector_norm(self._seen(grad))
+        return bool(part <= OUTSIDE_TOLERANCE * torch.linalg.vector_norm(grad))
+
+    @torch.no_grad()
+    def after_step(self, weight: Tensor) -> None:
         """After a step on the weight: drop of it what may not move, and go on from the result."""
-        assert self.anchor is not None
-        parts = self.parts(weight)
-        weight.copy_(effective_weight(parts, self.form._replace(steady=False)))
-        self._anchor_loose(weight)
+        held, self._held = self._held, None
+        anchor = self.anchor if held is None else held
+        if self.flat and anchor is not None and (held is None or weight._version != self._held_version):
+            parts = self.parts(weight)._replace(anchor=anchor)
+            weight.copy_(effective_weight(parts, self.form._replace(steady=False)))
+            self._anchor_loose(weight)
 
     @torch.no_grad()
     def adopt(self, weight: Tensor, before: Tensor) -> None:
@@ -160,30 +229,37 @@ class Reservation:
             weight: the layer's weight, with the new values.
             before: its values before.
         """
+        self._held = None
+        rows = self.form.side.rows(exact(before))
+        change = self.form.side.rows(exact(weight)) - rows
+        if self._expected is not None:
+            if not self._is_steady(weight):
+                form = self.form._replace(passes=EXACT_PASSES, damped=0)
+                change = drop(change, exact(self.basis), None, self._is_closed(), form)
+                weight.data.copy_(self.form.side.weight(rows + change, self.form.shape))
+            self._version = weight._version
+            return
         if self.update is None:
             self._anchor_loose(weight)
-            if self.form.steady and not self.flat and not self._is_steady(weight):
-                self.form = self.form._replace(steady=False)
             return
         # Along the normalised columns of U: where step sizes are 0, nothing may move.
         size = torch.linalg.vector_norm(exact(self.basis), dim=1, keepdim=True)
         basis = exact(self.basis) / size.clamp(min=torch.finfo(torch.float32).tiny)
-        rows = self.form.side.rows(exact(before))
-        change = self.form.side.rows(exact(weight)) - rows
         weight.data.copy_(self.form.side.weight(rows + (change @ basis) @ basis.mT, self.form.shape))
         self.update.data.zero_()
 
     def _anchor_loose(self, weight: Tensor) -> None:
         """Where columns are closed in part, steps count from this weight on."""
         if self._scaled and self.anchor is not None:
-            closed = torch.linalg.vector_norm(self.basis, dim=1) if self.mask is None else self.mask
-            loose = closed.unsqueeze(1) < 1.0 - 1e-5
-            self.anchor.data.copy_(torch.where(loose, self._anchored(weight), self.anchor))
+            closed = self._is_closed().unsqueeze(1) > 0
+            self.anchor.data.copy_(torch.where(closed, self.anchor, self._anchored(weight)))
 
     @torch.no_grad()
     def effective(self, weight: Tensor) -> Tensor:
         """The weight that the layer works with, computed in float64 and rounded once."""
         trained, basis, anchor, mask = self.parts(weight)
+        if anchor is None:
+            return weight.detach()
         parts = Parts(exact(trained), exact(basis), exact(anchor), mask)
         passes = EXACT_PASSES if self.form.passes > 1 else 1
         return effective_weight(parts, self.form._replace(passes=passes)).to(weight)
@@ -198,6 +274,7 @@ class Reservation:
             "start": self._start,
             "basis": stored(self.basis) if self._scaled and self.mask is None else None,
             "anchor": stored(self.anchor),
+            "expected": stored(self._expected),
             "update": stored(self.update),
             "weight": stored(weight) if self.written_out else None,
             "steady": [self.form.steady, self._steps],
@@ -210,10 +287,8 @@ class Reservation:
         Raises:
             StateError: a value is missing, or of another type, shape or dtype.
         """
-        if isinstance(stored.value, dict):
-            stored = Stored({**_BEFORE_STEADY, **stored.value}, stored.place, stored.advice)
-        start, basis, anchor, update, kept, steady, flat = stored.fields(
-            "start", "basis", "anchor", "update", "weight", "steady", "flat"
+        start, basis, anchor, expected, update, kept, steady, flat = stored.fields(
+            "start", "basis", "anchor", "expected", "update", "weight", "steady", "flat"
         )
         start.real()
         holds, steps = steady.items(2)
@@ -230,12 +305,20 @@ class Reservation:
                 basis.refuse(
                     "orthogonal columns no longer than 1", f"a tensor that makes vectors {longest:.3g} times longer"
                 )
-        for item, own in ((anchor, self.anchor), (update, self.update)):
-            if own is None:
-                if item.value is not None:
-                    item.refuse("None, since the layer trains " + ("its weight" if item is update else "another one"))
-            else:
-                item.tensor((*own.shape[:-1], count), (own.dtype,), finite=False)
+        whole, watched = self.update is None, self._fine and bool(holds.value)
+        rows, dtype = self.form.side.rows(weight).shape[1], precision(self.basis, weight)
+        for item, wanted, shape in (
+            (anchor, whole and not watched, (groups, rows, count)),
+            (expected, whole and watched, (groups, rows, 1)),
+        ):
+            if wanted:
+                item.tensor(shape, (dtype,), finite=False)
+            elif item.value is not None:
+                item.refuse("None, since the layer trains " + ("its weight in another way" if whole else "another one"))
+        if self.update is not None:
+            update.tensor(self.update.shape, (self.update.dtype,), finite=False)
+        elif update.value is not None:
+            update.refuse("None, since the layer trains its weight")
         if self.update is not None or ((self._scaled or basis.value is not None) and not flat.value):
             kept.tensor(weight.shape, (weight.dtype,), finite=False)
         elif kept.value is not None:
@@ -251,9 +334,11 @@ class Reservation:
         self.form, self._version = self.form._replace(steady=steady), weight._version
         if state["basis"] is not None:
             self.basis = Parameter(state["basis"].to(weight.device), requires_grad=False)
-            self.form, self.mask = self.form._replace(passes=1, damped=0), None
-        if self.anchor is not None:
-            self.anchor = Parameter(state["anchor"].to(self.anchor), requires_grad=False)
+            self.form, self.mask, self._vector = self.form._replace(passes=1, damped=0), None, None
+        for name in ("anchor", "expected"):
+            found = state[name]
+            found = None if found is None else Parameter(found.to(weight.device), requires_grad=False)
+            setattr(self, name if name == "anchor" else "_expected", found)
         for own, name in ((self.update, "update"), (weight.data, "weight")):
             if own is not None and state[name] is not None:
                 own.copy_(state[name])
@@ -264,7 +349,7 @@ class Reservation:
 
         A truncated reservation has nothing to drop, and a damped one keeps it until the end.
         """
-        if not self.written_out and fingerprint(weight) != self._start:
+        if self.anchor is not None and not self.written_out and fingerprint(weight) != self._start:
             # Through .data, so that a graph that saved the weight can still run backward.
             weight.data.copy_(self.effective(weight))
 
@@ -290,10 +375,15 @@ def steps_are_sums(optimizers: Iterable[torch.optim.Optimizer], weight: Tensor) 
         for group in optimizer.param_groups:
             if any(weight is held for held in group["params"]):
                 momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
-                if type(optimizer) is not torch.optim.SGD or group["weight_decay"] != 0 or momentum is not None:
+                if not is_sum(optimizer, group) or momentum is not None:
                     return False
                 found = True
     return found
+
+
+def is_sum(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the next step on a group's parameters is a sum of their gradients, as far as its kind tells."""
+    return type(optimizer) is torch.optim.SGD and not group["weight_decay"]
 
 
 def fingerprint(*tensors: Tensor) -> float:
@@ -343,9 +433,8 @@ class Reserved(Compressed):
         return self.lance_run(operator, operator.__name__, input, whole, input, parts, *arguments)
 
     def lance_form(self) -> Form:
-        """Parametrisation of a call. A compiled graph cannot look after a steady one."""
-        form = self.reservation.form
-        return form._replace(steady=False) if torch.compiler.is_compiling() else form
+        """Parametrisation of a call."""
+        return self.reservation.form
 
     def lance_parts(self) -> tuple[Parts, Form]:
         """What a call works with."""

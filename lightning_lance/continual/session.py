@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_lance.compression.calibration import eager
 from lightning_lance.compression.config import LanceConfig
@@ -25,6 +27,7 @@ from lightning_lance.continual.layers import (
     exact,
     fingerprint,
     install_reservation,
+    is_sum,
     reserved_variant,
     steps_are_sums,
 )
@@ -228,7 +231,7 @@ class ContinualSession(Steps):
                 run.freeze(layer.weight)
             made = self._reservation(run, name, layer)
             self._train(run, name, layer, order, optimizers, None if made is None else (made, None))
-        run.flatten_after_steps()
+        run.watch_steps()
         self._check_something_trains(run)
 
     def _check_something_trains(self, run: _Run) -> None:
@@ -387,7 +390,7 @@ class ContinualSession(Steps):
             self._train(run, name, layer, order, optimizers, reservations[name])
         self.rule.resume(run.views, found.rule)
         run.shared = found.shared
-        run.flatten_after_steps()
+        run.watch_steps()
 
     def end_experience(self, model: nn.Module, passes: Sequence[Pass]) -> dict[str, Capacity]:
         """Restore the model, then protect what the experience needs.
@@ -892,16 +895,44 @@ class _Run:
         shared, self.shared = self.shared, {}
         exchange(self.model, shared)
 
-    def flatten_after_steps(self) -> None:
-        """With ``flat``: after every step, make the weights what the layers work with."""
-        flat = [layer for layer in self.layers.values() if isinstance(layer, Reserved) and layer.reservation.flat]
+    def watch_steps(self) -> None:
+        """Let reservations see every step of any torch optimiser on their weights, right before and after it."""
+        found = [layer for layer in self.layers.values() if isinstance(layer, Reserved)]
+        found = [layer for layer in found if layer.reservation.update is None]
+        layers = {id(layer.weight): weakref.ref(layer) for layer in found}  # the hooks of optimisers are everybody's
+        if not layers:
+            return
 
-        def flatten(*_: Any) -> None:
-            for layer in flat:
-                layer.reservation.flatten(layer.weight)
+        def of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Reserved, bool]]:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    layer = layers[id(parameter)]() if id(parameter) in layers else None
+                    if layer is not None and layer.weight is parameter:
+                        yield layer, is_sum(optimizer, group)
 
-        if flat:
-            self._handles += [found.register_step_post_hook(flatten) for found in self.optimizers]
+        def look(optimizer: torch.optim.Optimizer) -> None:
+            for layer, sums in of(optimizer):
+                layer.reservation.before_step(layer.weight, sums)
+
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+            named = "closure" in kwargs
+            closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
+            if closure is None:
+                look(optimizer)
+                return None
+
+            def computed() -> Any:  # gradients are there after it, and the activations no longer
+                loss = closure()
+                look(optimizer)
+                return loss
+
+            return (args, {**kwargs, "closure": computed}) if named else ((args[0], computed, *args[2:]), kwargs)
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for layer, _sums in of(optimizer):
+                layer.reservation.after_step(layer.weight)
+
+        self._handles += [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
     def freeze(self, parameter: Any) -> None:
         parameter.requires_grad_(False)

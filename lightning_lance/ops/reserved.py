@@ -60,14 +60,15 @@ class Parts(NamedTuple):
     Attributes:
         trained: ``T`` of the weight's shape, or ``V`` of shape ``(rows, r)``.
         basis: ``M`` or ``U``, shape ``(groups, K, m)``.
-        anchor: ``C`` of shape ``(groups, rows / groups, m)``, or ``W₀`` of the weight's shape.
+        anchor: ``C`` of shape ``(groups, rows / groups, m)``, not needed where the form is steady; or ``W₀`` of the
+            weight's shape.
         mask: of the complement form: 0 for the columns of ``M`` that are open, else 1, and for those that are damped
             what steps lack of their full length, shape ``(groups, m)``; ``None``: 1 for all.
     """
 
     trained: Tensor
     basis: Tensor
-    anchor: Tensor
+    anchor: Tensor | None
     mask: Tensor | None = None
 
 
@@ -112,6 +113,7 @@ def effective_weight(parts: Parts, form: Form) -> Tensor:
     trained, basis, anchor, mask = parts
     if form.steady:
         return trained
+    assert anchor is not None
     dtype = precision(basis, trained)
     basis = basis.to(dtype)
     with _full_precision(trained.device.type):
@@ -157,6 +159,7 @@ def _linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form) -> tup
     trained, basis, anchor, mask = parts
     if not _on_activations(input.numel() // input.shape[-1], input.dtype, parts, form):
         return F.linear(input, effective_weight(parts, form), bias), None
+    assert anchor is not None
     flat = input.reshape(-1, input.shape[-1])
     columns = basis[0].to(flat.dtype)
     if form.complement:
@@ -179,6 +182,7 @@ def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
     trained, basis, anchor, mask = parts
     if not _on_activations(grad.numel() // grad.shape[-1], grad.dtype, parts, form):
         return grad @ effective_weight(parts, form).to(grad.dtype)
+    assert anchor is not None
     flat = grad.reshape(-1, grad.shape[-1])
     if form.complement:
         found = drop((flat @ trained)[None], basis.to(flat.dtype), (flat @ anchor[0])[None], mask, form)[0]
