@@ -24,6 +24,7 @@ def alexnet(**options: Any) -> MultiHead:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: MultiHead(mlp_trunk(), 100),
+    "mlp-one-head": lambda: nn.Sequential(mlp_trunk(), nn.Linear(100, 10)),
     "conv": lambda: MultiHead(conv_trunk(), 128),
     "conv-norms": lambda: MultiHead(norm_trunk(), 128),
     "alexnet": alexnet,
@@ -61,5 +62,10 @@ RECIPES: dict[str, Recipe] = {
     "permuted-mnist": Recipe(lambda seed: permuted_mnist(seed=seed), "mlp", epochs=5, lr=0.05),
     "rotated-digits": Recipe(lambda seed: rotated_digits(seed=seed), "conv", epochs=3, lr=0.05),
     "glyphs": Recipe(lambda seed: split_glyphs(seed=seed), "alexnet-quarter", epochs=8, lr=0.05, threshold=0.975),
+    # Nobody says which experience a sample is of: the same digits under permutations, and other digits each time.
+    "permuted-mnist-one-head": Recipe(
+        lambda seed: permuted_mnist(seed=seed, multi_head=False), "mlp-one-head", epochs=5, lr=0.05
+    ),
+    "split-mnist-one-head": Recipe(lambda seed: split_mnist(seed, multi_head=False), "mlp-one-head", epochs=3, lr=0.05),
     "coloured-digits": Recipe(lambda seed: coloured_digits(seed=seed), "conv-norms", epochs=4, lr=0.05),
 }
