@@ -451,19 +451,6 @@ def test_saving_in_an_experience_and_beginning_it_again() -> None:
     assert resumed.experience == 2
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"version": 99}, "is 99. Allowed: version"),
-        ({"feature_side": "channel"}, "is 'channel'. Allowed: feature_side='patch'"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_refused(change: dict[str, Any], text: str) -> None:
-    session = stream()
-    with pytest.raises(StateError, match=text):
-        session.load_state_dict({**session.state_dict(), **change})
-
-
 def test_a_full_layer_is_frozen_and_said_once() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     optimizer = torch.optim.AdamW(model.parameters(), 0.05)
