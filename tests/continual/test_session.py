@@ -94,6 +94,33 @@ def run(
         end(session, model, experience)
 
 
+def learned(
+    optimizer: str, config: LanceConfig | None = None, **options: Any
+) -> tuple[nn.Sequential, torch.optim.Optimizer, ContinualSession]:
+    """A network, its optimiser and its session after a first experience."""
+    model, session = network(), stream(config=config, **options)
+    steps = OPTIMIZERS[optimizer](model.parameters())
+    run(session, model, steps, [0])
+    return model, steps, session
+
+
+def learn_batch(
+    session: ContinualSession,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    steps: int = 1,
+    last: Tensor | None = None,
+) -> None:
+    """An experience of one batch, at whose end another one is seen where one is given."""
+    session.begin_experience(model, [lambda: model(x)], [optimizer])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    session.end_experience(model, [lambda: model(x if last is None else last)])
+
+
 def side(module: nn.Module, session: ContinualSession) -> Any:
     variant = reserved_variant(module)
     assert variant is not None
@@ -176,10 +203,7 @@ def test_outputs_for_protected_inputs_stay_through_the_whole_network() -> None:
 
 @pytest.mark.parametrize("reserved", ["full", 5])
 def test_shared_parameters_and_statistics_are_frozen_and_flags_come_back(reserved: Any) -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream(reserved=reserved)
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adamw", reserved=reserved)
     before = snapshot(model)
     ids, groups = [id(p) for p in model.parameters()], [list(map(id, g["params"])) for g in optimizer.param_groups]
     keys = list(model.state_dict())
@@ -203,10 +227,7 @@ def test_shared_parameters_and_statistics_are_frozen_and_flags_come_back(reserve
 
 
 def test_a_truncated_reservation_trains_and_remembers_little() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adam"](model.parameters())
-    session = stream(reserved=5)
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adam", reserved=5)
     begin(session, model, optimizer, 1)
     train(model, optimizer, 1, 1)
     assert not model[6].weight.requires_grad
@@ -218,10 +239,7 @@ def test_a_truncated_reservation_trains_and_remembers_little() -> None:
 
 
 def test_a_truncated_reservation_without_its_optimiser_is_refused() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    session = stream(reserved=5)
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("sgd", reserved=5)
     with pytest.raises(StateError, match=r"0: no optimiser.*optimizers="):
         session.begin_experience(model, [lambda: model(data(1)[0])])
     assert not session.running
@@ -263,10 +281,7 @@ def test_state_dict_in_training_is_the_model_that_runs(reserved: Any) -> None:
     runs = []
     for saving in (False, True):
         torch.manual_seed(0)
-        model = network()
-        optimizer = OPTIMIZERS["adamw"](model.parameters())
-        session = stream(reserved=reserved)
-        run(session, model, optimizer, [0])
+        model, optimizer, session = learned("adamw", reserved=reserved)
         begin(session, model, optimizer, 1)
         train(model, optimizer, 1, 4)
         if saving:
@@ -341,10 +356,7 @@ def test_damped_steps_move_what_the_threshold_leaves_out_less(whole: bool) -> No
 
 @pytest.mark.parametrize("reserved", ["full", 5])
 def test_restoring_or_copying_in_training_keeps_what_was_learned(reserved: Any) -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream(reserved=reserved)
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adamw", reserved=reserved)
     begin(session, model, optimizer, 1)
     train(model, optimizer, 1)
     inputs = data(1)[0]
@@ -357,10 +369,7 @@ def test_restoring_or_copying_in_training_keeps_what_was_learned(reserved: Any) 
 
 
 def test_an_abandoned_experience_keeps_the_promise_and_the_bases() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream()
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adamw")
     protected = session.memories["6"].protected.clone()
     before = model[6].weight.detach().clone()
     begin(session, model, optimizer, 1)
@@ -436,10 +445,7 @@ def test_saving_between_experiences_and_going_on_is_the_uninterrupted_run() -> N
 
 
 def test_saving_in_an_experience_and_beginning_it_again() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adam"](model.parameters())
-    session = stream()
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adam")
     begin(session, model, optimizer, 1)
     train(model, optimizer, 1, 4)
     weights, state = snapshot(model), session.state_dict()
@@ -457,22 +463,15 @@ def test_a_full_layer_is_frozen_and_said_once() -> None:
     session = ContinualSession(options=ContinualConfig(heads=["2"], threshold=0.9999))
     x = torch.randn(64, 4)
 
-    def one() -> None:
-        session.begin_experience(model, [lambda: model(x)], [optimizer])
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-        session.end_experience(model, [lambda: model(x)])
-
     with pytest.warns(LanceWarning, match=r"nearly full after 1 experiences: 0 \(0 of 4 directions free\)"):
-        one()
+        learn_batch(session, model, optimizer, x)
     assert session.capacity()["0"].free == 0
     before, head = model[0].weight.detach().clone(), model[2].weight.detach().clone()
     with pytest.warns(LanceWarning, match="0: 4 of 4 directions are protected; its weight is frozen"):
-        one()
+        learn_batch(session, model, optimizer, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one()
+        learn_batch(session, model, optimizer, x)
     assert torch.equal(model[0].weight, before)
     assert not torch.equal(model[2].weight, head)
 
@@ -503,26 +502,18 @@ def test_what_no_basis_protects_is_frozen_and_named_once() -> None:
     session = ContinualSession(options=ContinualConfig(heads=["classifier"], threshold=0.8))
     tokens = torch.randint(0, 10, (32, 5))
 
-    def one() -> None:
-        session.begin_experience(model, [lambda: model(tokens)], [optimizer])
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(tokens).square().mean().backward()
-            optimizer.step()
-        session.end_experience(model, [lambda: model(tokens)])
-
-    one()
+    learn_batch(session, model, optimizer, tokens, 3)
     assert set(session.memories) == {"body"}
     before = snapshot(model)
     with pytest.warns(LanceWarning, match="no basis can protect them") as caught:
-        one()
+        learn_batch(session, model, optimizer, tokens, 3)
     text = str(next(w.message for w in caught if "no basis" in str(w.message)))
     for name in ("scale", "embedding.weight", "attention.in_proj_weight", "attention.out_proj.weight", "first.weight"):
         assert name in text
     assert "norm" not in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one()
+        learn_batch(session, model, optimizer, tokens, 3)
     after = model.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"body.weight", "classifier.weight", "classifier.bias"}
@@ -551,12 +542,7 @@ def test_what_earlier_experiences_did_not_use_or_have_trains_as_in_a_first_one()
         model.active = active
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         before = snapshot(model)
-        session.begin_experience(model, [lambda: model(x)], [optimizer])
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-        session.end_experience(model, [lambda: model(x)])
+        learn_batch(session, model, optimizer, x, 3)
         after = model.state_dict()
         changed = {key for key in before if not torch.equal(before[key], after[key])}
         if experience < 3:
@@ -581,17 +567,9 @@ def test_a_module_called_twice_is_protected_for_both_inputs() -> None:
     session = ContinualSession(options=ContinualConfig(heads=["head"], threshold=1.0, warn_above=1.0))
     inputs = [torch.randn(32, 1) @ torch.randn(1, 8) for _ in range(2)]
 
-    def one(x: Tensor) -> None:
-        session.begin_experience(model, [lambda: model(x)], [optimizer])
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-        session.end_experience(model, [lambda: model(x)])
-
-    one(inputs[0])
+    learn_batch(session, model, optimizer, inputs[0], 4)
     before = model.body(model.body(inputs[0])).detach()
-    one(inputs[1])
+    learn_batch(session, model, optimizer, inputs[1], 4)
     assert relative_error(model.body(model.body(inputs[0])).detach(), before) < 1e-4
     assert relative_error(model.body(model.body(inputs[1])).detach(), before) > 0.01
 
@@ -615,10 +593,7 @@ def test_fewer_bytes_are_kept_than_without(reserved: Any) -> None:
 
 
 def test_a_layer_that_is_not_compressed_is_protected_all_the_same() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream(config=LanceConfig(rank="compact", layers=["0"]))
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adamw", config=LanceConfig(rank="compact", layers=["0"]))
     before, protected = model[6].weight.detach().clone(), session.memories["6"].protected[0].double()
     run(session, model, optimizer, [1])
     change = (model[6].weight.detach() - before).double()
@@ -637,11 +612,7 @@ def test_a_nearly_full_layer_is_frozen(freeze_above: float, frozen: bool) -> Non
     y = torch.randn(64, 20)
     for _ in range(2):
         before = model[0].weight.detach().clone()
-        session.begin_experience(model, [lambda: model(y)], [optimizer])
-        optimizer.zero_grad()
-        model(y).square().mean().backward()
-        optimizer.step()
-        session.end_experience(model, [lambda: model(x)])
+        learn_batch(session, model, optimizer, y, last=x)
         assert session.capacity()["0"].protected == 15
     assert torch.equal(model[0].weight, before) == frozen
 
