@@ -132,13 +132,20 @@ def test_selecting_comes_back_bit_for_bit_and_an_export_is_a_plain_model(optimiz
         stream.session.export(stream.model, "task 9")
 
 
-def test_weights_that_were_changed_under_a_selection_are_not_overwritten() -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("body.5.weight", r"body\.5.*'task 1'.*select\(model, None\)"),
+        ("body.0.bias", r"body\.0\.bias was changed"),
+    ],
+)
+def test_what_was_changed_under_a_selection_is_not_overwritten(name: str, text: str) -> None:
     stream = Stream()
     stream.learn(0, 1)
     stream.session.select(stream.model, "task 1")
     with torch.no_grad():
-        stream.model.body[5].weight.add_(1.0)
-    with pytest.raises(StateError, match=r"body.5.*'task 1'.*select\(model, None\)"):
+        stream.model.get_parameter(name).add_(1.0)
+    with pytest.raises(StateError, match=text):
         stream.session.select(stream.model, None)
 
 
@@ -176,14 +183,17 @@ def test_a_bad_size_of_steps_is_refused(part: str) -> None:
     assert not is_swapped(other.model)
 
 
-def test_a_stream_that_was_stored_with_a_selection_goes_on_alike() -> None:
-    one = Stream("adamw")
+@pytest.mark.parametrize("norm", [None, lambda: nn.BatchNorm2d(6)], ids=["no norm", "a norm"])
+def test_a_stream_that_was_stored_with_a_selection_goes_on_alike(norm: Any) -> None:
+    one, other = Stream("adamw", norm), Stream("adamw", norm)
     one.learn(0, 1)
     one.session.select(one.model, "task 1")
-    state = one.state()
-    other = Stream("adamw")
-    other.load(state)
+    other.load(one.state())
     assert other.session.selected == "task 1"
+    for own in ("task 0", "task 1"):
+        for stream in (one, other):
+            stream.session.select(stream.model, own)
+        assert same(one.model.state_dict(), other.model.state_dict())
     for stream in (one, other):
         stream.learn(2)
     assert same(one.state(), other.state())

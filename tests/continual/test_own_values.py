@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -124,29 +123,6 @@ def test_of_an_experience_that_did_not_end_nothing_is_left(again: str) -> None:
         other.begin(2)
         other.session.abandon()
         assert same(values(other), before)
-
-
-def test_a_stored_stream_goes_on_with_its_values() -> None:
-    stream, other = normed(), normed()
-    stream.learn(0, 1)
-    stream.session.select(stream.model, "task 1")
-    state = copy.deepcopy(stream.state())
-    other.load(state)
-    assert same(values(other), values(stream))
-    for own in ("task 0", "task 1"):
-        stream.session.select(stream.model, own)
-        other.session.select(other.model, own)
-        assert same(values(other), values(stream))
-
-
-def test_what_was_changed_while_an_experience_was_selected_is_named() -> None:
-    stream = normed()
-    stream.learn(0, 1)
-    stream.session.select(stream.model, "task 1")
-    with torch.no_grad():
-        stream.model.body[0].bias.add_(1.0)
-    with pytest.raises(StateError, match=r"body\.0\.bias was changed"):
-        stream.session.select(stream.model, None)
 
 
 @pytest.mark.parametrize(

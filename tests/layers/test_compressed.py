@@ -13,7 +13,7 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lance import LanceConfig, calibrate, measure_saved_bytes, restore, swap
+from lightning_lance import LanceConfig, measure_saved_bytes, restore, swap
 from lightning_lance.compression.saved_bytes import ModuleNames
 from lightning_lance.compression.store import Bits
 from lightning_lance.compression.surgery import compressed_layers
@@ -21,17 +21,9 @@ from lightning_lance.ops.factors import Factors
 from lightning_lance.tensors.linalg import contrast_scale
 from tests.oracles import batch_mode, projected_input, relative_error
 from tests.stock import make_store
+from tests.swapped import ready
 
 CPU = torch.device("cpu")
-
-
-def ready(model: Any, *inputs: Tensor, **options: Any) -> Any:
-    """Swap and calibrate in place."""
-    swap(model, LanceConfig(**{"rank": "compact", **options}))
-    with calibrate(model):
-        for input in inputs:
-            model(input)
-    return model
 
 
 def backward(model: nn.Module, input: Tensor, grad: Tensor | None = None) -> dict[str, Tensor]:
