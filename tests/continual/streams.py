@@ -18,6 +18,16 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=1e-2),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
 }
+EVERY_OPTIMIZER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05),
+    "momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, weight_decay=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, 3e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+}
+"""Every kind of optimiser; those of the streams below take larger steps."""
+EXACT = LanceConfig(rank=None, bits=None)
 COLUMNS: dict[str, Any] = {"threshold": 0.8, "columns": 0.05, "freeze_above": 1.0}
 
 
@@ -67,8 +77,7 @@ class Stream:
         self.model = Net(norm)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         options = {"heads": ["heads"], **(COLUMNS if named else {}), **options}
-        config = LanceConfig(rank=None, bits=None) if config is None else config
-        self.session = ContinualSession(config, ContinualConfig(**options))
+        self.session = ContinualSession(EXACT if config is None else config, ContinualConfig(**options))
 
     def passes(self, experience: int) -> list[Callable[[], Any]]:
         return [lambda step=step: self.model(batch(experience, step)[0], experience) for step in range(3)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,19 +26,10 @@ from lightning_lance import (
 from lightning_lance.continual import ContinualConfig, ContinualSession, Stage
 from lightning_lance.continual.config import AUTO_DAMPING
 from lightning_lance.continual.layers import Reserved, reserved_variant
+from tests.continual.streams import EVERY_OPTIMIZER, EXACT
 from tests.oracles import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.05),
-    "momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, weight_decay=1e-3),
-    "adam": lambda p: torch.optim.Adam(p, 3e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
-}
-EXACT = LanceConfig(rank=None, bits=None)
 
 
 def network() -> nn.Sequential:
@@ -99,7 +90,7 @@ def learned(
 ) -> tuple[nn.Sequential, torch.optim.Optimizer, ContinualSession]:
     """A network, its optimiser and its session after a first experience."""
     model, session = network(), stream(config=config, **options)
-    steps = OPTIMIZERS[optimizer](model.parameters())
+    steps = EVERY_OPTIMIZER[optimizer](model.parameters())
     run(session, model, steps, [0])
     return model, steps, session
 
@@ -140,10 +131,10 @@ def quiet() -> Iterator[None]:
 
 @pytest.mark.parametrize("feature_side", ["patch", "channel"])
 @pytest.mark.parametrize("reserved", ["full", 4, 0.9])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", list(EVERY_OPTIMIZER))
 def test_no_optimiser_moves_what_is_protected(name: str, reserved: Any, feature_side: Any) -> None:
     model = network()
-    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer = EVERY_OPTIMIZER[name](model.parameters())
     # Few channels are soon full, which would leave nothing to test.
     session = stream(0.8 if feature_side == "patch" else 0.4, reserved=reserved, feature_side=feature_side)
     run(session, model, optimizer, [0])
@@ -183,7 +174,7 @@ def apply(module: Any, inputs: Tensor, view: Any) -> Tensor:
 def test_outputs_for_protected_inputs_stay_through_the_whole_network() -> None:
     """All of a first experience is protected, and the second one learned: biases, norms and statistics included."""
     model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    optimizer = EVERY_OPTIMIZER["adamw"](model.parameters())
     session = stream(threshold=1.0)
     flat = data(0)[0].mean((2, 3), keepdim=True).expand(-1, -1, 8, 8)  # few different patches: not all are taken
     session.begin_experience(model, [lambda: model(flat)], [optimizer])
@@ -388,7 +379,7 @@ def test_an_abandoned_experience_keeps_the_promise_and_the_bases() -> None:
 
 def test_failures_at_either_end_restore_the_model() -> None:
     model = network()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    optimizer = EVERY_OPTIMIZER["sgd"](model.parameters())
     session = stream()
     bad = torch.full((8, 6, 8, 8), float("nan"))
     begin(session, model, optimizer, 0)
@@ -423,7 +414,7 @@ def test_saving_between_experiences_and_going_on_is_the_uninterrupted_run() -> N
     def start() -> tuple[nn.Module, torch.optim.Optimizer, ContinualSession]:
         torch.manual_seed(0)
         model = network()
-        return model, OPTIMIZERS["adam"](model.parameters()), stream()
+        return model, EVERY_OPTIMIZER["adam"](model.parameters()), stream()
 
     model, optimizer, session = start()
     run(session, model, optimizer, [0, 1])
@@ -453,7 +444,7 @@ def test_saving_in_an_experience_and_beginning_it_again() -> None:
     other.load_state_dict(weights)
     resumed.load_state_dict(state)
     assert all(memory.stage is Stage.CONSOLIDATED for memory in resumed.memories.values())
-    run(resumed, other, OPTIMIZERS["adam"](other.parameters()), [1])
+    run(resumed, other, EVERY_OPTIMIZER["adam"](other.parameters()), [1])
     assert resumed.experience == 2
 
 
@@ -577,7 +568,7 @@ def test_a_module_called_twice_is_protected_for_both_inputs() -> None:
 @pytest.mark.parametrize("reserved", ["full", 6])
 def test_fewer_bytes_are_kept_than_without(reserved: Any) -> None:
     model = network()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    optimizer = EVERY_OPTIMIZER["sgd"](model.parameters())
     session = stream(reserved=reserved)
     inputs = torch.randn(64, 6, 8, 8)
     naive = measure_saved_bytes(lambda: model(inputs).sum(), model).total
@@ -646,7 +637,7 @@ def test_a_head_pattern_that_matches_nothing_is_refused() -> None:
 
 def test_a_layer_that_grew_is_refused() -> None:
     model, session = network(), stream()
-    run(session, model, OPTIMIZERS["sgd"](model.parameters()), [0])
+    run(session, model, EVERY_OPTIMIZER["sgd"](model.parameters()), [0])
     model[6] = nn.Linear(90, 32)
     with pytest.raises(StateError, match="6: its memory is for 1 groups of width 108, the layer has 1 of width 90"):
         begin(session, model, None, 1)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lance import ConfigError, ContinualCallback, StateError
 from lightning_lance.continual.layers import reserved_layers
+from tests.continual.streams import EVERY_OPTIMIZER
 from tests.trainers import (
     CLASSES,
     Classifier,
@@ -36,15 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_lance.LanceWarning"),
 ]
 
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.05),
-    "momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9),
-    "adam": lambda p: torch.optim.Adam(p, 3e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
-}
-
 
 def net() -> nn.Sequential:
     return nn.Sequential(
@@ -61,7 +53,7 @@ class Learner(Classifier):
         self.optimizer = optimizer
 
     def configure_optimizers(self) -> Any:
-        return OPTIMIZERS[self.optimizer](self.parameters())
+        return EVERY_OPTIMIZER[self.optimizer](self.parameters())
 
 
 def experience(index: int) -> DataLoader[Any]:
@@ -104,7 +96,7 @@ def assert_only_outside_moves(module: Learner, lance: Any, train: Callable[[], A
 
 
 @pytest.mark.parametrize("reserved", ["full", 6], ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EVERY_OPTIMIZER)
 def test_weights_move_only_outside_of_what_is_protected(optimizer: str, reserved: Any) -> None:
     torch.manual_seed(0)
     module, lance = Learner(optimizer), callback(reserved=reserved)
