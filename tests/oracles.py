@@ -8,7 +8,7 @@ import numpy as np
 import tensorly
 import torch
 from tensorly.tenalg import multi_mode_dot
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lance.ops.factors import Factors
 from lightning_lance.tensors.linalg import group_rotation, sample_groups
@@ -66,6 +66,13 @@ def gradients(
     output = function(leaves[0], leaves[1], leaves[2] if bias is not None else None)
     output.backward(grad)
     return (output.detach(), *[leaf.grad for leaf in leaves if leaf.grad is not None])
+
+
+def parameter_gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of the sum of squares of what a network makes of an input, by name; of what is trained."""
+    net.zero_grad()
+    net(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

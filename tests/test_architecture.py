@@ -143,8 +143,22 @@ def test_optional_packages_are_imported_inside_their_own_adapter_only() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def fresh(script: str) -> list[str]:
-    """Lines that a script prints in a process of its own."""
+def test_the_package_neither_brings_nor_needs_an_optional_package() -> None:
+    """Lightning and torchmetrics themselves import torchvision and matplotlib where these are installed."""
+    script = f"""
+        import os, sys
+        import lightning.pytorch, torchmetrics
+        before = set(sys.modules)
+        if child := os.fork():
+            assert os.waitpid(child, 0)[1] == 0, "it needs one"
+            import lightning_lance
+            print(*sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
+        else:
+            for name in {sorted(OPTIONAL)!r}:
+                sys.modules[name] = None  # importing it now raises ModuleNotFoundError
+            import lightning_lance
+            assert all(hasattr(lightning_lance, name) for name in lightning_lance.__all__)
+        """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         capture_output=True,
@@ -154,37 +168,9 @@ def fresh(script: str) -> list[str]:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    return run.stdout.split()
-
-
-def test_importing_the_package_brings_no_optional_package() -> None:
-    """Lightning and torchmetrics themselves import torchvision and matplotlib where these are installed."""
-    with_ours = fresh(
-        """
-        import sys
-        import lightning.pytorch, torchmetrics
-        before = set(sys.modules)
-        import lightning_lance
-        print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
-        """
-    )
-    assert "lightning_lance" in with_ours
-    assert not set(with_ours) & OPTIONAL
-
-
-def test_the_package_imports_where_no_optional_package_is_installed() -> None:
-    printed = fresh(
-        f"""
-        import sys
-        import lightning.pytorch, torchmetrics  # they look for some of them themselves
-        for name in {sorted(OPTIONAL)!r}:
-            sys.modules[name] = None  # importing it now raises ModuleNotFoundError
-        import lightning_lance
-        assert all(hasattr(lightning_lance, name) for name in lightning_lance.__all__)
-        print("imported")
-        """
-    )
-    assert printed == ["imported"]
+    brought = set(run.stdout.split())
+    assert "lightning_lance" in brought
+    assert not brought & OPTIONAL
 
 
 def test_every_file_in_layers_registers_a_variant() -> None:

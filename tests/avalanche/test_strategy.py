@@ -156,13 +156,6 @@ def test_a_head_by_name_trains_freely() -> None:
     assert not torch.equal(strategy.model.classifier.bias, before)
 
 
-def test_several_experiences_in_one_call() -> None:
-    strategy, stream = LanceStrategy(threshold=0.9, **settings(MultiHead())), class_stream()
-    strategy.train(stream.train_stream)
-    assert strategy.lance.session.experience == 3
-    assert not is_swapped(strategy.model)
-
-
 @pytest.mark.parametrize(("every", "mode"), [(1, "epoch"), (2, "iteration"), (0, "epoch")])
 def test_evaluation_within_training_sees_the_model_that_trains(every: int, mode: str) -> None:
     """Heads of later tasks appear while it evaluates."""
@@ -434,7 +427,9 @@ def test_the_evaluator_sees_the_same_accuracy_before_and_after_the_end_of_an_exp
     strategy = LanceStrategy(
         plugins=[Probe()], threshold=0.9, rule="threshold", **settings(MultiHead(), evaluator=evaluator())
     )
-    strategy.train(stream.train_stream)
+    strategy.train(stream.train_stream)  # several experiences in one call
+    assert strategy.lance.session.experience == 3
+    assert not is_swapped(strategy.model)
     for experience in range(3):
         last_epoch, folded = seen[(EPOCHS + 1) * (experience + 1) - 2], seen[(EPOCHS + 1) * (experience + 1) - 1]
         assert torch.allclose(last_epoch, folded, atol=1e-5)

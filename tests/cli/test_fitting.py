@@ -16,6 +16,7 @@ from lightning_lance import ConfigError, LanceCallback
 from lightning_lance.cli import main
 from lightning_lance.cli.fitting import STEPS, Measured, Setting, _Cut, _table, measure, settings
 from tests.cli.small import QUIET, SmallData, SmallModule
+from tests.cli.tool import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +108,6 @@ def test_table_says_which_fit() -> None:
 
 @pytest.fixture
 def config(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys, "argv", ["lightning-lance"])
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     path = cwd / "config.yaml"
     model, data = {"class_path": "tests.cli.small.SmallModule"}, {"class_path": "tests.cli.small.SmallData"}
@@ -126,6 +126,5 @@ def test_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_not_a_number_of_bytes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["profile", "--config", str(config), "--fit=3XB"])
-    assert "fit='3XB' is not a number of bytes" in capsys.readouterr().err
+    line = refused(capsys, "profile", "--config", str(config), "--fit=3XB")
+    assert "fit='3XB' is not a number of bytes" in line

@@ -21,6 +21,7 @@ from lightning_lance.cli import main
 from lightning_lance.cli.app import LanceCLI, LanceTrainer
 from lightning_lance.cli.messages import readable
 from tests.cli.small import BATCH, QUIET, SmallData, SmallModule
+from tests.cli.tool import fitted, printed, refused
 
 OPTIONS = list(inspect.signature(LanceCallback).parameters)
 # A value of each option that is not its default.
@@ -43,11 +44,6 @@ VALUES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-lance"])
-
-
 @pytest.fixture
 def config(cwd: Path) -> Path:
     """A configuration of the small module that trains quietly."""
@@ -63,60 +59,37 @@ def config(cwd: Path) -> Path:
     return path
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
-    """The one line with which the tool leaves."""
-    with pytest.raises(SystemExit) as left:
-        main(args)
-    assert left.value.code == code
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if line.startswith("lightning-lance: error: ")]
-    assert lines[-1:] == errors
-    assert "Traceback" not in "".join(lines)
-    return errors[0].removeprefix("lightning-lance: error: ")
-
-
 class TestSubcommands:
-    def test_fit_trains_compressed_and_restores(self, config: Path) -> None:
-        cli = LanceCLI(["fit", "--config", str(config)])
-        [callback] = [found for found in cli.trainer.callbacks if isinstance(found, LanceCallback)]
+    @pytest.mark.parametrize(
+        ("options", "projected", "by"),
+        [
+            ({}, [], "flag"),
+            ({"rank": 0.8, "layers": 2, "bits": 8}, ["net.2", "net.5"], "flag"),
+            ({"preset": "published"}, ["net.0", "net.2"], "flag"),
+            ({"preset": "published"}, ["net.0", "net.2"], "file"),
+        ],
+        ids=lambda value: str(value),
+    )
+    def test_a_fit_equals_the_callback_in_python(
+        self, config: Path, options: dict[str, Any], projected: list[str], by: str
+    ) -> None:
+        flags = [f"--lance.{name}={value}" for name, value in options.items()]
+        if by == "file":
+            content = yaml.safe_load(config.read_text())
+            config.write_text(yaml.safe_dump({**content, "lance": {**content["lance"], **options}}))
+            flags = []
+        cli = LanceCLI(["fit", "--config", str(config), *flags])
+        [found] = [found for found in cli.trainer.callbacks if isinstance(found, LanceCallback)]
+        callback = LanceCallback(**options, calibration_batches=2, verbose=False)
+        module = fitted(callback)
         assert cli.trainer.global_step == 128 // BATCH
-        assert callback.report is not None
-        assert callback.report.ratio > 1
+        for one in (found, callback):
+            assert one.report is not None
+            assert one.report.ratio > 1
+            assert [layer.name for layer in one.report.layers] == projected
         assert not is_swapped(cli.model)
-
-    def test_fit_equals_the_callback_in_python(self, config: Path) -> None:
-        cli = LanceCLI(["fit", "--config", str(config), "--lance.rank=0.8", "--lance.layers=2", "--lance.bits=8"])
-        import lightning.pytorch as pl
-
-        pl.seed_everything(7, workers=True)
-        data, module = SmallData(), SmallModule()
-        callback = LanceCallback(rank=0.8, layers=2, bits=8, calibration_batches=2, verbose=False)
-        pl.Trainer(**QUIET, callbacks=[callback]).fit(module, data)
         for name, weight in cli.model.state_dict().items():
             assert torch.equal(weight, module.state_dict()[name]), name
-
-    def test_a_preset_is_one_word_by_flag_and_by_yaml(self, config: Path) -> None:
-        content = yaml.safe_load(config.read_text())
-        by_yaml = config.with_name("preset.yaml")
-        by_yaml.write_text(yaml.safe_dump({**content, "lance": {**content["lance"], "preset": "published"}}))
-        fits = [
-            LanceCLI(["fit", "--config", str(config), "--lance.preset=published"]),
-            LanceCLI(["fit", "--config", str(by_yaml)]),
-        ]
-        import lightning.pytorch as pl
-
-        pl.seed_everything(7, workers=True)
-        module = SmallModule()
-        callback = LanceCallback(preset="published", calibration_batches=2, verbose=False)
-        pl.Trainer(**QUIET, callbacks=[callback]).fit(module, SmallData())
-        assert callback.report is not None
-        assert [layer.name for layer in callback.report.layers] == ["net.0", "net.2"]
-        for cli in fits:
-            assert not is_swapped(cli.model)
-            for name, weight in cli.model.state_dict().items():
-                assert torch.equal(weight, module.state_dict()[name]), name
-        cli = LanceCLI(["profile", "--config", str(by_yaml)])
-        assert cli.trainer.global_step == 1
 
     @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
     def test_evaluation_runs(self, config: Path, subcommand: str) -> None:
@@ -152,14 +125,17 @@ class TestOptions:
     def test_values_cover_every_option(self) -> None:
         assert set(VALUES) == set(OPTIONS)
 
-    @pytest.mark.parametrize("name", OPTIONS)
-    def test_by_flag_and_by_yaml(self, config: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-        value = VALUES[name]
-        flag = json.dumps(value) if not isinstance(value, str) else value
-        text = printed(capsys, "fit", "--config", str(config), f"--lance.{name}={flag}")
-        assert yaml.safe_load(text)["lance"][name] == value
+    @pytest.mark.parametrize("alone", [True, False], ids=["preset", "all others"])
+    def test_by_flag_and_by_yaml(self, config: Path, capsys: pytest.CaptureFixture[str], alone: bool) -> None:
+        values = {name: value for name, value in VALUES.items() if (name == "preset") == alone}  # it contradicts some
+        flags = [
+            f"--lance.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
+        ]
+        text = printed(capsys, "fit", "--config", str(config), *flags)
+        found = yaml.safe_load(text)["lance"]
+        assert {name: found[name] for name in values} == values
         content = yaml.safe_load(config.read_text())
-        content["lance"][name] = value
+        content["lance"].update(values)
         config.write_text(yaml.safe_dump(content))
         assert printed(capsys, "fit", "--config", str(config)) == text
 
@@ -188,13 +164,6 @@ class TestOptions:
         again.write_text(first)
         assert printed(capsys, subcommand, "--config", str(again)) == first
         assert set(yaml.safe_load(first)["lance"]) == set(OPTIONS)
-
-
-def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    with pytest.raises(SystemExit) as left:
-        main([*args, "--print_config"])
-    assert left.value.code == 0
-    return capsys.readouterr().out
 
 
 class TestMessages:
@@ -300,17 +269,14 @@ class TestProfile:
             assert sum(found[key]["by_op"].values()) == found[key]["total"]
             assert sum(found[key]["by_module"].values()) == found[key]["total"]
 
-    @pytest.mark.parametrize(("rank", "steps"), [("auto", 1), ("compact", 3)])
-    def test_gives_the_weights_back_and_writes_nothing(self, config: Path, cwd: Path, rank: str, steps: int) -> None:
+    @pytest.mark.parametrize(("option", "steps"), [("rank=auto", 1), ("rank=compact", 3), ("preset=published", 1)])
+    def test_gives_the_weights_back_and_writes_nothing(self, config: Path, cwd: Path, option: str, steps: int) -> None:
         before = sorted(cwd.rglob("*"))
-        cli = LanceCLI(["profile", "--config", str(config), "--trainer.logger=true", f"--lance.rank={rank}"])
+        cli = LanceCLI(["profile", "--config", str(config), "--trainer.logger=true", f"--lance.{option}"])
         assert sorted(cwd.rglob("*")) == before
         assert cli.trainer.global_step == steps
         assert not is_swapped(cli.model)
-        import lightning.pytorch as pl
-
-        pl.seed_everything(7, workers=True)
-        for name, weight in SmallModule().state_dict().items():
+        for name, weight in fitted().state_dict().items():
             assert torch.equal(weight, cli.model.state_dict()[name]), name
 
     @pytest.mark.parametrize("rank", ["auto", {"batch": 4}], ids=str)

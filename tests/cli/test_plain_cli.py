@@ -16,6 +16,7 @@ from lightning_lance import ContinualCallback, LanceCallback, LanceConfig, is_sw
 from lightning_lance.subspaces.ranks import RankRules
 from lightning_lance.trainer.callback import CallbackOptions
 from tests.cli.small import QUIET, SmallData, SmallModule
+from tests.cli.tool import fitted
 
 TRAINER = [f"--trainer.{name}={str(value).lower()}" for name, value in QUIET.items()]
 CLASS = "lightning_lance.LanceCallback"
@@ -178,8 +179,6 @@ class TestContinual:
 
 class TestRuns:
     def test_a_fit_equals_the_one_in_python(self, cwd: Path) -> None:
-        import lightning.pytorch as pl
-
         rank = {"net.0": 4, "net.2": {"batch": 8, "spatial": 0.8}, "net.5": 0.9}
         options = {"rank": rank, "layers": ["net.0", "net.2", "net.5"], "calibration_batches": 2, "verbose": False}
         cli = user_cli(written(cwd, [entry(**options)]), run=True)
@@ -190,9 +189,7 @@ class TestRuns:
         assert cores["net.0"] == (4, 3, 4, 4)  # the rank is clipped to the size of a mode
         assert cores["net.2"][:2] == (8, 8)
 
-        pl.seed_everything(7, workers=True)
-        data, module = SmallData(), SmallModule()
-        pl.Trainer(**QUIET, callbacks=[LanceCallback(**options)]).fit(module, data)
+        module = fitted(LanceCallback(**options))
         for name, weight in cli.model.state_dict().items():
             assert torch.equal(weight, module.state_dict()[name]), name
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback
 
 from lightning_lance import ContinualCallback, LanceWarning
 from lightning_lance.cli import main
 from lightning_lance.cli.stream import StreamCLI
 from lightning_lance.streams import AvalancheDataModule, StreamRunner
+from tests.avalanche.runs import KillAt
+from tests.cli.tool import printed, refused
 from tests.processes import in_process
 
 LANCE = [name for name in inspect.signature(ContinualCallback).parameters if name != "options"]
@@ -54,11 +53,6 @@ VALUES: dict[str, Any] = {
 pytestmark = pytest.mark.filterwarnings("ignore:.*task-aware|.*nearly full")
 
 
-@pytest.fixture(autouse=True)
-def argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-lance"])
-
-
 @pytest.fixture
 def config(cwd: Path) -> Path:
     """Three experiences of 32 points, two epochs each."""
@@ -76,22 +70,6 @@ def config(cwd: Path) -> Path:
     path = cwd / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
-    with pytest.raises(SystemExit) as left:
-        main(["stream", *args])
-    assert left.value.code == code
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert len(line) < 500
-    return line.removeprefix("lightning-lance: error: ")
-
-
-def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    with pytest.raises(SystemExit) as left:
-        main(["stream", *args, "--print_config"])
-    assert left.value.code == 0
-    return capsys.readouterr().out
 
 
 def final(root: Path) -> dict[str, Any]:
@@ -177,7 +155,7 @@ class TestResume:
             ("--lance.rank={batch: 2}", ['lance.rank="auto" there', '{"batch": 2} asked for']),
             ("--trainer.max_epochs=3", ["trainer.max_epochs=2 there, 3"]),
         ):
-            line = refused(capsys, "--config", str(config), flag, code=1)
+            line = refused(capsys, "stream", "--config", str(config), flag, code=1)
             for part in [*wanted, "--stream.restart=true"]:
                 assert part in line
         main(["stream", "--config", str(config), "--stream.checkpoint_every=5"])  # changes no result
@@ -188,7 +166,9 @@ class TestResume:
     def test_a_mistake_before_any_training_leaves_nothing_to_go_on_from(
         self, config: Path, cwd: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert "lance.layers='nothing'" in refused(capsys, "--config", str(config), "--lance.layers=nothing", code=1)
+        assert "lance.layers='nothing'" in refused(
+            capsys, "stream", "--config", str(config), "--lance.layers=nothing", code=1
+        )
         assert (cwd / "run" / "start.ckpt").is_file()
         main(["stream", "--config", str(config)])
         assert "ACC" in capsys.readouterr().out
@@ -250,7 +230,7 @@ class TestConfigFile:
     ) -> None:
         main(["stream", "--config", str(config)])
         (cwd / "run" / "config.yaml").unlink()
-        line = refused(capsys, "--config", str(config), "--lance.threshold=0.5", code=1)
+        line = refused(capsys, "stream", "--config", str(config), "--lance.threshold=0.5", code=1)
         assert 'lance.threshold="auto" there, 0.5 asked for' in line
 
     def test_a_folder_of_the_users_is_refused_in_one_line(
@@ -258,7 +238,7 @@ class TestConfigFile:
     ) -> None:
         (cwd / "run").mkdir()
         (cwd / "run" / "results.json").write_text("{}")
-        line = refused(capsys, "--config", str(config), code=1)
+        line = refused(capsys, "stream", "--config", str(config), code=1)
         assert "holds results.json, which this stream has not written" in line
         assert [path.name for path in (cwd / "run").iterdir()] == ["results.json"]
 
@@ -266,7 +246,7 @@ class TestConfigFile:
 class TestOptions:
     def test_by_flag_and_by_yaml_and_printed(self, config: Path, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
         flags = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in VALUES.items()]
-        text = printed(capsys, "--config", str(config), *flags)
+        text = printed(capsys, "stream", "--config", str(config), *flags)
         content = yaml.safe_load(config.read_text())
         for name, value in VALUES.items():
             group, _, key = name.rpartition(".")
@@ -274,20 +254,20 @@ class TestOptions:
             assert (found[group] if group else found)[key] == value, name
             (content[group] if group else content)[key] = value
         config.write_text(yaml.safe_dump(content))
-        assert printed(capsys, "--config", str(config)) == text
+        assert printed(capsys, "stream", "--config", str(config)) == text
         # What is printed loads back unchanged.
         again = cwd / "again.yaml"
         again.write_text(text)
-        assert printed(capsys, "--config", str(again)) == text
+        assert printed(capsys, "stream", "--config", str(again)) == text
 
     def test_a_printed_optimiser_loads_back_unchanged(
         self, config: Path, cwd: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        text = printed(capsys, "--config", str(config), "--model.optimizer=torch.optim.AdamW")
+        text = printed(capsys, "stream", "--config", str(config), "--model.optimizer=torch.optim.AdamW")
         assert yaml.safe_load(text)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0.01
         again = cwd / "again.yaml"
         again.write_text(text)
-        assert printed(capsys, "--config", str(again)) == text
+        assert printed(capsys, "stream", "--config", str(again)) == text
 
     def test_help_explains_every_option(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
@@ -325,21 +305,18 @@ class TestMessages:
         ],
     )
     def test_a_bad_flag(self, config: Path, capsys: pytest.CaptureFixture[str], flag: str, wanted: list[str]) -> None:
-        line = refused(capsys, "--config", str(config), flag)
+        line = refused(capsys, "stream", "--config", str(config), flag)
         for part in wanted:
             assert part in line
 
     def test_a_pattern_that_matches_nothing(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        line = refused(capsys, "--config", str(config), "--lance.heads=nothing.*", code=1)
+        line = refused(capsys, "stream", "--config", str(config), "--lance.heads=nothing.*", code=1)
         assert "lance.heads='nothing.*'" in line
         assert "network" in line
 
 
-class KillOnce(Callback):
-    """Ends the process as a power cut would, once, in the middle of the second experience."""
+class KillOnce(KillAt):
+    """As the command line takes it: in the middle of the second experience."""
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        flag = Path("killed")
-        if trainer.datamodule.experience == 1 and trainer.global_step == 5 and not flag.exists():
-            flag.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(self) -> None:
+        super().__init__(1, 5, Path("killed"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,25 +51,68 @@ torch.ones(30 << 18)  # once it is freed, the threshold is 30 MiB
 """
 
 
-def process(script: str, **environment: str) -> list[str]:
-    """Words that a script prints."""
+def surroundings(**more: str) -> dict[str, str]:
     root = str(Path(lightning_lance.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def process(script: str, **environment: str) -> list[str]:
+    """Words that a script prints, in a process that starts in this environment."""
     found = subprocess.run(
         [sys.executable, "-c", HELPERS + textwrap.dedent(script)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env=surroundings(**environment),
         check=False,
     )
     assert found.returncode == 0, found.stderr
     return found.stdout.split()
 
 
+SERVER = """
+import json, os, signal, sys
+import lightning, lightning_lance, torch
+for line in sys.stdin:
+    if not (child := os.fork()):
+        signal.alarm(300)
+        exec(json.loads(line), {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    print("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Callable[[str], list[str]]]:
+    """Words that a script prints, in a process that is forked from one that has imported all and done nothing yet."""
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=surroundings()
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        pipe, lines = server.stdin, server.stdout
+
+        def run(script: str) -> list[str]:
+            pipe.write(json.dumps(HELPERS + textwrap.dedent(script)) + "\n")
+            pipe.flush()
+            found: list[str] = []
+            for line in lines:
+                if line.startswith("exit "):
+                    assert line == "exit 0\n"
+                    return found
+                found += line.split()
+            raise AssertionError("the server has ended")
+
+        yield run
+        pipe.close()
+
+
 @glibc
-def test_freed_memory_goes_back_inside_of_the_block_and_stays_outside_of_it() -> None:
-    inside, outside = process(
+def test_freed_memory_goes_back_inside_of_the_block_and_stays_outside_of_it(forked: Callable[[str], list[str]]) -> None:
+    inside, outside = forked(
         """
         with freed_memory():
             print(rest())
@@ -79,8 +124,8 @@ def test_freed_memory_goes_back_inside_of_the_block_and_stays_outside_of_it() ->
 
 
 @glibc
-def test_freed_memory_is_kept_where_that_is_asked_for() -> None:
-    stock, kept = process(
+def test_freed_memory_is_kept_where_that_is_asked_for(forked: Callable[[str], list[str]]) -> None:
+    stock, kept = forked(
         """
         print(rest(40, 5))
         with freed_memory("kept"):
@@ -92,8 +137,8 @@ def test_freed_memory_is_kept_where_that_is_asked_for() -> None:
 
 
 @glibc
-def test_blocks_may_overlap_and_the_one_entered_last_counts() -> None:
-    found = process(
+def test_blocks_may_overlap_and_the_one_entered_last_counts(forked: Callable[[str], list[str]]) -> None:
+    found = forked(
         """
         from lightning_lance.compression.allocator import hold, let_go
         one, other = hold("returned"), hold("returned")
@@ -143,8 +188,8 @@ def fit(module, *callbacks):
 
 
 @glibc
-def test_a_fit_returns_memory_where_it_is_asked_to_and_no_longer() -> None:
-    found = process(
+def test_a_fit_returns_memory_where_it_is_asked_to_and_no_longer(forked: Callable[[str], list[str]]) -> None:
+    found = forked(
         FIT
         + textwrap.dedent(
             """
@@ -166,7 +211,7 @@ def test_a_fit_returns_memory_where_it_is_asked_to_and_no_longer() -> None:
 
 
 @glibc
-def test_the_peak_of_a_process_falls() -> None:
+def test_the_peak_of_a_process_falls(forked: Callable[[str], list[str]]) -> None:
     script = """
     from torch import nn
     from lightning_lance import LanceConfig, LanceSession
@@ -185,7 +230,7 @@ def test_the_peak_of_a_process_falls() -> None:
     print(status("VmHWM") - idle)
     session.stop()
     """
-    off, on = (float(process(script.format(choice))[0]) for choice in (False, True))
+    off, on = (float(forked(script.format(choice))[0]) for choice in (False, True))
     assert on < 0.75 * off
 
 

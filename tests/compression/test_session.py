@@ -21,6 +21,7 @@ from lightning_lance import (
     measure_saved_bytes,
 )
 from lightning_lance.compression.session import Stage
+from tests.oracles import parameter_gradients
 from tests.trainers import assert_restored, small_net, snapshot, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,13 +48,6 @@ def train(session: LanceSession, batches: list[Tensor]) -> None:
         with session.step():
             loss = session.model(x).square().mean()
         loss.backward()
-
-
-def step(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of one training step without rounding."""
-    net.zero_grad()
-    net(x).square().sum().backward()
-    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
 def factors(session: LanceSession) -> dict[str, list[Tensor]]:
@@ -112,7 +106,7 @@ def test_first_steps_define_the_subspaces() -> None:
 def test_observed_steps_are_plain_ones_without_rounding() -> None:
     net, x = small_net().double(), torch.randn(16, 3, 8, 8).double()
     net[6].p = 0.0
-    plain = step(net, x)
+    plain = parameter_gradients(net, x)
     net.zero_grad()
     session = started(net, bits=None)
     with session.step():
@@ -186,7 +180,7 @@ def test_refresh_does_not_disturb_a_graph_that_is_still_open() -> None:
     session = calibrated(net, rank=2)
     order = session.layers["3"]._lance.order.state
     drawn = order.clone()
-    expected = step(net, x)
+    expected = parameter_gradients(net, x)
     order.copy_(drawn)
     net.zero_grad()
     loss = net(x).square().sum()
@@ -264,7 +258,7 @@ def test_the_report_is_that_of_a_step(rank: Any) -> None:
 def test_nothing_rounded_is_exact_and_keeps_less() -> None:
     net, x = small_net(), images(1)[0]
     torch.manual_seed(0)
-    plain = step(net, x)
+    plain = parameter_gradients(net, x)
     net.zero_grad()
     session = started(net, rank=None, bits=None)
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from lightning_lance import LanceConfig, LanceSession, PlanError, StateError, calibrate, is_swapped, plan, restore, swap
 from lightning_lance.compression.surgery import compressed_layers
 from lightning_lance.layers import registry
+from tests.swapped import ready
 
 COMPACT = LanceConfig(rank="compact")
 
@@ -65,14 +66,6 @@ def assert_equal_facts(one: dict[str, Any], other: dict[str, Any], but: tuple[st
             assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
         else:
             assert one[key] == other[key], key
-
-
-def ready(model: Any, *inputs: Tensor, **options: Any) -> Any:
-    swap(model, LanceConfig(**options))
-    with calibrate(model):
-        for input in inputs:
-            model(input)
-    return model
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lightning_lance import StateError
 from lightning_lance.continual import ContinualConfig, ContinualSession, LayerAccount, LayerMemory, plot_capacity
 from lightning_lance.continual.rules.columns import Columns
 from lightning_lance.tensors.units import format_bytes
-from tests.continual.test_columns import Stream, batch
+from tests.continual.streams import Stream, batch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,103 +13,13 @@ from torch import Tensor, nn
 from lightning_lance import LanceConfig, StateError, is_swapped
 from lightning_lance.continual import ContinualConfig, ContinualSession
 from lightning_lance.continual.layers import Reserved
+from tests.continual.streams import OPTIMIZERS, Net, Stream, batch
+from tests.mutations import same
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::lightning_lance.LanceWarning"),
 ]
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=1e-2),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-}
-
-
-class Net(nn.Module):
-    """Convolutions, one of them in groups, and a head for each experience."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(
-            nn.Conv2d(2, 6, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(6, 6, 3, padding=1, groups=2),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(150, 16),
-            nn.ReLU(),
-        )
-        self.heads = nn.ModuleList(nn.Linear(16, 3) for _ in range(4))
-
-    def forward(self, inputs: Tensor, experience: int) -> Tensor:
-        result: Tensor = self.heads[experience](self.body(inputs))
-        return result
-
-
-def batch(experience: int, step: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 * experience + step)
-    planes = torch.randn(4, 50, generator=torch.Generator().manual_seed(experience))
-    common = torch.randn(3, 50, generator=torch.Generator().manual_seed(77))  # directions that all share
-    found = torch.randn(24, 7, generator=generator) @ torch.cat([planes, common])
-    return found.view(24, 2, 5, 5), torch.randint(3, (24,), generator=generator)
-
-
-class Stream:
-    """A model, its optimiser and its session."""
-
-    def __init__(self, optimizer: str = "sgd", **options: Any) -> None:
-        self.model = Net()
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        options = {"threshold": 0.8, "columns": 0.05, "heads": ["heads"], "freeze_above": 1.0, **options}
-        config = LanceConfig(rank=None, bits=None)
-        self.session = ContinualSession(config, ContinualConfig(**options))
-
-    def passes(self, experience: int) -> list[Callable[[], Any]]:
-        return [lambda step=step: self.model(batch(experience, step)[0], experience) for step in range(3)]
-
-    def begin(self, experience: int, own: str | None = None, **more: Any) -> None:
-        own = f"task {experience}" if own is None else own
-        self.session.begin_experience(self.model, self.passes(experience), [self.optimizer], own=own, **more)
-
-    def train(self, experience: int, start: int = 0, stop: int = 6) -> None:
-        for step in range(start, stop):
-            inputs, labels = batch(experience, step)
-            self.optimizer.zero_grad()
-            F.cross_entropy(self.model(inputs, experience), labels).backward()
-            self.optimizer.step()
-
-    def end(self, experience: int) -> None:
-        self.session.end_experience(self.model, self.passes(experience))
-
-    def learn(self, *experiences: int) -> None:
-        for experience in experiences:
-            self.begin(experience)
-            self.train(experience)
-            self.end(experience)
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: self.model.get_submodule(name).weight.detach().clone() for name in self.session.memories}
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, through safe loading."""
-        file = io.BytesIO()
-        found = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "session": self.session.state_dict(),
-            "running": self.session.running_state(),
-        }
-        torch.save(found, file)
-        file.seek(0)
-        loaded: dict[str, Any] = torch.load(file, weights_only=True)
-        return loaded
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.session.load_state_dict(state["session"])
 
 
 def rows(weight: Tensor, groups: int) -> Tensor:
@@ -121,16 +29,6 @@ def rows(weight: Tensor, groups: int) -> Tensor:
 def products(stream: Stream, bases: dict[str, Tensor]) -> dict[str, Tensor]:
     """``W M`` in float64, for bases ``(groups, K, m)``."""
     return {name: rows(weight, bases[name].shape[0]) @ bases[name] for name, weight in stream.weights().items()}
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 @pytest.mark.parametrize("options", [{}, {"damping": 0.5}, {"reserved": 12}, {"damping": 0.5, "reserved": 12}])
@@ -234,13 +132,20 @@ def test_selecting_comes_back_bit_for_bit_and_an_export_is_a_plain_model(optimiz
         stream.session.export(stream.model, "task 9")
 
 
-def test_weights_that_were_changed_under_a_selection_are_not_overwritten() -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("body.5.weight", r"body\.5.*'task 1'.*select\(model, None\)"),
+        ("body.0.bias", r"body\.0\.bias was changed"),
+    ],
+)
+def test_what_was_changed_under_a_selection_is_not_overwritten(name: str, text: str) -> None:
     stream = Stream()
     stream.learn(0, 1)
     stream.session.select(stream.model, "task 1")
     with torch.no_grad():
-        stream.model.body[5].weight.add_(1.0)
-    with pytest.raises(StateError, match=r"body.5.*'task 1'.*select\(model, None\)"):
+        stream.model.get_parameter(name).add_(1.0)
+    with pytest.raises(StateError, match=text):
         stream.session.select(stream.model, None)
 
 
@@ -273,38 +178,22 @@ def test_a_bad_size_of_steps_is_refused(part: str) -> None:
     sizes = layers["body.5"]["steps"]
     layers["body.5"]["steps"] = {"steps": "0.5", "wide": sizes[:, 1:], "above": sizes + 1.0}[part]
     other = Stream("adamw")
-    other.load(state)
     with pytest.raises(StateError, match=r"'body.5'.*'steps'"):
-        other.session.resume_experience(other.model, state["running"], [other.optimizer])
+        other.resume(state)
     assert not is_swapped(other.model)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("options", [{}, {"damping": 0.5}, {"reserved": 12}])
-def test_resumed_within_an_experience_equals_uninterrupted(optimizer: str, options: dict[str, Any]) -> None:
-    one = Stream(optimizer, **options)
-    one.learn(0, 1)
-    one.begin(2)
-    one.train(2, 0, 3)
-    state = one.state()
-    other = Stream(optimizer, **options)
-    other.load(state)
-    other.session.resume_experience(other.model, state["running"], [other.optimizer])
-    for stream in (one, other):
-        stream.train(2, 3, 6)
-        stream.end(2)
-        stream.learn(3)
-    assert same(one.state(), other.state())
-
-
-def test_a_stream_that_was_stored_with_a_selection_goes_on_alike() -> None:
-    one = Stream("adamw")
+@pytest.mark.parametrize("norm", [None, lambda: nn.BatchNorm2d(6)], ids=["no norm", "a norm"])
+def test_a_stream_that_was_stored_with_a_selection_goes_on_alike(norm: Any) -> None:
+    one, other = Stream("adamw", norm), Stream("adamw", norm)
     one.learn(0, 1)
     one.session.select(one.model, "task 1")
-    state = one.state()
-    other = Stream("adamw")
-    other.load(state)
+    other.load(one.state())
     assert other.session.selected == "task 1"
+    for own in ("task 0", "task 1"):
+        for stream in (one, other):
+            stream.session.select(stream.model, own)
+        assert same(one.model.state_dict(), other.model.state_dict())
     for stream in (one, other):
         stream.learn(2)
     assert same(one.state(), other.state())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,19 +26,10 @@ from lightning_lance import (
 from lightning_lance.continual import ContinualConfig, ContinualSession, Stage
 from lightning_lance.continual.config import AUTO_DAMPING
 from lightning_lance.continual.layers import Reserved, reserved_variant
+from tests.continual.streams import EVERY_OPTIMIZER, EXACT
 from tests.oracles import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.05),
-    "momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, weight_decay=1e-3),
-    "adam": lambda p: torch.optim.Adam(p, 3e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
-}
-EXACT = LanceConfig(rank=None, bits=None)
 
 
 def network() -> nn.Sequential:
@@ -94,6 +85,33 @@ def run(
         end(session, model, experience)
 
 
+def learned(
+    optimizer: str, config: LanceConfig | None = None, **options: Any
+) -> tuple[nn.Sequential, torch.optim.Optimizer, ContinualSession]:
+    """A network, its optimiser and its session after a first experience."""
+    model, session = network(), stream(config=config, **options)
+    steps = EVERY_OPTIMIZER[optimizer](model.parameters())
+    run(session, model, steps, [0])
+    return model, steps, session
+
+
+def learn_batch(
+    session: ContinualSession,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    steps: int = 1,
+    last: Tensor | None = None,
+) -> None:
+    """An experience of one batch, at whose end another one is seen where one is given."""
+    session.begin_experience(model, [lambda: model(x)], [optimizer])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    session.end_experience(model, [lambda: model(x if last is None else last)])
+
+
 def side(module: nn.Module, session: ContinualSession) -> Any:
     variant = reserved_variant(module)
     assert variant is not None
@@ -113,10 +131,10 @@ def quiet() -> Iterator[None]:
 
 @pytest.mark.parametrize("feature_side", ["patch", "channel"])
 @pytest.mark.parametrize("reserved", ["full", 4, 0.9])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", list(EVERY_OPTIMIZER))
 def test_no_optimiser_moves_what_is_protected(name: str, reserved: Any, feature_side: Any) -> None:
     model = network()
-    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer = EVERY_OPTIMIZER[name](model.parameters())
     # Few channels are soon full, which would leave nothing to test.
     session = stream(0.8 if feature_side == "patch" else 0.4, reserved=reserved, feature_side=feature_side)
     run(session, model, optimizer, [0])
@@ -156,7 +174,7 @@ def apply(module: Any, inputs: Tensor, view: Any) -> Tensor:
 def test_outputs_for_protected_inputs_stay_through_the_whole_network() -> None:
     """All of a first experience is protected, and the second one learned: biases, norms and statistics included."""
     model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    optimizer = EVERY_OPTIMIZER["adamw"](model.parameters())
     session = stream(threshold=1.0)
     flat = data(0)[0].mean((2, 3), keepdim=True).expand(-1, -1, 8, 8)  # few different patches: not all are taken
     session.begin_experience(model, [lambda: model(flat)], [optimizer])
@@ -176,10 +194,7 @@ def test_outputs_for_protected_inputs_stay_through_the_whole_network() -> None:
 
 @pytest.mark.parametrize("reserved", ["full", 5])
 def test_shared_parameters_and_statistics_are_frozen_and_flags_come_back(reserved: Any) -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream(reserved=reserved)
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adamw", reserved=reserved)
     before = snapshot(model)
     ids, groups = [id(p) for p in model.parameters()], [list(map(id, g["params"])) for g in optimizer.param_groups]
     keys = list(model.state_dict())
@@ -203,10 +218,7 @@ def test_shared_parameters_and_statistics_are_frozen_and_flags_come_back(reserve
 
 
 def test_a_truncated_reservation_trains_and_remembers_little() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adam"](model.parameters())
-    session = stream(reserved=5)
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adam", reserved=5)
     begin(session, model, optimizer, 1)
     train(model, optimizer, 1, 1)
     assert not model[6].weight.requires_grad
@@ -218,10 +230,7 @@ def test_a_truncated_reservation_trains_and_remembers_little() -> None:
 
 
 def test_a_truncated_reservation_without_its_optimiser_is_refused() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    session = stream(reserved=5)
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("sgd", reserved=5)
     with pytest.raises(StateError, match=r"0: no optimiser.*optimizers="):
         session.begin_experience(model, [lambda: model(data(1)[0])])
     assert not session.running
@@ -263,10 +272,7 @@ def test_state_dict_in_training_is_the_model_that_runs(reserved: Any) -> None:
     runs = []
     for saving in (False, True):
         torch.manual_seed(0)
-        model = network()
-        optimizer = OPTIMIZERS["adamw"](model.parameters())
-        session = stream(reserved=reserved)
-        run(session, model, optimizer, [0])
+        model, optimizer, session = learned("adamw", reserved=reserved)
         begin(session, model, optimizer, 1)
         train(model, optimizer, 1, 4)
         if saving:
@@ -341,10 +347,7 @@ def test_damped_steps_move_what_the_threshold_leaves_out_less(whole: bool) -> No
 
 @pytest.mark.parametrize("reserved", ["full", 5])
 def test_restoring_or_copying_in_training_keeps_what_was_learned(reserved: Any) -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream(reserved=reserved)
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adamw", reserved=reserved)
     begin(session, model, optimizer, 1)
     train(model, optimizer, 1)
     inputs = data(1)[0]
@@ -357,10 +360,7 @@ def test_restoring_or_copying_in_training_keeps_what_was_learned(reserved: Any) 
 
 
 def test_an_abandoned_experience_keeps_the_promise_and_the_bases() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream()
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adamw")
     protected = session.memories["6"].protected.clone()
     before = model[6].weight.detach().clone()
     begin(session, model, optimizer, 1)
@@ -379,7 +379,7 @@ def test_an_abandoned_experience_keeps_the_promise_and_the_bases() -> None:
 
 def test_failures_at_either_end_restore_the_model() -> None:
     model = network()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    optimizer = EVERY_OPTIMIZER["sgd"](model.parameters())
     session = stream()
     bad = torch.full((8, 6, 8, 8), float("nan"))
     begin(session, model, optimizer, 0)
@@ -414,7 +414,7 @@ def test_saving_between_experiences_and_going_on_is_the_uninterrupted_run() -> N
     def start() -> tuple[nn.Module, torch.optim.Optimizer, ContinualSession]:
         torch.manual_seed(0)
         model = network()
-        return model, OPTIMIZERS["adam"](model.parameters()), stream()
+        return model, EVERY_OPTIMIZER["adam"](model.parameters()), stream()
 
     model, optimizer, session = start()
     run(session, model, optimizer, [0, 1])
@@ -436,10 +436,7 @@ def test_saving_between_experiences_and_going_on_is_the_uninterrupted_run() -> N
 
 
 def test_saving_in_an_experience_and_beginning_it_again() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adam"](model.parameters())
-    session = stream()
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adam")
     begin(session, model, optimizer, 1)
     train(model, optimizer, 1, 4)
     weights, state = snapshot(model), session.state_dict()
@@ -447,21 +444,8 @@ def test_saving_in_an_experience_and_beginning_it_again() -> None:
     other.load_state_dict(weights)
     resumed.load_state_dict(state)
     assert all(memory.stage is Stage.CONSOLIDATED for memory in resumed.memories.values())
-    run(resumed, other, OPTIMIZERS["adam"](other.parameters()), [1])
+    run(resumed, other, EVERY_OPTIMIZER["adam"](other.parameters()), [1])
     assert resumed.experience == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"version": 99}, "is 99. Allowed: version"),
-        ({"feature_side": "channel"}, "is 'channel'. Allowed: feature_side='patch'"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_refused(change: dict[str, Any], text: str) -> None:
-    session = stream()
-    with pytest.raises(StateError, match=text):
-        session.load_state_dict({**session.state_dict(), **change})
 
 
 def test_a_full_layer_is_frozen_and_said_once() -> None:
@@ -470,22 +454,15 @@ def test_a_full_layer_is_frozen_and_said_once() -> None:
     session = ContinualSession(options=ContinualConfig(heads=["2"], threshold=0.9999))
     x = torch.randn(64, 4)
 
-    def one() -> None:
-        session.begin_experience(model, [lambda: model(x)], [optimizer])
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-        session.end_experience(model, [lambda: model(x)])
-
     with pytest.warns(LanceWarning, match=r"nearly full after 1 experiences: 0 \(0 of 4 directions free\)"):
-        one()
+        learn_batch(session, model, optimizer, x)
     assert session.capacity()["0"].free == 0
     before, head = model[0].weight.detach().clone(), model[2].weight.detach().clone()
     with pytest.warns(LanceWarning, match="0: 4 of 4 directions are protected; its weight is frozen"):
-        one()
+        learn_batch(session, model, optimizer, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one()
+        learn_batch(session, model, optimizer, x)
     assert torch.equal(model[0].weight, before)
     assert not torch.equal(model[2].weight, head)
 
@@ -516,26 +493,18 @@ def test_what_no_basis_protects_is_frozen_and_named_once() -> None:
     session = ContinualSession(options=ContinualConfig(heads=["classifier"], threshold=0.8))
     tokens = torch.randint(0, 10, (32, 5))
 
-    def one() -> None:
-        session.begin_experience(model, [lambda: model(tokens)], [optimizer])
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(tokens).square().mean().backward()
-            optimizer.step()
-        session.end_experience(model, [lambda: model(tokens)])
-
-    one()
+    learn_batch(session, model, optimizer, tokens, 3)
     assert set(session.memories) == {"body"}
     before = snapshot(model)
     with pytest.warns(LanceWarning, match="no basis can protect them") as caught:
-        one()
+        learn_batch(session, model, optimizer, tokens, 3)
     text = str(next(w.message for w in caught if "no basis" in str(w.message)))
     for name in ("scale", "embedding.weight", "attention.in_proj_weight", "attention.out_proj.weight", "first.weight"):
         assert name in text
     assert "norm" not in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one()
+        learn_batch(session, model, optimizer, tokens, 3)
     after = model.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"body.weight", "classifier.weight", "classifier.bias"}
@@ -564,12 +533,7 @@ def test_what_earlier_experiences_did_not_use_or_have_trains_as_in_a_first_one()
         model.active = active
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         before = snapshot(model)
-        session.begin_experience(model, [lambda: model(x)], [optimizer])
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-        session.end_experience(model, [lambda: model(x)])
+        learn_batch(session, model, optimizer, x, 3)
         after = model.state_dict()
         changed = {key for key in before if not torch.equal(before[key], after[key])}
         if experience < 3:
@@ -594,17 +558,9 @@ def test_a_module_called_twice_is_protected_for_both_inputs() -> None:
     session = ContinualSession(options=ContinualConfig(heads=["head"], threshold=1.0, warn_above=1.0))
     inputs = [torch.randn(32, 1) @ torch.randn(1, 8) for _ in range(2)]
 
-    def one(x: Tensor) -> None:
-        session.begin_experience(model, [lambda: model(x)], [optimizer])
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-        session.end_experience(model, [lambda: model(x)])
-
-    one(inputs[0])
+    learn_batch(session, model, optimizer, inputs[0], 4)
     before = model.body(model.body(inputs[0])).detach()
-    one(inputs[1])
+    learn_batch(session, model, optimizer, inputs[1], 4)
     assert relative_error(model.body(model.body(inputs[0])).detach(), before) < 1e-4
     assert relative_error(model.body(model.body(inputs[1])).detach(), before) > 0.01
 
@@ -612,7 +568,7 @@ def test_a_module_called_twice_is_protected_for_both_inputs() -> None:
 @pytest.mark.parametrize("reserved", ["full", 6])
 def test_fewer_bytes_are_kept_than_without(reserved: Any) -> None:
     model = network()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    optimizer = EVERY_OPTIMIZER["sgd"](model.parameters())
     session = stream(reserved=reserved)
     inputs = torch.randn(64, 6, 8, 8)
     naive = measure_saved_bytes(lambda: model(inputs).sum(), model).total
@@ -628,10 +584,7 @@ def test_fewer_bytes_are_kept_than_without(reserved: Any) -> None:
 
 
 def test_a_layer_that_is_not_compressed_is_protected_all_the_same() -> None:
-    model = network()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    session = stream(config=LanceConfig(rank="compact", layers=["0"]))
-    run(session, model, optimizer, [0])
+    model, optimizer, session = learned("adamw", config=LanceConfig(rank="compact", layers=["0"]))
     before, protected = model[6].weight.detach().clone(), session.memories["6"].protected[0].double()
     run(session, model, optimizer, [1])
     change = (model[6].weight.detach() - before).double()
@@ -650,11 +603,7 @@ def test_a_nearly_full_layer_is_frozen(freeze_above: float, frozen: bool) -> Non
     y = torch.randn(64, 20)
     for _ in range(2):
         before = model[0].weight.detach().clone()
-        session.begin_experience(model, [lambda: model(y)], [optimizer])
-        optimizer.zero_grad()
-        model(y).square().mean().backward()
-        optimizer.step()
-        session.end_experience(model, [lambda: model(x)])
+        learn_batch(session, model, optimizer, y, last=x)
         assert session.capacity()["0"].protected == 15
     assert torch.equal(model[0].weight, before) == frozen
 
@@ -688,7 +637,7 @@ def test_a_head_pattern_that_matches_nothing_is_refused() -> None:
 
 def test_a_layer_that_grew_is_refused() -> None:
     model, session = network(), stream()
-    run(session, model, OPTIMIZERS["sgd"](model.parameters()), [0])
+    run(session, model, EVERY_OPTIMIZER["sgd"](model.parameters()), [0])
     model[6] = nn.Linear(90, 32)
     with pytest.raises(StateError, match="6: its memory is for 1 groups of width 108, the layer has 1 of width 90"):
         begin(session, model, None, 1)

@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lance import LanceConfig
 from lightning_lance.continual import ContinualConfig, ContinualSession
 from lightning_lance.continual.layers import WATCH_STEPS, reserved_layers
+from tests.continual.streams import EXACT
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*Converting a tensor with requires_grad"),
 ]
-
-EXACT = LanceConfig(rank=None, bits=None)
 
 
 class OtherSGD(torch.optim.SGD):

@@ -171,6 +171,7 @@ MEMORY = ("memories", "0", 3)
 CASES: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("threshold", (), [], r"the stored stream is a list of 0\. Allowed: a dict with version"),
     ("threshold", ("version",), DELETED, "is a dict without 'version'"),
+    ("threshold", ("feature_side",), "channel", r"\['feature_side'\] is 'channel'\. Allowed: feature_side='patch'"),
     ("threshold", ("experience",), -1, r"\['experience'\] is -1\. Allowed: an int of at least 0"),
     ("threshold", ("memories", "0", 0), 13, r"\['memories'\]\['0'\]\[3\]\['basis'\] is a tensor of shape \(1, 12, "),
     ("threshold", ("memories", "0", 2), "int64", r"\['0'\]\[2\] is 'int64'\. Allowed: 'float16', "),

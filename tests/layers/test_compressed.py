@@ -13,7 +13,7 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lance import LanceConfig, calibrate, measure_saved_bytes, restore, swap
+from lightning_lance import LanceConfig, measure_saved_bytes, restore, swap
 from lightning_lance.compression.saved_bytes import ModuleNames
 from lightning_lance.compression.store import Bits
 from lightning_lance.compression.surgery import compressed_layers
@@ -21,17 +21,9 @@ from lightning_lance.ops.factors import Factors
 from lightning_lance.tensors.linalg import contrast_scale
 from tests.oracles import batch_mode, projected_input, relative_error
 from tests.stock import make_store
+from tests.swapped import ready
 
 CPU = torch.device("cpu")
-
-
-def ready(model: Any, *inputs: Tensor, **options: Any) -> Any:
-    """Swap and calibrate in place."""
-    swap(model, LanceConfig(**{"rank": "compact", **options}))
-    with calibrate(model):
-        for input in inputs:
-            model(input)
-    return model
 
 
 def backward(model: nn.Module, input: Tensor, grad: Tensor | None = None) -> dict[str, Tensor]:
@@ -377,12 +369,13 @@ def network() -> nn.Module:
 
 
 @pytest.mark.parametrize("batch", ["unbiased", "projected"])
-def test_a_compiled_network_has_the_same_gradients_in_one_graph(batch: Any) -> None:
+def test_a_compiled_network_is_one_graph_with_the_same_gradients_and_keeps_as_little(batch: Any) -> None:
     torch._dynamo.reset()
-    input = torch.randn(12, 3, 6, 6, dtype=torch.float64)
+    input = torch.randn(32, 3, 16, 16, dtype=torch.float64)
     model = ready(network(), input, rank=EVERYWHERE, batch=batch)
     eager = twin(model, plain_of(model), input, rank=EVERYWHERE, batch=batch)
-    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(3):  # the random orders advance in step
         compiled(input).square().sum().backward()
         eager(input).square().sum().backward()
@@ -390,32 +383,13 @@ def test_a_compiled_network_has_the_same_gradients_in_one_graph(batch: Any) -> N
             assert one.grad is not None
             assert other.grad is not None
             assert relative_error(one.grad, other.grad) < 1e-10
+    assert counter.frame_count == 1
     drawn = next(iter(compressed_layers(model).values()))._lance.order.state.tolist()
     assert drawn == next(iter(compressed_layers(eager).values()))._lance.order.state.tolist()
     assert drawn[1] == (12 if batch == "unbiased" else 0)
-
-
-def test_a_compiled_network_is_compiled_once() -> None:
-    torch._dynamo.reset()
-    input = torch.randn(12, 3, 6, 6, dtype=torch.float64)
-    model = ready(network(), input, rank=EVERYWHERE)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled: Any = torch.compile(model, fullgraph=True, backend=counter)
-    for _ in range(3):
-        compiled(input).sum().backward()
-    assert counter.frame_count == 1
-
-
-def test_a_compiled_network_keeps_as_little() -> None:
-    torch._dynamo.reset()
-    input = torch.randn(32, 3, 16, 16, dtype=torch.float64)
-    model = ready(network(), input, rank=EVERYWHERE)
-    eager = measure_saved_bytes(lambda: model(input), model).total
-    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(input)
     kept = measure_saved_bytes(lambda: compiled(input), model).total
     plain = plain_of(model)
-    assert kept < 1.2 * eager
+    assert kept < 1.2 * measure_saved_bytes(lambda: eager(input), eager).total
     assert kept < 0.7 * measure_saved_bytes(lambda: plain(input), plain).total
 
 

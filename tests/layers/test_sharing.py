@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
 from lightning_lance.layers.sharing import SharedCores
+from tests.oracles import parameter_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,12 +57,6 @@ def session_of(net: nn.Module, x: Tensor, **options: Any) -> LanceSession:
     return session
 
 
-def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    net.zero_grad()
-    net(x).square().sum().backward()
-    return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
-
-
 def tokens() -> Tensor:
     return torch.randn(BATCH, TOKENS, WIDTH)
 
@@ -93,21 +88,15 @@ def test_gradients_are_those_of_one_sample_order(batch: Any) -> None:
     session_of(net, x, rank={"batch": 4, "channel": 7, "spatial": 5}, batch=batch)
     order = net.q._lance.order.state
     drawn = order.clone()
-    shared = gradients(net, x)
+    shared = parameter_gradients(net, x)
     for layer in (net.q, net.k, net.v):
         layer._lance.shared = None
     for name in "qkv":
         order.copy_(drawn)
         for other in "qkv":
             getattr(net, other).weight.requires_grad_(other == name)  # only this one draws
-        alone = gradients_of(net, x)
+        alone = parameter_gradients(net, x)
         torch.testing.assert_close(shared[f"{name}.weight"], alone[f"{name}.weight"], rtol=1e-12, atol=1e-12)
-
-
-def gradients_of(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    net.zero_grad()
-    net(x).square().sum().backward()
-    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
 def test_convolutions_that_read_one_input_share_it() -> None:
@@ -142,10 +131,10 @@ def test_an_input_that_changed_in_place_gets_its_own_core() -> None:
     assert net.a._lance.shared is not None
     order = net.a._lance.order.state
     drawn = order.clone()
-    found = gradients(net, x.clone())
+    found = parameter_gradients(net, x.clone())
     order.copy_(drawn)
     net.a._lance.shared = net.b._lance.shared = None
-    expected = gradients(net, x.clone())
+    expected = parameter_gradients(net, x.clone())
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-12)
 
@@ -213,13 +202,13 @@ def test_sharing_survives_a_state() -> None:
     net, x = Attention(), tokens()
     session = session_of(net, x)
     state = session.state_dict()
-    one = gradients(net, x)
+    one = parameter_gradients(net, x)
     other = copy.deepcopy(net)
     continued = LanceSession(other, LanceConfig(rank="compact", bits=None))
     continued.start()
     continued.load_state_dict(state)
     assert other.q._lance.subspace is other.k._lance.subspace
-    two = gradients(other, x)
+    two = parameter_gradients(other, x)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -260,6 +249,6 @@ def test_a_core_that_would_not_be_smaller_is_not_made() -> None:
     assert not net._lance.subspace.shrinks(1, 1, (64,))
     assert measure_saved_bytes(lambda: net(x), net).total == x.nbytes
     plain = copy.deepcopy(net)
-    one, two = gradients(net, x), gradients(plain, x)
+    one, two = parameter_gradients(net, x), parameter_gradients(plain, x)
     assert all(torch.equal(one[name], two[name]) for name in one)
     session.stop()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_lance import ConfigError, LanceConfig, LanceSession, Report, measure_saved_bytes
 from lightning_lance.compression.report import LayerReport
-from lightning_lance.tensors.units import format_bytes, parse_bytes
 from tests.trainers import Classifier, assert_restored, fit, lance, loader, small_net, snapshot
 
 pytestmark = [
@@ -198,24 +197,3 @@ def test_budget_below_the_floor_in_a_trainer_leaves_the_model_as_it_was() -> Non
     with pytest.raises(ConfigError, match=r"Allowed for this batch size: at least \d+"):
         fit(module, [lance(memory_budget=10)], max_epochs=1)
     assert_restored(module, before)
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("4MiB", 4 << 20), ("500 kB", 500_000), ("1.5 GB", 1_500_000_000), (7, 7), (" 12 b ", 12), ("3KIB", 3072)],
-)
-def test_parse_bytes(text: int | str, count: int) -> None:
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "MB", "-3MB", "3 TB", "3MB MB", True, 0, "0kB", "1e3", None])
-def test_parse_bytes_refuses(text: Any) -> None:
-    with pytest.raises(ConfigError, match=r"is not a number of bytes\. Allowed: a positive int"):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1234, "1.23 KB"), (11_300_000, "11.3 MB"), (4.2e12, "4.2e+03 GB")]
-)
-def test_format_bytes(count: float, text: str) -> None:
-    assert format_bytes(count) == text

@@ -90,9 +90,9 @@ def test_a_wrong_value_is_named_with_its_place_and_what_is_allowed(rank: Any, pl
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        ({}, "is empty"),
-        ({"batch": 4, "depth": 2}, "unknown mode 'depth'"),
-        ({"chanel": 4}, "unknown mode 'chanel'"),
+        ({}, r"rank=\{\} is empty"),
+        ({"batch": 4, "depth": 2}, r"unknown mode 'depth'\. Allowed: batch, channel"),
+        ({"chanel": 4}, r"unknown mode 'chanel'\. Allowed modes: batch, channel"),
         ({"Batch": 4}, "unknown mode 'Batch'"),
         ({"spatial": 4, "token": 2}, "names the spatial mode twice"),
         ({"layer1": {"chan": 2}}, r"rank\['layer1'\] has the unknown mode 'chan'"),

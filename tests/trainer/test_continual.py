@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lance import ConfigError, ContinualCallback, StateError
 from lightning_lance.continual.layers import reserved_layers
+from tests.continual.streams import EVERY_OPTIMIZER
 from tests.trainers import (
     CLASSES,
     Classifier,
     EpochLoader,
+    SaveAt,
     assert_restored,
     assert_same_weights,
     fit,
@@ -33,15 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but:UserWarning"),
     pytest.mark.filterwarnings("ignore::lightning_lance.LanceWarning"),
 ]
-
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.05),
-    "momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9),
-    "adam": lambda p: torch.optim.Adam(p, 3e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
-}
 
 
 def net() -> nn.Sequential:
@@ -59,7 +53,7 @@ class Learner(Classifier):
         self.optimizer = optimizer
 
     def configure_optimizers(self) -> Any:
-        return OPTIMIZERS[self.optimizer](self.parameters())
+        return EVERY_OPTIMIZER[self.optimizer](self.parameters())
 
 
 def experience(index: int) -> DataLoader[Any]:
@@ -88,27 +82,32 @@ def test_options() -> None:
         callback(threshold=2.0)
 
 
+def assert_only_outside_moves(module: Learner, lance: Any, train: Callable[[], Any], least: float) -> dict[str, Tensor]:
+    """Training moves the weights, and nothing along what is protected at its beginning; returns the biases before."""
+    protected = {name: memory.protected[0].double() for name, memory in lance.stream.memories.items()}
+    start = weights(module)
+    train()
+    for name, basis in protected.items():
+        old = start[f"{name}.weight"]
+        change = (module.get_submodule(name).weight.detach() - old).double().flatten(1)
+        assert float((change @ basis).norm()) <= min(1e-5 * float(change.norm()), 1e-6 * float(old.norm()))
+        assert float(change.norm()) > least * float(old.norm())
+    return {f"{name}.bias": start[f"{name}.bias"] for name in protected}
+
+
 @pytest.mark.parametrize("reserved", ["full", 6], ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EVERY_OPTIMIZER)
 def test_weights_move_only_outside_of_what_is_protected(optimizer: str, reserved: Any) -> None:
     torch.manual_seed(0)
     module, lance = Learner(optimizer), callback(reserved=reserved)
     before = snapshot(module)
-    moved = []
     for index in range(4):
-        memories = {name: memory.protected.double() for name, memory in lance.stream.memories.items()}
-        start = weights(module)
-        fit(module, [lance], experience(index), max_epochs=2)
+        biases = assert_only_outside_moves(
+            module, lance, lambda index=index: fit(module, [lance], experience(index), max_epochs=2), 1e-5
+        )
         assert_restored(module, before)
+        assert all(torch.equal(module.state_dict()[name], bias) for name, bias in biases.items())
         assert set(lance.stream.memories) == {"net.0", "net.4"}
-        for name, protected in memories.items():
-            weight = module.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            change = (weight.detach() - start[f"{name}.weight"]).double().flatten(1)
-            assert (change @ protected[0]).norm() <= 1e-5 * change.norm()
-            assert torch.equal(module.get_submodule(name).bias, start[f"{name}.bias"])
-            moved.append(float(change.norm()))
-    assert min(moved) > 1e-5
     assert lance.stream.experience == 4
 
 
@@ -129,17 +128,6 @@ def test_outputs_for_earlier_experiences_stay() -> None:
         assert float((nn.Sequential(*plain.net[:6])(images) - before).norm() / before.norm()) > 1e-2
 
 
-class KeepCheckpoint(Callback):
-    """Writes a checkpoint after one step of one fit."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("reserved", ["full", 6], ids=str)
 @pytest.mark.parametrize("step", [1, 4, 7])
 def test_resuming_within_an_experience_equals_the_uninterrupted_run(step: int, reserved: Any, tmp_path: Path) -> None:
@@ -150,7 +138,7 @@ def test_resuming_within_an_experience_equals_the_uninterrupted_run(step: int, r
         return module, lance
 
     module, lance = begun()
-    fit(module, [lance, KeepCheckpoint(step, tmp_path / "a.ckpt")], EpochLoader(), max_epochs=2)
+    fit(module, [lance, SaveAt(step, tmp_path / "a.ckpt")], EpochLoader(), max_epochs=2)
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert "ContinualCallback" in stored["callbacks"]
     resumed, other = begun()
@@ -216,17 +204,12 @@ def test_the_average_of_a_fit_is_what_is_learned_and_moves_nothing(
     torch.manual_seed(0)
     model, lance = Learner(optimizer), callback(threshold=0.7, freeze_above=1.0, **options)
     for index in range(3):
-        before = {name: model.get_submodule(name).weight.detach().clone() for name in lance.stream.memories}
-        protected = {name: memory.protected.double() for name, memory in lance.stream.memories.items()}
-        average = ema(decay=0.8, update_every_n_steps=1)
         watch = Averages(0.8)
-        callbacks = [lance, watch, average] if ours_first else [average, watch, lance]
-        fit(model, callbacks, experience(index), max_epochs=2)
-        for name, old in before.items():
-            module = model.get_submodule(name)
-            change = (module.weight.detach() - old).double().flatten(1)
-            assert float((change @ protected[name][0]).norm()) <= 1e-6 * float(old.norm())
-            assert float(change.norm()) > 1e-4 * float(old.norm())
+        found = [lance, watch, ema(decay=0.8, update_every_n_steps=1)]
+        callbacks = found if ours_first else found[::-1]
+        assert_only_outside_moves(
+            model, lance, lambda c=callbacks, i=index: fit(model, c, experience(i), max_epochs=2), 1e-4
+        )
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value.double(), watch.found[name], rtol=0, atol=1e-5)
 
@@ -235,14 +218,10 @@ def test_a_stochastic_average_of_a_fit_is_what_is_learned_and_moves_nothing() ->
     torch.manual_seed(0)
     model, lance = Learner("adamw"), callback(threshold=0.7, freeze_above=1.0)
     for index in range(3):
-        before = {name: model.get_submodule(name).weight.detach().clone() for name in lance.stream.memories}
-        protected = {name: memory.protected.double() for name, memory in lance.stream.memories.items()}
         swa = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
-        fit(model, [lance, swa], experience(index), max_epochs=4)
-        for name, old in before.items():
-            change = (model.get_submodule(name).weight.detach() - old).double().flatten(1)
-            assert float((change @ protected[name][0]).norm()) <= 1e-6 * float(old.norm())
-            assert float(change.norm()) > 1e-4 * float(old.norm())
+        assert_only_outside_moves(
+            model, lance, lambda s=swa, i=index: fit(model, [lance, s], experience(i), max_epochs=4), 1e-4
+        )
 
 
 def test_an_average_of_fewer_directions_is_refused() -> None:

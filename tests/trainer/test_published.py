@@ -34,6 +34,7 @@ from tests.trainers import (
     Images,
     Recorder,
     Reseed,
+    SaveAt,
     assert_restored,
     assert_same_weights,
     fit,
@@ -244,21 +245,11 @@ def test_a_resumed_fit_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, stop
     whole = Classifier(seeded(Dropping))
     fit(whole, [published(calibration_batches=3), Reseed()], EpochLoader(), max_epochs=2)
     part = Classifier(seeded(Dropping))
-    trainer = fit(part, [published(calibration_batches=3), Reseed(), _Save(tmp_path, stop)], EpochLoader())
+    trainer = fit(part, [published(calibration_batches=3), Reseed(), SaveAt(stop, tmp_path / "at.ckpt")], EpochLoader())
     assert trainer.global_step == 10
     resumed, callback = Classifier(seeded(Dropping, 9)), published(calibration_batches=3)
     fit(resumed, [callback, Reseed()], EpochLoader(), ckpt_path=str(tmp_path / "at.ckpt"), max_epochs=2)
     assert_same_weights(weights(whole), weights(resumed))
-
-
-class _Save(Callback):
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / "at.ckpt"
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def test_the_state_loads_safely_and_damage_is_named() -> None:
