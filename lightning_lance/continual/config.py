@@ -21,16 +21,16 @@ HIGHEST_THRESHOLD = 0.999
 THRESHOLD = 0.97
 """Where all experiences share everything."""
 
-THRESHOLD_OF_COLUMNS = 0.93
+THRESHOLD_OF_COLUMNS = 0.95
 """Where each has columns of its own."""
 
-THRESHOLD_OF_DAMPED_COLUMNS = 0.90
+THRESHOLD_OF_DAMPED_COLUMNS = 0.93
 """Where steps are damped besides in what a threshold leaves out."""
 
 AUTO_DAMPING = 0.5
 """With optimisers whose steps are as long in all directions, where all experiences share everything."""
 
-DAMPING_OF_COLUMNS = 0.1
+DAMPING_OF_COLUMNS = 0.3
 """With the same optimisers, where each has columns of its own."""
 
 
@@ -45,7 +45,7 @@ class ContinualConfig:
             ``"scaled"``: a protected direction closes as far as it mattered (SGP).
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
             more of what was learned, and leaves less to learn in. ``"auto"``: .97, and where experiences have columns
-            of their own .93, or .90 with damping.
+            of their own .95, or .93 with damping.
         threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
             .003 for ten experiences of CIFAR-100).
         columns: fraction of the protected layers' weights that an experience may have as columns of its own.
@@ -57,7 +57,7 @@ class ContinualConfig:
             energy all the same: a step is multiplied with ``b / (b + damping * a)``, where ``b`` is the share of the
             present experience's energy in a direction and ``a`` the sum of the shares of earlier ones. ``"auto"``: 0
             with :class:`torch.optim.SGD`, whose steps are short there by themselves. With other optimisers, such as
-            Adam, whose steps are as long in all directions, .5, and .1 where experiences have columns of their own.
+            Adam, whose steps are as long in all directions, .5, and .3 where experiences have columns of their own.
             With damping a layer stores the directions outside of what is protected in which earlier experiences have
             energy.
         feature_side: of convolutions. ``"patch"``: unfolded patches; ``"channel"``: channels, whose bases are smaller
