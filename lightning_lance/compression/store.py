@@ -131,11 +131,16 @@ class Store:
         self.mode.__exit__(None, None, None)
         self._contexts.hooks.__exit__(None, None, None)
 
+    def is_on_top(self) -> bool:
+        """Whether hooks of nobody else lie on ours in this thread. Before torch 2.7 nobody can tell: it is assumed."""
+        find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        top = (self.pack, None) if find is None else find(False)
+        return top is not None and top[0] == self.pack
+
     @contextmanager
     def without_hooks(self) -> Iterator[None]:
         """Inside the block this thread saves tensors as they are. Nothing changes where hooks of others lie on ours."""
-        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: (self.pack, None))(False)
-        if top is None or top[0] != self.pack:
+        if not self.is_on_top():
             yield
             return
         saving.store = None

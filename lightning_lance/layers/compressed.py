@@ -217,8 +217,7 @@ class Compressed(Variant):
             return operator(*arguments)
         if store.ledger is not None:
             store.instead_of(input, self._lance.name)
-        top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if top is None or top[0] != store.pack:  # those of others lie on ours
+        if not store.is_on_top():
             return operator(*arguments)
         factors = {tensor.untyped_storage()._cdata for tensor in whole if type(tensor) is Tensor}
 
