@@ -181,6 +181,8 @@ class _Named(WatchingMode):
     """Names the function that runs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         before, saving.name = saving.name, getattr(func, "__name__", "")
         try:
             return func(*args, **(kwargs or {}))

@@ -433,9 +433,8 @@ class Reserved(Compressed):
         return self.lance_run(operator, operator.__name__, input, whole, input, parts, *arguments)
 
     def lance_form(self) -> Form:
-        """Parametrisation of a call. Compilers up to torch 2.6 take no named tuple that is an attribute."""
-        form = self.reservation.form
-        return form._replace(steady=form.steady) if torch.compiler.is_compiling() else form
+        """Parametrisation of a call."""
+        return self.reservation.form
 
     def lance_parts(self) -> tuple[Parts, Form]:
         """What a call works with."""

@@ -149,7 +149,10 @@ class Compressed(Variant):
         factors = plan.factors
         if factors is None or factors.groups is None or not subspace.batch.unbiased:
             return factors
-        return factors._replace(groups=factors.groups.index_select(0, state.order.draw(shape[0], input.device)))
+        order = state.order.draw(shape[0], input.device)
+        # Compilers up to torch 2.6 take neither slices nor _replace() of a named tuple.
+        rotation, groups, scale, channel, spatial = factors
+        return Factors(rotation, None if groups is None else groups.index_select(0, order), scale, channel, spatial)
 
     def lance_core(self, input: Tensor) -> tuple[Tensor, Factors] | None:
         """Core of an input and the factors that made it, which other layers of the same input share; or ``None``."""
@@ -195,7 +198,8 @@ class Compressed(Variant):
         if kept is None:
             return None
         core, factors = kept
-        flat = (*factors[:4], *factors.spatial)
+        rotation, groups, scale, channel, spatial = factors
+        flat = (rotation, groups, scale, channel, *spatial)
         arguments = (input, weight, bias, *static, core, *flat)
         return self.lance_run(function.apply, function.__name__, input, (weight, *flat), *arguments)
 

@@ -322,8 +322,11 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
     """
     if not torch.is_grad_enabled():
         return _linear(input, parts, bias, form)[0]
-    factors = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
-    result: Tensor = ReservedLinear.apply(input, parts.trained, bias, *parts[1:], form, *factors[:4], *factors.spatial)
+    trained, basis, anchor, mask = parts  # compilers up to torch 2.6 take no slices of named tuples
+    rotation, groups, scale, channel, spatial = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
+    result: Tensor = ReservedLinear.apply(
+        *(input, trained, bias, basis, anchor, mask, form), *(rotation, groups, scale, channel, *spatial)
+    )
     return result
 
 
@@ -345,8 +348,9 @@ def reserved_conv(
     """
     if not torch.is_grad_enabled():
         return convolve(input, effective_weight(parts, form), bias, geometry)
-    factors = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
+    trained, basis, anchor, mask = parts
+    rotation, groups, scale, channel, spatial = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
     result: Tensor = ReservedConv.apply(
-        input, parts.trained, bias, *parts[1:], geometry, form, *factors[:4], *factors.spatial
+        *(input, trained, bias, basis, anchor, mask, geometry, form), *(rotation, groups, scale, channel, *spatial)
     )
     return result

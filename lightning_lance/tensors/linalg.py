@@ -84,7 +84,8 @@ def mode_products(
             both = both.reshape(one.shape[0] * other.shape[0], rows * columns)
             tensor = (tensor.flatten(first) @ both.T).view(*tensor.shape[:first], one.shape[0], other.shape[0])
             matrices = ()
-    for matrix, mode in (*zip(matrices, range(first, tensor.dim()), strict=False), *others):
+    neighbours = [(matrix, first + offset) for offset, matrix in enumerate(matrices)]
+    for matrix, mode in (*neighbours, *others):
         if matrix is not None:
             tensor = mode_product(tensor, matrix, mode)
     return tensor
