@@ -21,7 +21,16 @@ from lightning_lance.layers.linear import CompressedLinear
 from lightning_lance.ops.conv import Geometry, geometry
 from lightning_lance.ops.factors import WHOLE
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.reserved import Form, Parts, drop, effective_weight, precision, reserved_conv, reserved_linear
+from lightning_lance.ops.reserved import (
+    Form,
+    Parts,
+    drop,
+    effective_weight,
+    full_precision,
+    precision,
+    reserved_conv,
+    reserved_linear,
+)
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.tensors.checked import Stored
 from lightning_lance.tensors.orders import SampleOrder
@@ -54,37 +63,47 @@ class Reservation:
     gradients that have no part in ``M``. Some steps are sums of such gradients, and leave ``W M`` alone. Others do not:
     ``W M`` is noted before them (:meth:`before_step`), and made what it was after them (:meth:`after_step`). In
     between nothing is stored for it but a product with one vector, by which :meth:`watch` sees that it holds. A weight
-    in half precision is rounded too coarsely for that: ``C = W M`` is stored, and so it is where something moved the
-    weight in another way.
+    in half precision is rounded too coarsely for that, and somebody's own optimiser may move weights at any time: then
+    ``C = W M`` is stored, and what moves inside of ``M`` is left out wherever the weight is used.
 
     Args:
         weight: the layer's weight, at the start of the experience.
         memory: of the layer, with its directions reserved.
         side: feature side of the layer.
         steady: the optimiser's steps on the weight are sums of gradients (:func:`steps_are_sums`).
-        flat: a weight in half precision, too, is the one that the layer works with after every step. So it may be
-            averaged, or exchanged for an average, by whoever knows the parameter only.
+        flat: a weight for which ``C`` is stored, too, is the one that the layer works with after every step. So it may
+            be averaged, or exchanged for an average, by whoever knows the parameter only.
+        known: the optimisers move the weight in ``step()`` alone (:func:`steps_are_known`), so that ``C`` need not be
+            stored.
 
     Attributes:
         form: parametrisation in use.
         flat: steps may be anything, and what they move inside of ``M`` is taken back after each.
+        stepping: an optimiser's step on the weight is under way.
         anchor: ``C``, where it is stored.
         shown: a weight to work with for the time being, such as that of an earlier experience; ``None``: one's own.
         update: ``V``, the trained parameter of a truncated reservation; ``None``: the weight itself is trained.
     """
 
     def __init__(
-        self, weight: Tensor, memory: LayerMemory, side: FeatureSide, steady: bool = False, flat: bool = False
+        self,
+        weight: Tensor,
+        memory: LayerMemory,
+        side: FeatureSide,
+        steady: bool = False,
+        flat: bool = False,
+        known: bool = False,
     ) -> None:
         whole = memory.reserved is None
         # In half precision what rounding leaves in M is no longer small.
-        self._fine = whole and weight.dtype == memory.dtype
+        self._fine = whole and known and weight.dtype == memory.dtype
         steady = steady and self._fine and not memory.scaled
         self.flat = whole and not steady and (flat or self._fine)
         stored = whole and memory.rounded and memory.importance is None  # as it is: not twice in memory
         damped = memory.steps.shape[1] if stored and memory.steps is not None else 0
         self.form = Form(side, weight.shape, whole, steady or self.flat, ROUNDED_PASSES if stored else 1, damped)
-        self._version, self._steps = weight._version, 0
+        self._looks = 0
+        self.stepping = False
         self._label = memory.label
         self._start = fingerprint(weight)
         self._scaled, self._dtype = memory.scaled, memory.dtype
@@ -101,7 +120,6 @@ class Reservation:
         self.update: Parameter | None = None
         # W M while a step is under way, a vector v in the span of M, and W v.
         self._held: Tensor | None = None
-        self._held_version = 0
         self._vector: Tensor | None = None
         self._expected: Tensor | None = None
         if not whole:
@@ -128,28 +146,27 @@ class Reservation:
 
     @torch.no_grad()
     def watch(self, weight: Tensor) -> None:
-        """Before a training step: see whether ``W M`` is what it was, after 1, 2, 4 … and every 32 steps."""
-        if self._expected is None or weight._version == self._version:
+        """Before a training call or a step: see whether ``W M`` is what it was, at times 1, 2, 4 … and every 32."""
+        if self._expected is None or self.stepping:
             return
-        self._version = weight._version
-        self._steps += 1
-        if self._steps % WATCH_STEPS and self._steps & (self._steps - 1):
+        self._held = None  # the last step is done with
+        self._looks += 1
+        if self._looks % WATCH_STEPS and self._looks & (self._looks - 1):
             return
         if not self._is_steady(weight):
-            self._store_anchor(weight)
+            self._say_moved("What follows is kept out of there, for more memory. ")
+            self.anchor = Parameter(self._anchored(weight), requires_grad=False)
+            self.form, self.flat = self.form._replace(steady=False), False
+            self._expected = None
 
-    def _store_anchor(self, weight: Tensor) -> None:
-        """From now on nothing moves inside of ``M``, whoever changes the weight, and in whatever way."""
+    def _say_moved(self, consequence: str) -> None:
         warnings.warn(
-            f"{self._label}: its weight was changed, and not in a step of a torch optimiser; some of that is in what "
-            "earlier experiences need, and stays. What follows is kept out of there, for more memory. Change weights "
-            "in optimizer.step() alone, or before the experience begins.",
+            f"{self._label}: its weight was changed, and not in a step of an optimiser of torch.optim; some of that is "
+            f"in what earlier experiences need, and stays. {consequence}Change weights in optimizer.step() alone, or "
+            "before the experience begins.",
             LanceWarning,
             stacklevel=2,
         )
-        self.anchor = Parameter(self._anchored(weight), requires_grad=False)
-        self.form, self.flat = self.form._replace(steady=False), False
-        self._expected = self._held = None
 
     def _is_closed(self) -> Tensor:
         """1 for each column of the basis that may not move at all, else 0; shape ``(groups, m)``."""
@@ -169,8 +186,10 @@ class Reservation:
             signs = 1.0 - 2.0 * (torch.arange(count, device=self.basis.device) % 2)
             signs = (self._is_closed() * signs / math.sqrt(max(1, count))).unsqueeze(2)
             dtype = precision(self.basis, weight)
-            self._vector = self.basis.detach().to(dtype) @ signs.to(dtype)
-        return self.form.side.rows(weight.detach()).to(self._vector.dtype).matmul(self._vector)
+            with full_precision(weight.device.type):
+                self._vector = self.basis.detach().to(dtype) @ signs.to(dtype)
+        with full_precision(weight.device.type):
+            return self.form.side.rows(weight.detach()).to(self._vector.dtype).matmul(self._vector)
 
     def _is_steady(self, weight: Tensor) -> bool:
         """Whether ``W M`` is what it was, as far as one vector of its span in each group tells."""
@@ -198,9 +217,12 @@ class Reservation:
         # What has a part in M once may have it in a momentum ever after.
         self.flat = self.flat or not sums or not self._is_outside(weight.grad)
         if self.flat:
-            dtype = precision(self.basis, weight)
-            self._held = self.form.side.rows(weight.detach()).to(dtype) @ self.basis.to(dtype)
-            self._held_version = weight._version
+            self._held = self._along(weight)
+
+    def _along(self, weight: Tensor) -> Tensor:
+        dtype = precision(self.basis, weight)
+        with full_precision(weight.device.type):
+            return self.form.side.rows(weight.detach()).to(dtype).matmul(self.basis.to(dtype))
 
     def _is_outside(self, grad: Tensor) -> bool:
         """Whether a gradient has no part in ``M``: penalties on weights, noise or clipped values have some."""
@@ -211,13 +233,19 @@ class Reservation:
 
     @torch.no_grad()
     def after_step(self, weight: Tensor) -> None:
-        """After a step on the weight: drop of it what may not move, and go on from the result."""
-        held, self._held = self._held, None
-        anchor = self.anchor if held is None else held
-        if self.flat and anchor is not None and (held is None or weight._version != self._held_version):
-            parts = self.parts(weight)._replace(anchor=anchor)
-            weight.copy_(effective_weight(parts, self.form._replace(steady=False)))
-            self._anchor_loose(weight)
+        """After a step on the weight: drop of it what may not move, and go on from the result.
+
+        What was noted stays until the next forward pass: the step may be part of another one, which goes on.
+        """
+        self.stepping = False
+        anchor = self.anchor if self._held is None else self._held
+        if not self.flat or anchor is None:
+            return
+        parts = self.parts(weight)._replace(anchor=anchor)
+        weight.copy_(effective_weight(parts, self.form._replace(steady=False)))
+        self._anchor_loose(weight)
+        if self._scaled and self._held is not None:
+            self._held = torch.where(self._is_closed().unsqueeze(1) > 0, self._held, self._along(weight))
 
     @torch.no_grad()
     def adopt(self, weight: Tensor, before: Tensor) -> None:
@@ -237,7 +265,6 @@ class Reservation:
                 form = self.form._replace(passes=EXACT_PASSES, damped=0)
                 change = drop(change, exact(self.basis), None, self._is_closed(), form)
                 weight.data.copy_(self.form.side.weight(rows + change, self.form.shape))
-            self._version = weight._version
             return
         if self.update is None:
             self._anchor_loose(weight)
@@ -277,7 +304,7 @@ class Reservation:
             "expected": stored(self._expected),
             "update": stored(self.update),
             "weight": stored(weight) if self.written_out else None,
-            "steady": [self.form.steady, self._steps],
+            "steady": [self.form.steady, self._looks],
             "flat": self.flat,
         }
 
@@ -329,9 +356,9 @@ class Reservation:
     def load_state_dict(self, state: dict[str, Any], weight: Tensor) -> None:
         """Go on with stored tensors that were checked; the weight gets its stored values where there are any."""
         self._start, self._scaled = state["start"], self._scaled or state["basis"] is not None
-        steady, self._steps = state["steady"]
+        steady, self._looks = state["steady"]
         self.flat = state["flat"]
-        self.form, self._version = self.form._replace(steady=steady), weight._version
+        self.form = self.form._replace(steady=steady)
         if state["basis"] is not None:
             self.basis = Parameter(state["basis"].to(weight.device), requires_grad=False)
             self.form, self.mask, self._vector = self.form._replace(passes=1, damped=0), None, None
@@ -356,6 +383,11 @@ class Reservation:
     @torch.no_grad()
     def fold(self, weight: Tensor) -> None:
         """Write the effective weight into the layer's own; one that was not trained stays bit for bit."""
+        if self._held is not None and self.stepping:  # the step has failed half way
+            self.after_step(weight)
+        if self._expected is not None and not self._is_steady(weight):
+            self._say_moved("")
+            self._expected = None
         self.settle(weight)
         if self._damped and fingerprint(weight) != self._start:
             weight.data.copy_(self.effective(weight))
@@ -379,6 +411,22 @@ def steps_are_sums(optimizers: Iterable[torch.optim.Optimizer], weight: Tensor) 
                     return False
                 found = True
     return found
+
+
+def steps_are_known(optimizers: Iterable[torch.optim.Optimizer], weight: Tensor) -> bool:
+    """Whether a weight is moved by optimisers of torch alone, which do so in ``step()`` and nowhere else."""
+    holding = [
+        optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if any(weight is held for held in group["params"])
+    ]
+    return bool(holding) and all(map(is_known, holding))
+
+
+def is_known(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser is one of :mod:`torch.optim`."""
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def is_sum(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

@@ -27,8 +27,10 @@ from lightning_lance.continual.layers import (
     exact,
     fingerprint,
     install_reservation,
+    is_known,
     is_sum,
     reserved_variant,
+    steps_are_known,
     steps_are_sums,
 )
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
@@ -259,7 +261,9 @@ class ContinualSession(Steps):
         if memory.reserved is not None and memory.reserved.shape[2] == 0:
             return None
         side, _ = _side(layer, self.options)
-        return Reservation(layer.weight, memory, side, steps_are_sums(run.optimizers, layer.weight), run.flat)
+        weight, optimizers = layer.weight, run.optimizers
+        sums, known = steps_are_sums(optimizers, weight), steps_are_known(optimizers, weight)
+        return Reservation(weight, memory, side, sums, run.flat, known)
 
     def _train(
         self,
@@ -897,33 +901,37 @@ class _Run:
 
     def watch_steps(self) -> None:
         """Let reservations see every step of any torch optimiser on their weights, right before and after it."""
-        found = [layer for layer in self.layers.values() if isinstance(layer, Reserved)]
-        found = [layer for layer in found if layer.reservation.update is None]
-        layers = {id(layer.weight): weakref.ref(layer) for layer in found}  # the hooks of optimisers are everybody's
-        if not layers:
+        layers = [layer for layer in self.layers.values() if isinstance(layer, Reserved)]
+        found = [weakref.ref(layer) for layer in layers if layer.reservation.update is None]
+        if not found:
             return
+        told = [weakref.ref(optimizer) for optimizer in self.optimizers]
 
         def of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Reserved, bool]]:
-            for group in optimizer.param_groups:
+            # Looked up anew: whoever loads with assign=True exchanges a parameter.
+            layers = {id(layer.weight): layer for reference in found if (layer := reference()) is not None}
+            for group in optimizer.param_groups if layers else ():
                 for parameter in group["params"]:
-                    layer = layers[id(parameter)]() if id(parameter) in layers else None
-                    if layer is not None and layer.weight is parameter:
-                        yield layer, is_sum(optimizer, group)
+                    if id(parameter) in layers:
+                        yield layers[id(parameter)], is_sum(optimizer, group)
 
         def look(optimizer: torch.optim.Optimizer) -> None:
             for layer, sums in of(optimizer):
                 layer.reservation.before_step(layer.weight, sums)
 
         def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+            for layer, _sums in of(optimizer):
+                layer.reservation.watch(layer.weight)
+                layer.reservation.stepping = True
             named = "closure" in kwargs
             closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
-            if closure is None:
+            if closure is None or not is_known(optimizer):  # what others are called with is their own affair
                 look(optimizer)
                 return None
 
-            def computed() -> Any:  # gradients are there after it, and the activations no longer
-                loss = closure()
-                look(optimizer)
+            def computed(*arguments: Any, **options: Any) -> Any:
+                loss = closure(*arguments, **options)
+                look(optimizer)  # gradients are there, and the activations no longer
                 return loss
 
             return (args, {**kwargs, "closure": computed}) if named else ((args[0], computed, *args[2:]), kwargs)
@@ -932,7 +940,15 @@ class _Run:
             for layer, _sums in of(optimizer):
                 layer.reservation.after_step(layer.weight)
 
-        self._handles += [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        def before_others(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+            if any(optimizer is reference() for reference in told):
+                return None
+            return before(optimizer, args, kwargs)
+
+        # Of those that are known after their own hooks, which may change gradients; of others with what is everybody's.
+        self._handles += [optimizer.register_step_pre_hook(before) for optimizer in self.optimizers]
+        self._handles.append(register_optimizer_step_pre_hook(before_others))
+        self._handles.append(register_optimizer_step_post_hook(after))
 
     def freeze(self, parameter: Any) -> None:
         parameter.requires_grad_(False)

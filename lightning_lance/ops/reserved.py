@@ -116,7 +116,7 @@ def effective_weight(parts: Parts, form: Form) -> Tensor:
     assert anchor is not None
     dtype = precision(basis, trained)
     basis = basis.to(dtype)
-    with _full_precision(trained.device.type):
+    with full_precision(trained.device.type):
         if form.complement:
             rows = form.side.rows(trained).to(dtype)
             return form.side.weight(drop(rows, basis, anchor, mask, form), form.shape).to(trained.dtype)
@@ -137,7 +137,8 @@ def trained_grad(weight_grad: Tensor, basis: Tensor, form: Form, mask: Tensor | 
     return (rows @ basis).flatten(0, 1)
 
 
-def _full_precision(device: str) -> Any:
+def full_precision(device: str) -> Any:
+    """A context in which autocast is off."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

@@ -174,30 +174,13 @@ def noise(model: nn.Module) -> None:
             parameter.grad.add_(torch.randn_like(parameter), alpha=1e-2)
 
 
-def late_decay(model: nn.Module) -> None:
-    """See :class:`Late`."""
-
-
-class Late(torch.optim.SGD):
-    """Gradient descent whose weight decay a schedule turns on."""
-
-    def __init__(self, parameters: Any, lr: float) -> None:
-        super().__init__(parameters, lr)
-        self.count = 0
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        self.count += 1
-        self.param_groups[0]["weight_decay"] = 0.1 if self.count > 8 else 0.0
-
-
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05),
     "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
     "weight decay": lambda p: torch.optim.SGD(p, 0.05, weight_decay=0.1),
-    "late decay": lambda p: Late(p, 0.05),
     "adam": lambda p: torch.optim.Adam(p, 1e-2),
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    "fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
     "somebody's": lambda p: OtherSGD(p, 0.05),
 }
@@ -213,10 +196,168 @@ def test_nothing_moves_inside_whatever_the_step_and_nothing_is_stored_for_it(
     protected = bases(session)
     train(model, optimizer, 1, 40, change, dtype)
     assert steady(model) == [change is None and kind in ("sgd", "momentum")] * 2
-    assert not any(anchored(model))
+    assert anchored(model) == [kind == "somebody's"] * 2
     session.end_experience(model, [lambda: model(batch(1, dtype=dtype)[0])])
     # Clipped steps are so short that the rounding of the weights shows beside them.
     assert leak(model, session, before, protected) < (1e-4 if dtype == torch.float32 else 1e-12)
+
+
+def test_weight_decay_that_a_schedule_turns_on_is_seen() -> None:
+    model, session, optimizer, before = begun(OPTIMIZERS["momentum"])
+    protected = bases(session)
+    train(model, optimizer, 1, 5)
+    assert steady(model) == [True, True]
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    train(model, optimizer, 1, 20)
+    assert steady(model) == [False, False]
+    session.end_experience(model, [lambda: model(batch(1)[0])])
+    assert leak(model, session, before, protected) < 1e-12
+
+
+def test_gradients_changed_by_a_hook_of_the_optimizer_are_seen() -> None:
+    def make(p: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(p, 0.05)
+        held = [x for group in optimizer.param_groups for x in group["params"]]
+        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_(held, 1e-3) and None)
+        return optimizer
+
+    model, session, optimizer, before = begun(make)
+    protected = bases(session)
+    train(model, optimizer, 1, 20)
+    session.end_experience(model, [lambda: model(batch(1)[0])])
+    assert leak(model, session, before, protected) < 1e-12
+
+
+class Decoupled(torch.optim.AdamW):
+    """Goes on with the weights after the step of another one, through `.data`, as many do."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data = parameter.data * 0.99
+        return loss
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Moves weights outside of `step`, up the gradient and back."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        self.base = torch.optim.SGD(self.param_groups, 0.05)
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            closure()
+        held = [x for group in self.param_groups for x in group["params"] if x.grad is not None]
+        moves = [0.05 * x.detach().abs() * x.grad.sign() for x in held]
+        for x, move in zip(held, moves, strict=True):
+            x.data.add_(move)
+        with torch.enable_grad():
+            loss = closure()
+        for x, move in zip(held, moves, strict=True):
+            x.data.sub_(move)
+        self.base.step()
+        return loss
+
+
+@pytest.mark.parametrize("kind", [lambda p: Decoupled(p, 1e-2), SharpnessAware])
+@pytest.mark.parametrize("change", [None, decay])
+@pytest.mark.filterwarnings("error:.*was changed")
+def test_somebodys_own_optimizer_may_move_weights_at_any_time(kind: Any, change: Any) -> None:
+    torch.manual_seed(0)
+    model = network()
+    session = ContinualSession(EXACT, ContinualConfig(threshold=0.6, heads=["5"], warn_above=1.0))
+    before, protected = {}, {}
+    for experience in (0, 1):
+        inputs, targets = batch(experience)
+        optimizer = kind(model.parameters())
+        session.begin_experience(model, [lambda x=inputs: model(x)], [optimizer])
+        if experience == 1:
+            before = {n: model.get_submodule(n).weight.detach().clone() for n in session.memories}
+            protected = bases(session)
+        for _ in range(10):
+            optimizer.step(closing(model, inputs, targets, change))
+        session.end_experience(model, [lambda x=inputs: model(x)])
+    assert leak(model, session, before, protected) < 1e-12
+
+
+def closing(model: nn.Module, inputs: Tensor, targets: Tensor, change: Any = None) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        model.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        if change is not None:
+            change(model)
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("kind", ["sgd", "weight decay", "adam", "fused"])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.filterwarnings("error:.*was changed")
+def test_a_step_under_autocast_is_as_one_without(kind: str, inside: bool) -> None:
+    model, session, optimizer, before = begun(OPTIMIZERS[kind], torch.float32)
+    protected = bases(session)
+    inputs, targets = batch(1, dtype=torch.float32)
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(inputs), targets)
+            if inside:
+                loss.backward()
+                optimizer.step()
+        if not inside:
+            loss.backward()
+            optimizer.step()
+    assert not any(anchored(model))
+    session.end_experience(model, [lambda: model(inputs)])
+    assert leak(model, session, before, protected) < 1e-4
+
+
+def test_parameters_may_be_exchanged() -> None:
+    model, session, _, before = begun(OPTIMIZERS["adam"])
+    protected = bases(session)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    train(model, torch.optim.Adam(model.parameters(), 1e-2), 1, 20)
+    session.end_experience(model, [lambda: model(batch(1)[0])])
+    assert leak(model, session, before, protected) < 1e-12
+
+
+def test_a_step_that_fails_half_way_leaves_nothing_inside() -> None:
+    model, session, optimizer, before = begun(OPTIMIZERS["adam"])
+    protected = bases(session)
+    train(model, optimizer, 1, 3)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("after the weights have moved")
+
+    optimizer.register_step_post_hook(fail)
+    with pytest.raises(RuntimeError, match="have moved"):
+        train(model, optimizer, 1, 1)
+    session.end_experience(model, [lambda: model(batch(1)[0])])
+    assert leak(model, session, before, protected) < 1e-12
+
+
+def test_what_moves_a_weight_last_is_said() -> None:
+    model, session, optimizer, _ = begun(OPTIMIZERS["adam"])
+    train(model, optimizer, 1, 9)
+    with torch.no_grad():
+        model[3].weight.mul_(0.5)
+    with pytest.warns(UserWarning, match="was changed, and not in a step"):
+        session.end_experience(model, [lambda: model(batch(1)[0])])
+
+
+@pytest.mark.parametrize("argument", [3.0, lambda value: value])
+def test_other_optimizers_are_called_with_what_is_theirs(argument: Any) -> None:
+    class Theirs(torch.optim.Optimizer):
+        def step(self, given: Any) -> Any:
+            return given(4.0) if callable(given) else given
+
+    begun(OPTIMIZERS["adam"])
+    theirs = Theirs([nn.Parameter(torch.zeros(1))], {})
+    assert theirs.step(argument) in (3.0, 4.0)
 
 
 @pytest.mark.parametrize("change", [None, decay, clip])
@@ -294,7 +435,7 @@ def test_writing_into_a_weight_outside_of_a_step_is_noticed_and_then_kept_out(ki
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.99)
-    with pytest.warns(UserWarning, match="was changed, and not in a step of a torch optimiser"):
+    with pytest.warns(UserWarning, match="was changed, and not in a step"):
         train(model, optimizer, 1, 4, None, dtype)
     assert all(anchored(model))
     start = {name: model.state_dict()[f"{name}.weight"].clone() for name in session.memories}
