@@ -205,17 +205,19 @@ class Reservation:
         return Parts(self.update, self.basis, weight)
 
     @torch.no_grad()
-    def before_step(self, weight: Tensor, sums: bool) -> None:
+    def before_step(self, weight: Tensor, sums: bool, momentum: Tensor | None = None) -> None:
         """Note ``W M``, until :meth:`after_step`, unless the step is a sum of gradients and these are outside of ``M``.
 
         Args:
             weight: the layer's weight, with its gradient.
             sums: whether the step is one: :func:`is_sum`.
+            momentum: of gradients before, which is in the step too.
         """
         if self.anchor is not None or self._held is not None or weight.grad is None or self._expected is None:
             return
         # What has a part in M once may have it in a momentum ever after.
         self.flat = self.flat or not sums or not self._is_outside(weight.grad)
+        self.flat = self.flat or not (momentum is None or self._is_outside(momentum))
         if self.flat:
             self._held = self._along(weight)
 

@@ -905,7 +905,8 @@ class _Run:
         found = [weakref.ref(layer) for layer in layers if layer.reservation.update is None]
         if not found:
             return
-        told = [weakref.ref(optimizer) for optimizer in self.optimizers]
+        told = [optimizer for optimizer in self.optimizers if isinstance(optimizer, torch.optim.Optimizer)]
+        known = {id(optimizer) for optimizer in told}
 
         def of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Reserved, bool]]:
             # Looked up anew: whoever loads with assign=True exchanges a parameter.
@@ -917,7 +918,8 @@ class _Run:
 
         def look(optimizer: torch.optim.Optimizer) -> None:
             for layer, sums in of(optimizer):
-                layer.reservation.before_step(layer.weight, sums)
+                momentum = optimizer.state.get(layer.weight, {}).get("momentum_buffer") if sums else None
+                layer.reservation.before_step(layer.weight, sums, momentum)
 
         def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
             for layer, _sums in of(optimizer):
@@ -941,12 +943,10 @@ class _Run:
                 layer.reservation.after_step(layer.weight)
 
         def before_others(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-            if any(optimizer is reference() for reference in told):
-                return None
-            return before(optimizer, args, kwargs)
+            return None if id(optimizer) in known else before(optimizer, args, kwargs)
 
         # Of those that are known after their own hooks, which may change gradients; of others with what is everybody's.
-        self._handles += [optimizer.register_step_pre_hook(before) for optimizer in self.optimizers]
+        self._handles += [optimizer.register_step_pre_hook(before) for optimizer in told]
         self._handles.append(register_optimizer_step_pre_hook(before_others))
         self._handles.append(register_optimizer_step_post_hook(after))
 

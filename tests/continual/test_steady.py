@@ -316,6 +316,44 @@ def test_a_step_under_autocast_is_as_one_without(kind: str, inside: bool) -> Non
     assert leak(model, session, before, protected) < 1e-4
 
 
+def test_momentum_that_is_loaded_in_the_middle_is_seen() -> None:
+    model, session, optimizer, before = begun(OPTIMIZERS["momentum"])
+    protected = bases(session)
+    stored = copy.deepcopy(optimizer.state_dict())
+    stored["state"] = {i: {"momentum_buffer": torch.ones_like(p)} for i, p in enumerate(model.parameters())}
+    train(model, optimizer, 1, 3)
+    optimizer.load_state_dict(stored)
+    train(model, optimizer, 1, 10)
+    session.end_experience(model, [lambda: model(batch(1)[0])])
+    assert leak(model, session, before, protected) < 1e-12
+
+
+def test_an_optimizer_may_be_anything_that_has_groups() -> None:
+    class Averaging:
+        """Steps of another one, and then the average of what has been."""
+
+        def __init__(self, parameters: Any) -> None:
+            self.inner = torch.optim.SGD(parameters, 0.05, momentum=0.9)
+            self.param_groups, self.state = self.inner.param_groups, self.inner.state
+            self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+        __slots__ = ("inner", "param_groups", "slow", "state")
+
+        def zero_grad(self) -> None:
+            self.inner.zero_grad()
+
+        def step(self) -> None:
+            self.inner.step()
+            for fast, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+                fast.data.copy_(slow.lerp_(fast.detach(), 0.5))
+
+    model, session, optimizer, before = begun(Averaging)
+    protected = bases(session)
+    train(model, optimizer, 1, 10)
+    session.end_experience(model, [lambda: model(batch(1)[0])])
+    assert leak(model, session, before, protected) < 1e-12
+
+
 def test_parameters_may_be_exchanged() -> None:
     model, session, _, before = begun(OPTIMIZERS["adam"])
     protected = bases(session)
