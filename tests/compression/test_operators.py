@@ -127,9 +127,21 @@ COMPARED: dict[str, tuple[Operator, float]] = {
 }
 
 
+def _differentiable(name: str) -> bool:
+    """Torch 2.6 has no derivative of some of them."""
+    try:
+        x = torch.randn(6, 8, 64, requires_grad=True)
+        COMPARED[name][0](x * 1).sum().backward()
+    except RuntimeError as error:
+        return "is not implemented" not in str(error)
+    return True
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_what_is_compared_bit_for_bit_in_every_layout(name: str) -> None:
     """Of rounded numbers none would be equal to the largest, which is where the gradient goes."""
+    if not _differentiable(name):
+        pytest.skip("this torch cannot differentiate it")
     operator, bits = COMPARED[name]
     for dtype in (torch.float32, torch.float16):
         for x in layouts(
@@ -144,6 +156,8 @@ def test_what_is_compared_bit_for_bit_in_every_layout(name: str) -> None:
 @pytest.mark.parametrize("name", ["abs", "clamp", "maximum", "amax", "amin", "max of two", "aminmax"])
 def test_what_is_compared_inside_of_a_transform(name: str) -> None:
     """A tensor of ``vmap`` has no place in memory, and its axes are not those of what is saved."""
+    if not _differentiable(name):
+        pytest.skip("this torch cannot differentiate it")
     operator = COMPARED[name][0]
     assert_same(torch.vmap(lambda x: operator(x) / (1 + x.square().mean())), torch.randn(5, 6, 8, 64))
 

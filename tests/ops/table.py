@@ -164,7 +164,8 @@ class Problem:
                 return reserved_conv(x, parts, b, where, static, factors)
             with torch.no_grad():
                 core = compress(x, factors, case.channel_axis, case.first_spatial)
-            flat = (core, *factors[:4], *factors.spatial)
+            rotation, groups, scale, channel, spatial = factors  # compilers up to torch 2.6 take no slices of these
+            flat = (core, rotation, groups, scale, channel, *spatial)
             return LowRankLinear.apply(x, t, b, *flat) if where is None else LowRankConv.apply(x, t, b, where, *flat)
 
         return run
