@@ -182,6 +182,7 @@ def _rank(rank: int, folder: str) -> dict[str, float]:
         assert metrics.total.sum() == (5 if rank == 0 else 11), "synced counts must not leak into the local ones"
         return found
     finally:
+        torch.distributed.barrier()  # gloo of torch 2.6 may wait for ever for a process that is gone
         torch.distributed.destroy_process_group()
 
 
