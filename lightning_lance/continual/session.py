@@ -191,7 +191,7 @@ class ContinualSession(Steps):
         if not layers and self.experience == 0:
             raise PlanError(
                 f"no layer of {type(run.model).__name__} can be protected. Supported, with a weight that requires grad "
-                f"and outside of heads: {', '.join(registry.supported())}."
+                f"and is no other layer's, and outside of heads: {', '.join(registry.supported())}."
             )
         trained = self._freeze(run, layers)
         self._enter(run)
