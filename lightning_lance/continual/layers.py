@@ -48,7 +48,7 @@ OUTSIDE_TOLERANCE = 1e-5
 """Relative to the gradient, of what rounding leaves in it along protected directions."""
 
 STEADY_TOLERANCE = 1e-4
-"""Relative to the weight. Independent roundings of ten thousand steps in float32 add up to some 2e-6."""
+"""Relative to the weight. Roundings of ten thousand steps in float32 add up to a tenth of it at most."""
 
 LONGEST = 1.1
 """What a stored basis may multiply a vector's length with: 1, but for rounding and damped directions beside it."""
@@ -153,7 +153,7 @@ class Reservation:
         self._looks += 1
         if self._looks % WATCH_STEPS and self._looks & (self._looks - 1):
             return
-        if not self._is_steady(weight):
+        if not self._is_steady(weight) and bool(weight.isfinite().all()):  # NaN is not worth keeping: others are loaded
             self._say_moved("What follows is kept out of there, for more memory. ")
             self.anchor = Parameter(self._anchored(weight), requires_grad=False)
             self.form, self.flat = self.form._replace(steady=False), False

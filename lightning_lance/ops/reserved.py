@@ -15,6 +15,7 @@ mask again: one pass has them too, the first one of a weight, so that the others
 
 An optimiser whose steps are sums of gradients, as those of gradient descent are, leaves ``T M = C`` where it was, for
 the gradients have no part in ``M``. The complement form is *steady* then: ``W = T``, and only gradients are projected.
+So it is where what a step has moved inside of ``M`` is taken back after it.
 """
 
 from __future__ import annotations

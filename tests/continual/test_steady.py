@@ -378,6 +378,24 @@ def test_a_step_that_fails_half_way_leaves_nothing_inside() -> None:
     assert leak(model, session, before, protected) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_good_weights_loaded_after_nan_train_on(kind: str) -> None:
+    model, session, optimizer, before = begun(OPTIMIZERS[kind])
+    protected = bases(session)
+    good = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 1, 1)
+    with torch.no_grad():
+        model[3].weight.fill_(float("nan"))
+    for _ in range(WATCH_STEPS):
+        train(model, optimizer, 1, 1)
+    model.load_state_dict(good)
+    fresh = OPTIMIZERS[kind](model.parameters())
+    train(model, fresh, 1, 20)
+    session.end_experience(model, [lambda: model(batch(1)[0])])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert leak(model, session, before, protected) < 1e-12
+
+
 def test_what_moves_a_weight_last_is_said() -> None:
     model, session, optimizer, _ = begun(OPTIMIZERS["adam"])
     train(model, optimizer, 1, 9)
@@ -403,15 +421,7 @@ def test_gradients_that_a_closure_computes_are_seen_too(change: Any) -> None:
     model, session, optimizer, before = begun(lambda p: torch.optim.SGD(p, 0.05))
     protected = bases(session)
     inputs, targets = batch(1)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), targets)
-        loss.backward()
-        if change is not None:
-            change(model)
-        return loss
-
+    closure = closing(model, inputs, targets, change)
     for number in range(20):
         loss = optimizer.step(closure) if number % 2 else optimizer.step(closure=closure)
         assert loss is not None
@@ -432,16 +442,8 @@ def test_a_line_search_moves_nothing_inside() -> None:
 
 
 def lbfgs(model: nn.Module, optimizer: torch.optim.Optimizer, experience: int, steps: int) -> None:
-    inputs, targets = batch(experience)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), targets)
-        loss.backward()
-        return loss
-
     for _ in range(steps):
-        optimizer.step(closure)
+        optimizer.step(closing(model, *batch(experience)))
 
 
 def begun_with_closure(make: Any) -> tuple[nn.Sequential, ContinualSession, Any, dict[str, Tensor]]:
