@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_lance.compression.calibration import eager
 from lightning_lance.compression.config import LanceConfig
@@ -18,21 +16,9 @@ from lightning_lance.compression.isolation import isolated
 from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.session import LanceSession, Pass
 from lightning_lance.compression.steps import Steps
-from lightning_lance.compression.surgery import restore
 from lightning_lance.continual.account import Account, LayerAccount, account_table, plot_capacity
 from lightning_lance.continual.config import ContinualConfig
-from lightning_lance.continual.layers import (
-    Reservation,
-    Reserved,
-    exact,
-    fingerprint,
-    install_reservation,
-    is_known,
-    is_sum,
-    reserved_variant,
-    steps_are_known,
-    steps_are_sums,
-)
+from lightning_lance.continual.layers import Reserved, install_reservation, reserved_variant
 from lightning_lance.continual.memory import Capacity, LayerMemory, Stage
 from lightning_lance.continual.moments import SKETCH_ENERGY, FeatureMoments
 from lightning_lance.continual.own_values import (
@@ -45,7 +31,10 @@ from lightning_lance.continual.own_values import (
     tensor_of,
     weight_of,
 )
+from lightning_lance.continual.reservation import Reservation, exact, fingerprint
 from lightning_lance.continual.rules import RULES, Layer, Now
+from lightning_lance.continual.run import Run
+from lightning_lance.continual.steps import steps_are_known, steps_are_sums
 from lightning_lance.continual.stored import CONTINUAL_STATE_VERSION, read_experience, read_stream
 from lightning_lance.errors import LanceWarning, PlanError, StateError
 from lightning_lance.layers import registry
@@ -105,7 +94,7 @@ class ContinualSession(Steps):
         self.rule = RULES[self.options.rule](self.options)
         self._known: set[str] = set()
         self._said: set[str] = set()
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._own = OwnValues()
         # The experience that the model is of, and what all share of the tensors that are its own.
         self._selected: str | None = None
@@ -171,7 +160,7 @@ class ContinualSession(Steps):
         self._check_fits(model)
         self.select(model, None)
         self._drop_pending(model)
-        run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
+        run = self._run = Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
         try:
             optimizers = list(optimizers)
             run.optimizers, run.flat = optimizers, flat
@@ -183,7 +172,7 @@ class ContinualSession(Steps):
 
     def _begin(
         self,
-        run: _Run,
+        run: Run,
         passes: Sequence[Pass],
         optimizers: list[torch.optim.Optimizer],
     ) -> None:
@@ -236,7 +225,7 @@ class ContinualSession(Steps):
         run.watch_steps()
         self._check_something_trains(run)
 
-    def _check_something_trains(self, run: _Run) -> None:
+    def _check_something_trains(self, run: Run) -> None:
         reservations = [layer.reservation for layer in run.layers.values() if isinstance(layer, Reserved)]
         if any(p.requires_grad for p in run.model.parameters()) or any(r.update is not None for r in reservations):
             return
@@ -247,13 +236,13 @@ class ContinualSession(Steps):
             "head in heads, or add a module that is new to the stream."
         )
 
-    def _compression(self, run: _Run) -> LanceSession:
+    def _compression(self, run: Run) -> LanceSession:
         first = self.experience == 0 and not self.options.compress_first
         made = LanceSession(run.model, self.config.uncompressed() if first else self.config, run.heads)
         made.processes = self.processes
         return made
 
-    def _reservation(self, run: _Run, name: str, layer: Any) -> Reservation | None:
+    def _reservation(self, run: Run, name: str, layer: Any) -> Reservation | None:
         """What a layer is to train in; ``None``: it trains in all directions, or in none."""
         memory = self.memories[name]
         if not any(memory.counts) or not layer.weight.requires_grad:
@@ -267,7 +256,7 @@ class ContinualSession(Steps):
 
     def _train(
         self,
-        run: _Run,
+        run: Run,
         name: str,
         layer: Any,
         order: SampleOrder,
@@ -342,7 +331,7 @@ class ContinualSession(Steps):
             raise StateError("resume_experience() while one is running: call end_experience() or abandon() first.")
         self._check_heads(model)
         self._check_fits(model)
-        run = self._run = _Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
+        run = self._run = Run(model, self._known, _matching(model, [*self.options.heads, *heads]))
         run.optimizers, run.flat = list(optimizers), flat
         pending, self._pending = self._pending, None
         try:
@@ -352,7 +341,7 @@ class ContinualSession(Steps):
             self._pending = pending
             raise
 
-    def _resume(self, run: _Run, state: dict[str, Any], optimizers: list[torch.optim.Optimizer]) -> None:
+    def _resume(self, run: Run, state: dict[str, Any], optimizers: list[torch.optim.Optimizer]) -> None:
         """Check everything, then give the model anything of it."""
         found = read_experience(state, self.experience, self.memories, self.rule)
         lacking = misfit(run.model, found.shared)
@@ -445,7 +434,7 @@ class ContinualSession(Steps):
         self._warn_of_little(capacity)
         return capacity
 
-    def _consolidate(self, run: _Run, moments: dict[str, FeatureMoments]) -> None:
+    def _consolidate(self, run: Run, moments: dict[str, FeatureMoments]) -> None:
         """All layers, or none."""
         rule = self.rule.state_dict()
         memories = {name: copy.copy(memory) for name, memory in self.memories.items()}
@@ -572,7 +561,7 @@ class ContinualSession(Steps):
         exchange(model, self._shared)
         self._selected, self._shared, self._merged = None, {}, {}
 
-    def _enter(self, run: _Run) -> None:
+    def _enter(self, run: Run) -> None:
         """Give the model the norms and biases that the experience begins with."""
         own = run.now.own
         if own is None:
@@ -582,7 +571,7 @@ class ContinualSession(Steps):
         exchange(run.model, {name: value for name, value in values.items() if name in shared})
         run.shared = shared
 
-    def _show(self, run: _Run, own: str) -> None:
+    def _show(self, run: Run, own: str) -> None:
         """While one is running: let the layers work with the weights of another experience."""
         for name, layer in self._views(run.model).items():
             module, weight = layer.module, layer.weight
@@ -710,7 +699,7 @@ class ContinualSession(Steps):
             found[name] = module
         return found
 
-    def _freeze(self, run: _Run, layers: dict[str, nn.Module]) -> dict[str, Any]:
+    def _freeze(self, run: Run, layers: dict[str, nn.Module]) -> dict[str, Any]:
         """Freeze what earlier experiences share and no basis protects; returns the layers that train."""
         unprotected, full = [], []
         known = [(n, m) for n, m in run.model.named_modules() if n not in run.heads and n in self._known]
@@ -820,7 +809,7 @@ class ContinualSession(Steps):
             "pending": self._pending if self._run is None else self._not_shared(self._run),
         }
 
-    def _not_shared(self, run: _Run) -> dict[str, Any]:
+    def _not_shared(self, run: Run) -> dict[str, Any]:
         opened = {name: self.memories[name].opened for name in run.views}
         opened = {name: found for name, found in opened.items() if found is not None}
         return {"opened": opened, "rule": self.rule.running_state(), "shared": _on_cpu(run.shared)}
@@ -843,191 +832,8 @@ class ContinualSession(Steps):
         self._selected, self._shared, self._merged = found.selected, found.shared, found.merged
 
 
-class _Run:
-    """What one experience changes in a model, and how to undo it."""
-
-    def __init__(self, model: nn.Module, known: set[str], heads: set[str]) -> None:
-        self.model = model
-        self.heads = heads
-        self.compression: LanceSession | None = None
-        self.optimizers: list[torch.optim.Optimizer] = []
-        self.now = Now(0)
-        self.flat = False
-        self.layers: dict[str, nn.Module] = {}
-        self.views: dict[str, Layer] = {}
-        # Names of norms' and biases' tensors that train for this experience alone, and the values that all share.
-        self.own: list[str] = []
-        self.shared: Values = {}
-        # While another experience is shown: the values of this one.
-        self.hidden: Values = {}
-        self._shown: list[tuple[nn.Module, Tensor | None]] = []
-        self._frozen: list[nn.Parameter] = []
-        self._handles: list[Any] = []
-        self._in_training: list[nn.Module] = []
-        self._replaced: list[tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]] = []
-        self.before = {name: _fingerprint(module) for name, module in model.named_modules() if name not in known}
-
-    def changed(self) -> set[str]:
-        """Names of modules whose own parameters or buffers have changed, among those that were not known before."""
-        modules = dict(self.model.named_modules())
-        return {n for n, before in self.before.items() if n in modules and _fingerprint(modules[n]) != before}
-
-    def show(self, module: nn.Module, weight: Tensor) -> None:
-        """Let a layer work with another weight."""
-        held: Any = module
-        if isinstance(module, Reserved):
-            self._shown.append((module, None))
-            held.reservation.shown = weight
-        else:
-            self._shown.append((module, held.weight.detach().clone()))
-            held.weight.data.copy_(weight)
-
-    def hide(self) -> None:
-        """Let all layers work with their own weights again."""
-        shown, self._shown = self._shown, []
-        for module, weight in shown:
-            held: Any = module
-            if weight is None:
-                held.reservation.shown = None
-            else:
-                held.weight.data.copy_(weight)
-        hidden, self.hidden = self.hidden, {}
-        exchange(self.model, hidden)
-
-    def leave(self) -> None:
-        """Put back what all experiences share. Does nothing the second time."""
-        shared, self.shared = self.shared, {}
-        exchange(self.model, shared)
-
-    def watch_steps(self) -> None:
-        """Let reservations see every step of any torch optimiser on their weights, right before and after it."""
-        layers = [layer for layer in self.layers.values() if isinstance(layer, Reserved)]
-        found = [weakref.ref(layer) for layer in layers if layer.reservation.update is None]
-        if not found:
-            return
-        told = [optimizer for optimizer in self.optimizers if isinstance(optimizer, torch.optim.Optimizer)]
-        known = {id(optimizer) for optimizer in told}
-
-        def of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Reserved, bool]]:
-            # Looked up anew: whoever loads with assign=True exchanges a parameter.
-            layers = {id(layer.weight): layer for reference in found if (layer := reference()) is not None}
-            for group in optimizer.param_groups if layers else ():
-                for parameter in group["params"]:
-                    if id(parameter) in layers:
-                        yield layers[id(parameter)], is_sum(optimizer, group)
-
-        def look(optimizer: torch.optim.Optimizer) -> None:
-            for layer, sums in of(optimizer):
-                momentum = optimizer.state.get(layer.weight, {}).get("momentum_buffer") if sums else None
-                layer.reservation.before_step(layer.weight, sums, momentum)
-
-        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-            for layer, _sums in of(optimizer):
-                layer.reservation.watch(layer.weight)
-                layer.reservation.stepping = True
-            named = "closure" in kwargs
-            closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
-            if closure is None or not is_known(optimizer):  # what others are called with is their own affair
-                look(optimizer)
-                return None
-
-            def computed(*arguments: Any, **options: Any) -> Any:
-                loss = closure(*arguments, **options)
-                look(optimizer)  # gradients are there, and the activations no longer
-                return loss
-
-            return (args, {**kwargs, "closure": computed}) if named else ((args[0], computed, *args[2:]), kwargs)
-
-        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            for layer, _sums in of(optimizer):
-                layer.reservation.after_step(layer.weight)
-
-        def before_others(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-            return None if id(optimizer) in known else before(optimizer, args, kwargs)
-
-        # Of those that are known after their own hooks, which may change gradients; of others with what is everybody's.
-        self._handles += [optimizer.register_step_pre_hook(before) for optimizer in told]
-        self._handles.append(register_optimizer_step_pre_hook(before_others))
-        self._handles.append(register_optimizer_step_post_hook(after))
-
-    def freeze(self, parameter: Any) -> None:
-        parameter.requires_grad_(False)
-        parameter.grad = None  # an optimiser steps on any gradient that is there
-        self._frozen.append(parameter)
-
-    def keep_statistics(self, norm: nn.Module) -> None:
-        """Normalise with the running statistics, and leave them as they are, also after ``model.train()``."""
-        self._in_training += [norm] if norm.training else []
-        norm.training = False
-        self._handles.append(norm.register_forward_pre_hook(_to_eval))
-
-    def replace(
-        self,
-        weight: Any,
-        update: nn.Parameter,
-        optimizers: list[torch.optim.Optimizer],
-        name: str,
-        keep_state: bool = False,
-    ) -> None:
-        """Let the optimiser train ``update`` in the place of ``weight``, with state of its own or with that one."""
-        found = False
-        for optimizer in optimizers:
-            if _substitute(optimizer, weight, update):
-                state = optimizer.state.pop(weight, None)
-                if keep_state and state is not None:
-                    optimizer.state[update] = state
-                self._replaced.append((optimizer, weight, update))
-                found = True
-        if not found:
-            raise StateError(
-                f"{name}: no optimiser given to begin_experience() holds its weight, and reserved trains a smaller "
-                "parameter in its place. Give optimizers=[...], or reserved='full'."
-            )
-        self.freeze(weight)
-
-    def restore(self) -> None:
-        """Undo everything; the effective weights stay. Does nothing the second time."""
-        for handle in self._handles:
-            handle.remove()
-        if self.compression is not None:
-            self.compression.stop()
-        restore(self.model)
-        for optimizer, weight, update in self._replaced:
-            _substitute(optimizer, update, weight)
-            optimizer.state.pop(update, None)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        for norm in self._in_training:
-            norm.training = True
-        self._handles, self._in_training, self._frozen, self._replaced = [], [], [], []
-        self.compression = None
-
-
-def _to_eval(norm: nn.Module, _: Any) -> None:
-    norm.training = False
-
-
 def _holds(optimizers: list[torch.optim.Optimizer], weight: Any) -> bool:
     return any(weight is held for found in optimizers for group in found.param_groups for held in group["params"])
-
-
-def _substitute(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> bool:
-    for group in optimizer.param_groups:
-        for index, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][index] = new
-                _give_state(optimizer, group, new)
-                return True
-    return False
-
-
-def _give_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> None:
-    """Give a parameter the state that it would have got with the constructor, and not at its first step."""
-    if isinstance(optimizer, torch.optim.Adagrad):  # of torch 2.6; later ones make theirs at the first step
-        start = group["initial_accumulator_value"]
-        fresh = torch.optim.Adagrad([parameter], initial_accumulator_value=start, fused=group.get("fused"))
-        if parameter in fresh.state:
-            optimizer.state[parameter] = fresh.state[parameter]
 
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
@@ -1064,10 +870,6 @@ def _note_calls(model: nn.Module, called: set[str]) -> list[Any]:
         return lambda _, __: called.add(name)
 
     return [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules()]
-
-
-def _fingerprint(module: nn.Module) -> float:
-    return fingerprint(*module.parameters(recurse=False), *module.buffers(recurse=False))
 
 
 def _run_passes(model: nn.Module, passes: Sequence[Pass], training: bool) -> None:

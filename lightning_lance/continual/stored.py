@@ -202,7 +202,7 @@ def read_experience(state: Any, experience: int, memories: Mapping[str, LayerMem
     Raises:
         StateError: a value is missing, of another type, shape or dtype, not finite or out of range, or it is the state
             of another experience. The shapes of reservations are for
-            :meth:`~lightning_lance.continual.layers.Reservation.check`.
+            :meth:`~lightning_lance.continual.reservation.Reservation.check`.
     """
     stored = Stored(state, "the stored experience", "Load another checkpoint, or begin the experience again.")
     layers, compression, before, now, kept, shared = stored.fields(

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lance.continual import ContinualConfig, ContinualSession
-from lightning_lance.continual.layers import WATCH_STEPS, reserved_layers
+from lightning_lance.continual.layers import reserved_layers
+from lightning_lance.continual.reservation import WATCH_STEPS
 from tests.continual.streams import EXACT
 
 pytestmark = [
