@@ -54,8 +54,8 @@ test-all: test test-rest  ## all tests and docstring examples
 
 # For the night: kills, hooks, networks and fits by the hundred; docs/reliability.md has its figures.
 soak: export OMP_NUM_THREADS = 1
-soak: $(STAMP)  ## the long forms of the tests in tests/soak, half an hour on two cores
-	@$(BIN)/python -m pytest tests/soak -m soak --numprocesses 2 -rP $(PYTEST_ARGS)
+soak: $(STAMP)  ## the long forms of the tests in tests/soak, ten minutes on two cores
+	@$(BIN)/python -m pytest tests/soak -m soak --numprocesses 2 -rP --show-capture=stdout $(PYTEST_ARGS)
 
 # What pyproject.toml allows at the lowest; on a Python of which all of these have builds.
 OLDEST := torch==2.6.0 torchvision==0.21.0 lightning==2.5.0 torchmetrics==1.4.0 tensorly==0.8.0

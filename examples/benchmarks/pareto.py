@@ -8,8 +8,9 @@
 Every method has a process of its own, forked from one that has loaded the libraries. There the network is built, a
 plain pass over two samples loads what kernels load, and from then on the most that was resident counts: "peak" is that
 of all steps (forward, backward, SGD) above what was resident before the first. Freed memory goes back to the
-system, for all methods alike (docs/allocators.md). Of `torch.compile` the peak is that of the steps after it has
-compiled, for the compiler itself takes more. "Step" is the median of the steps after these.
+system, and large blocks are mapped in huge pages where there are any, for all methods alike (docs/allocators.md). Of
+`torch.compile` the peak is that of the steps after it has compiled, for the compiler itself takes more. "Step" is the
+median of the steps after these.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from examples.benchmarks.table import show, size
 from examples.benchmarks.ways import WAYS, Training, find
 from examples.benchmarks.workloads import WORKLOADS
 
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it with its first allocation
 SLOWEST = 1.33  # times a plain step: what checkpointing costs
 AS_FAST = 1.05
 QUICK = {name: (8, 32 if name == "text" else 64) for name in WORKLOADS}
@@ -128,15 +130,14 @@ def in_own_process(row: Row, steps: int, seconds: float) -> Row:
     )
     mine, other = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(row, steps, other))
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before]))
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before.get("PYTHONPATH")]))
+    os.environ.setdefault(HUGE_PAGES, "1")
     try:
         process.start()  # the server begins with the first one, and imports from there
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        os.environ.clear()
+        os.environ.update(before)
     other.close()
     try:
         if mine.poll(seconds):
@@ -257,8 +258,8 @@ INTRODUCTION = """\
 
 Seven networks, every parameter of them trained, in training mode, by SGD: what autograd *keeps* between the forward and
 the backward pass, the *peak* of the process above idle over all steps, the time of a *step*, and the *cosine* of the
-gradient to plain training's. Each method has a process of its own; freed memory goes back to the system for all of them
-([allocators.md](allocators.md)).
+gradient to plain training's. Each method has a process of its own; in all of them freed memory goes back to the system,
+and large blocks come in huge pages ([allocators.md](allocators.md)).
 
     python -m examples.benchmarks.pareto --threads {threads} --write docs/pareto.md
 
