@@ -42,7 +42,7 @@ class Reservation:
 
     Where all directions outside of ``M`` are trained, the weight ``W`` itself is what an optimiser steps on, with
     gradients that have no part in ``M``. Some steps are sums of such gradients, and leave ``W M`` alone. Others do not:
-    ``W M`` is noted before them (:meth:`before_step`), and made what it was after them (:meth:`after_step`). In
+    ``W M`` is noted before them (:meth:`before_step`), and made what it was after them (:meth:`end_step`). In
     between nothing is stored for it but a product with one vector, by which :meth:`watch` sees that it holds. A weight
     in half precision is rounded too coarsely for that, and somebody's own optimiser may move weights at any time: then
     ``C = W M`` is stored, and what moves inside of ``M`` is left out wherever the weight is used.
@@ -60,7 +60,7 @@ class Reservation:
     Attributes:
         form: parametrisation in use.
         flat: steps may be anything, and what they move inside of ``M`` is taken back after each.
-        stepping: an optimiser's step on the weight is under way.
+        steps: those on the weight that are under way, by the optimiser: a step may be part of another one.
         anchor: ``C``, where it is stored.
         shown: a weight to work with for the time being, such as that of an earlier experience; ``None``: one's own.
         update: ``V``, the trained parameter of a truncated reservation; ``None``: the weight itself is trained.
@@ -84,7 +84,7 @@ class Reservation:
         damped = memory.steps.shape[1] if stored and memory.steps is not None else 0
         self.form = Form(side, weight.shape, whole, steady or self.flat, ROUNDED_PASSES if stored else 1, damped)
         self._looks = 0
-        self.stepping = False
+        self.steps: list[int] = []
         self._label = memory.label
         self._start = fingerprint(weight)
         self._scaled, self._dtype = memory.scaled, memory.dtype
@@ -128,9 +128,8 @@ class Reservation:
     @torch.no_grad()
     def watch(self, weight: Tensor) -> None:
         """Before a training call or a step: see whether ``W M`` is what it was, at times 1, 2, 4 … and every 32."""
-        if self._expected is None or self.stepping:
+        if self._expected is None or self.steps:
             return
-        self._held = None  # the last step is done with
         self._looks += 1
         if self._looks % WATCH_STEPS and self._looks & (self._looks - 1):
             return
@@ -187,7 +186,7 @@ class Reservation:
 
     @torch.no_grad()
     def before_step(self, weight: Tensor, sums: bool, momentum: Tensor | None = None) -> None:
-        """Note ``W M``, until :meth:`after_step`, unless the step is a sum of gradients and these are outside of ``M``.
+        """Note ``W M``, until :meth:`end_step`, unless the step is a sum of gradients and these are outside of ``M``.
 
         Args:
             weight: the layer's weight, with its gradient.
@@ -214,13 +213,22 @@ class Reservation:
         part = torch.linalg.vector_norm(self._seen(grad))
         return bool(part <= OUTSIDE_TOLERANCE * torch.linalg.vector_norm(grad))
 
-    @torch.no_grad()
-    def after_step(self, weight: Tensor) -> None:
-        """After a step on the weight: drop of it what may not move, and go on from the result.
+    def begin_step(self, step: int) -> None:
+        """An optimiser's step on the weight begins, perhaps within another's; one that is under way was broken off."""
+        if step in self.steps:
+            del self.steps[self.steps.index(step) :]
+        self.steps.append(step)
 
-        What was noted stays until the next forward pass: the step may be part of another one, which goes on.
-        """
-        self.stepping = False
+    def end_step(self, step: int, weight: Tensor) -> None:
+        """It is done: drop of the weight what may not move. What was noted is kept while an outer step goes on."""
+        self._after_step(weight)
+        if step in self.steps:
+            del self.steps[self.steps.index(step) :]
+        if not self.steps:
+            self._held = None
+
+    @torch.no_grad()
+    def _after_step(self, weight: Tensor) -> None:
         anchor = self.anchor if self._held is None else self._held
         if not self.flat or anchor is None:
             return
@@ -366,8 +374,8 @@ class Reservation:
     @torch.no_grad()
     def fold(self, weight: Tensor) -> None:
         """Write the effective weight into the layer's own; one that was not trained stays bit for bit."""
-        if self._held is not None and self.stepping:  # the step has failed half way
-            self.after_step(weight)
+        if self._held is not None and self.steps:  # the step has failed half way
+            self._after_step(weight)
         if self._expected is not None and not self._is_steady(weight):
             self._say_moved("")
             self._expected = None

@@ -82,7 +82,7 @@ def watch_steps(layers: Sequence[Reserved], optimizers: Iterable[Any]) -> list[A
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         for layer, _sums in of(optimizer):
             layer.reservation.watch(layer.weight)
-            layer.reservation.stepping = True
+            layer.reservation.begin_step(id(optimizer))
         named = "closure" in kwargs
         closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
         if closure is None or not is_known(optimizer):  # what others are called with is their own affair
@@ -98,7 +98,7 @@ def watch_steps(layers: Sequence[Reserved], optimizers: Iterable[Any]) -> list[A
 
     def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for layer, _sums in of(optimizer):
-            layer.reservation.after_step(layer.weight)
+            layer.reservation.end_step(id(optimizer), layer.weight)
 
     def before_others(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         return None if id(optimizer) in known else before(optimizer, args, kwargs)

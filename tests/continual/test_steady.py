@@ -82,8 +82,15 @@ def steady(model: nn.Module) -> list[bool]:
 
 
 def anchored(model: nn.Module) -> list[bool]:
-    """Which layers store what their weight is along all that is protected."""
-    return [layer.reservation.anchor is not None for layer in reserved_layers(model).values()]
+    """Which layers hold, between two steps, what their weight is along all that is protected."""
+    found = []
+    for layer in reserved_layers(model).values():
+        held = {name: value for name, value in vars(layer.reservation).items() if isinstance(value, Tensor)}
+        held |= dict(layer.named_parameters(recurse=True)) | {"anchor": layer.reservation.anchor}
+        groups, _, columns = layer.reservation.basis.shape
+        product = (groups, layer.weight.shape[0] // groups, columns)
+        found.append(any(value is not None and value.shape == product for n, value in held.items() if n != "_expected"))
+    return found
 
 
 def leak(model: nn.Module, session: ContinualSession, before: dict[str, Tensor], protected: dict[str, Tensor]) -> float:
