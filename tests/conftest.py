@@ -38,6 +38,7 @@ def seed() -> Iterator[int]:
     torch.manual_seed(SEED)
     yield SEED
     torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)  # Trainer(deterministic=True) leaves it on
 
 
 @pytest.fixture(autouse=True)

@@ -106,6 +106,7 @@ class Store:
         self.on_backward: Any = None
         self.mode: Any = nullcontext()
         self._contexts = threading.local()
+        self._asked: int | None = None
 
     def __enter__(self) -> Store:
         if saving.store is not None:
@@ -132,10 +133,19 @@ class Store:
         self._contexts.hooks.__exit__(None, None, None)
 
     def is_on_top(self) -> bool:
-        """Whether hooks of nobody else lie on ours in this thread. Before torch 2.7 nobody can tell: it is assumed."""
+        """Whether hooks of nobody else lie on ours in this thread."""
         find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        top = (self.pack, None) if find is None else find(False)
-        return top is not None and top[0] == self.pack
+        if find is not None:
+            top = find(False)
+            return top is not None and top[0] == self.pack
+        # Before torch 2.7 nobody can tell: save something, and see whose hook is called. Checkpointed segments count.
+        if any(name == "torch.utils.checkpoint" for name in _callers()):
+            return False
+        self._asked = threading.get_ident()
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            torch.zeros((), requires_grad=True).exp()
+        reached, self._asked = self._asked is None, None
+        return reached
 
     @contextmanager
     def without_hooks(self) -> Iterator[None]:
@@ -177,6 +187,9 @@ class Store:
 
     def pack(self, tensor: Tensor) -> Any:
         """The hook that autograd calls for each tensor it saves."""
+        if self._asked == threading.get_ident():
+            self._asked = None
+            return tensor.detach()
         with torch._C.DisableTorchFunction():
             kept = self._keep(tensor)
             if self.ledger is not None and kept is not tensor and not self.is_weight(tensor):
@@ -384,6 +397,13 @@ def _cast_of_weight(tensor: Tensor) -> bool:
         and node.name() == "torch::autograd::AccumulateGrad"
         and isinstance(node.variable, nn.Parameter)
     )
+
+
+def _callers() -> Iterator[str]:
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        yield frame.f_globals.get("__name__", "")
+        frame = frame.f_back
 
 
 def _for_recomputation() -> bool:
