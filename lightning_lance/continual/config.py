@@ -24,9 +24,6 @@ THRESHOLD = 0.97
 THRESHOLD_OF_COLUMNS = 0.95
 """Where each has columns of its own."""
 
-THRESHOLD_OF_DAMPED_COLUMNS = 0.93
-"""Where steps are damped besides in what a threshold leaves out."""
-
 AUTO_DAMPING = 0.5
 """With optimisers whose steps are as long in all directions, where all experiences share everything."""
 
@@ -44,11 +41,12 @@ class ContinualConfig:
             experience whose name is given has a few columns of its own; without names it is ``"threshold"``.
             ``"scaled"``: a protected direction closes as far as it mattered (SGP).
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
-            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and where experiences have columns
-            of their own .95, or .93 with damping.
+            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and .95 where experiences have
+            columns of their own.
         threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
             .003 for ten experiences of CIFAR-100).
-        columns: fraction of the protected layers' weights that an experience may have as columns of its own.
+        columns: fraction of the protected layers' weights that an experience may have as columns of its own; and as
+            values of its own of parameters that no basis protects, such as positions.
         reserved: directions that an experience may change. ``"full"``: everything that is not protected. An int: that
             many leading directions of the experience outside of what is protected; a float in (0, 1]: those that hold
             that energy; ``"threshold"``: those that together with the protected ones hold the threshold. Then only
@@ -62,7 +60,8 @@ class ContinualConfig:
             energy.
         feature_side: of convolutions. ``"patch"``: unfolded patches; ``"channel"``: channels, whose bases are smaller
             by the number of kernel positions squared, and fuller.
-        heads: name patterns of modules that train freely and are not protected, such as the heads of tasks.
+        heads: name patterns of modules or parameters that train freely and are not protected, such as the heads of
+            tasks.
         max_rows: feature vectors taken from one input; a random subset where there are more.
         freeze_above: fraction of a layer's directions from which on its weight is frozen. The last few directions
             add little to what can be learned; once the first layers are frozen, nothing before the first trained one
@@ -81,7 +80,7 @@ class ContinualConfig:
     rule: str = "columns"
     threshold: float | Literal["auto"] = "auto"
     threshold_growth: float = 0.003
-    columns: float = 1 / 64
+    columns: float = 1 / 32
     reserved: int | float | Literal["full", "threshold"] = "full"
     damping: float | Literal["auto"] = "auto"
     feature_side: Literal["patch", "channel"] = "patch"
@@ -108,7 +107,7 @@ class ContinualConfig:
             )
         if isinstance(self.columns, bool) or not 0.0 <= self.columns <= 1.0:
             raise ConfigError(
-                f"columns={self.columns!r} is not allowed. Allowed: a fraction in [0, 1], such as 0.015; 0 for none."
+                f"columns={self.columns!r} is not allowed. Allowed: a fraction in [0, 1], such as 0.03; 0 for none."
             )
         if not 0.0 <= self.threshold_growth < 1.0:
             raise ConfigError(
@@ -134,20 +133,12 @@ class ContinualConfig:
         if isinstance(self.max_rows, bool) or self.max_rows < 1:
             raise ConfigError(f"max_rows={self.max_rows!r} is not allowed. Allowed: an int of at least 1.")
 
-    def threshold_of(self, experience: int, own: bool = False, damped: bool = False) -> float:
-        """Threshold after an experience, counted from 0.
-
-        Args:
-            experience: the experience.
-            own: it has columns of its own.
-            damped: its steps are damped.
-        """
+    def threshold_of(self, experience: int, own: bool = False) -> float:
+        """Threshold after an experience, counted from 0; ``own``: it has columns of its own."""
         if not isinstance(self.threshold, str):
             threshold = self.threshold
-        elif own and self.rule == "columns":
-            threshold = THRESHOLD_OF_DAMPED_COLUMNS if damped else THRESHOLD_OF_COLUMNS
         else:
-            threshold = THRESHOLD
+            threshold = THRESHOLD_OF_COLUMNS if own and self.rule == "columns" else THRESHOLD
         return max(threshold, min(threshold + self.threshold_growth * experience, HIGHEST_THRESHOLD))
 
     def damping_of(self, optimizers: Iterable[torch.optim.Optimizer], own: bool = False) -> float:

@@ -1,10 +1,10 @@
-"""Norms and biases of one's own: what no basis protects, each experience may train and keep for itself.
+"""Norms, biases and positions of one's own: what no basis protects, each experience may train and keep for itself.
 
 What a layer learned is protected as a subspace of its inputs, and columns of one's own are directions of it. A norm or
 a bias has no such directions: its affine parameters and running statistics either stay as the first experience left
 them, or differ from experience to experience. They are a few numbers a channel, so that an experience which is known
 when it is evaluated has its own. It starts with those of the one before, and all earlier ones are evaluated with
-theirs.
+theirs. So it is with other parameters that are no layer's weight, such as positions, as far as they are small.
 
 Related: batch norms for each domain (Bilen & Vedaldi, arXiv 1701.07275; Chang et al., CVPR 2019).
 """
@@ -93,23 +93,30 @@ def read_values(stored: Stored) -> Values:
     return found
 
 
-def names_of(modules: Iterable[tuple[str, nn.Module]], protected: Mapping[str, Any]) -> list[str]:
-    """Names of all parameters and running statistics of norms, and of all parameters of protected layers but weights.
+def names_of(modules: Iterable[tuple[str, nn.Module]], protected: Mapping[str, Any], budget: float) -> list[str]:
+    """Names of all parameters and running statistics of norms, and of parameters that no basis protects.
 
     Args:
         modules: those to look at, with their names.
-        protected: names of layers whose weights are protected.
+        protected: names of layers whose weights are protected; their other parameters are not.
+        budget: numbers that the parameters of other modules may have, smaller ones first.
     """
-    found = []
+    found, others = [], []
     for name, module in modules:
+        prefix = f"{name}." if name else ""
+        parameters = module.named_parameters(recurse=False)
         if name in protected:
-            keys = [key for key, parameter in module.named_parameters(recurse=False) if key != "weight"]
+            found += [prefix + key for key, parameter in parameters if key != "weight"]
         elif isinstance(module, NORMS):
             held = {**module._parameters, **module._buffers}
-            keys = [key for key, tensor in held.items() if tensor is not None]
+            found += [prefix + key for key, tensor in held.items() if tensor is not None]
         else:
-            continue
-        found += [f"{name}.{key}" if name else key for key in keys]
+            others += [(parameter.numel(), prefix + key) for key, parameter in parameters]
+    for count, name in sorted(others):
+        budget -= count
+        if budget < 0:
+            break
+        found.append(name)
     return found
 
 

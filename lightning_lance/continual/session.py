@@ -645,10 +645,10 @@ class ContinualSession(Steps):
     def _check_heads(self, model: nn.Module) -> None:
         names = [name for name, _ in model.named_modules() if name]
         for pattern in self.options.heads:
-            if not any(matches(name, pattern) for name in names):
+            if not _matching(model, [pattern]):
                 raise PlanError(
-                    f"heads={pattern!r} matches no module. There are {len(names)}, such as {closest(pattern, names)}. "
-                    "Patterns are shell-style ('heads.*') or the name of a container."
+                    f"heads={pattern!r} matches no module or parameter. There are {len(names)} modules, such as "
+                    f"{closest(pattern, names)}. Patterns are shell-style ('heads.*') or the name of a container."
                 )
 
     def _check_fits(self, model: nn.Module) -> None:
@@ -690,7 +690,13 @@ class ContinualSession(Steps):
         found = {}
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
-            if name in heads or weight is None or reserved_variant(module) is None or registry.refusal(module):
+            if (
+                name in heads
+                or weight_of(name) in heads
+                or weight is None
+                or reserved_variant(module) is None
+                or registry.refusal(module)
+            ):
                 continue
             if not weight.requires_grad or uses.get(id(weight), 0) > 1:
                 continue
@@ -703,20 +709,24 @@ class ContinualSession(Steps):
         """Freeze what earlier experiences share and no basis protects; returns the layers that train."""
         unprotected, full = [], []
         known = [(n, m) for n, m in run.model.named_modules() if n not in run.heads and n in self._known]
-        run.own = names_of(known, self.memories) if self.rule.owns(run.now) else []
+        if self.rule.owns(run.now):
+            known_layers = [module for name, module in known if name in self.memories]
+            budget = self.options.columns * sum(weight.numel() for weight in map(_weight, known_layers))
+            run.own = [name for name in names_of(known, self.memories, budget) if name not in run.heads]
         own = set(run.own)
         for name, module in known:
             if not own and isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
                 run.keep_statistics(module)
             for key, parameter in module.named_parameters(recurse=False):
-                if not parameter.requires_grad or (f"{name}.{key}" if name else key) in own:
+                full_name = f"{name}.{key}" if name else key
+                if not parameter.requires_grad or full_name in own or full_name in run.heads:
                     continue
                 if name in layers and key == "weight":
                     if not self.rule.freezes(self._view(name, module), run.now):
                         continue
                     full.append((name, self.memories[name].capacity()))
                 elif name not in layers and not isinstance(module, NORMS):
-                    unprotected.append(f"{name}.{key}" if name else key)
+                    unprotected.append(full_name)
                 run.freeze(parameter)
         self._say_full(full)
         named = [
@@ -837,7 +847,14 @@ def _holds(optimizers: list[torch.optim.Optimizer], weight: Any) -> bool:
 
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    return {name for name, _ in model.named_modules() if any(matches(name, pattern) for pattern in patterns)}
+    """Names of the modules and parameters that match a pattern, or are in a module that does."""
+    named = [*model.named_modules(), *model.named_parameters(remove_duplicate=False)]
+    return {name for name, _ in named if any(matches(name, pattern) for pattern in patterns)}
+
+
+def _weight(layer: Any) -> Tensor:
+    found: Tensor = layer.weight
+    return found
 
 
 def _side(layer: nn.Module, options: ContinualConfig) -> Any:

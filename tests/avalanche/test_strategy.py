@@ -203,7 +203,7 @@ def test_unknown_and_bad_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="threshold=7"):
         LanceStrategy(threshold=7, **settings(MultiHead()))
     strategy = LanceStrategy(heads="nowhere", **settings(MultiHead()))
-    with pytest.raises(PlanError, match="heads='nowhere' matches no module"):
+    with pytest.raises(PlanError, match="heads='nowhere' matches no module or parameter"):
         strategy.train(next(iter(class_stream().train_stream)))
     assert not is_swapped(strategy.model)
 
@@ -391,7 +391,7 @@ class NormHead(MultiHead):
 
 
 def test_what_cannot_be_protected_is_frozen_and_named() -> None:
-    strategy, stream = LanceStrategy(threshold=0.9, **settings(NormHead())), class_stream()
+    strategy, stream = LanceStrategy(threshold=0.9, rule="threshold", **settings(NormHead())), class_stream()
     experiences = list(stream.train_stream)
     strategy.train(experiences[0])
     before = {key: value.clone() for key, value in strategy.model.state_dict().items()}

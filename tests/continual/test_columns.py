@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lance import LanceConfig, StateError, is_swapped
+from lightning_lance import LanceConfig, PlanError, StateError, is_swapped
 from lightning_lance.continual import ContinualConfig, ContinualSession
 from lightning_lance.continual.layers import Reserved
 from tests.continual.streams import OPTIMIZERS, Net, Stream, batch
@@ -347,3 +347,61 @@ def test_weights_that_are_loaded_within_an_experience_are_those_that_the_model_w
             groups = bases[name].shape[0]
             leak = (rows(stream.model.get_submodule(name).weight.detach(), groups) - rows(old, groups)) @ bases[name]
             assert float(leak.norm()) <= 2e-6 * float(old.norm()), name
+
+
+class Positioned(nn.Module):
+    """A parameter that is no layer's weight, and a large one beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(12))
+        self.table = nn.Parameter(torch.zeros(40, 12))
+        self.body = nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 20), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Linear(20, 2) for _ in range(2))
+
+    def forward(self, input: Tensor, task: int) -> Tensor:
+        hidden = self.body(input + self.positions + self.table.mean(0))
+        output: Tensor = self.heads[task](hidden)
+        return output
+
+
+@pytest.mark.parametrize("heads", [["heads"], ["heads", "table"]])
+def test_small_parameters_that_no_basis_protects_are_own_and_named_ones_are_free(heads: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Positioned().double()
+    session = ContinualSession(LanceConfig(bits=None), ContinualConfig(heads=heads, columns=1 / 16))
+    first = torch.randn(32, 12, dtype=torch.float64) @ torch.diag(torch.linspace(1, 0, 12, dtype=torch.float64) ** 3)
+    outputs = torch.tensor(0.0)
+    for task in range(2):
+        inputs = first.roll(5 * task, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        session.begin_experience(model, [lambda x=inputs, t=task: model(x, t)], [optimizer], own=str(task))
+        for _ in range(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs, task), (inputs[:, 5 * task] > 0).long()).backward()
+            optimizer.step()
+        moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+        assert "positions" in moved
+        assert ("table" in moved) == (task == 0 or "table" in heads)
+        session.end_experience(model, [lambda x=inputs, t=task: model(x, t)])
+        if task == 0:
+            positions = model.positions.detach().clone()
+            outputs = model(inputs, 0).detach()
+    assert torch.equal(model.positions, positions)  # what all share is that of the first experience
+    session.select(model, "1")
+    assert not torch.equal(model.positions, positions)
+    session.select(model, "0")
+    if "table" not in heads:
+        torch.testing.assert_close(model(first, 0), outputs, rtol=0.0, atol=0.2)
+
+
+def test_a_weight_that_is_named_among_the_heads_is_not_protected() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    session = ContinualSession(options=ContinualConfig(heads=["0.weight", "2"]))
+    inputs = torch.randn(16, 6)
+    with pytest.raises(PlanError, match="no layer of Sequential can be protected"):
+        session.begin_experience(model, [lambda: model(inputs)])
+    session = ContinualSession(options=ContinualConfig(heads=["0.weight"]))
+    session.begin_experience(model, [lambda: model(inputs)])
+    assert set(session.memories) == {"2"}
