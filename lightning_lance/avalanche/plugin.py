@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_lance.avalanche.heads import find_heads, own_name, task_names
 from lightning_lance.compression.isolation import isolated
-from lightning_lance.compression.options import takes
+from lightning_lance.compression.options import made, takes
 from lightning_lance.continual import Capacity, ContinualOptions, ContinualSession
 from lightning_lance.errors import LanceWarning, StateError
 
@@ -60,7 +60,7 @@ class LancePlugin(SupervisedPlugin):  # type: ignore[misc]
     @takes(PluginOptions)
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
-        given = PluginOptions(*args, **options)
+        given = made(self, PluginOptions, args, options)
         self.verbose = given.verbose
         self.session = ContinualSession(given, given)
         self._said: set[str] = set()

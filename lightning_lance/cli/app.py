@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_lance import __version__
 from lightning_lance.cli import PROGRAM
@@ -36,6 +37,10 @@ OWN_PARSERS = {
     RESULTS: "Make tables in Markdown of what the runs in a folder have recorded.",
 }
 """Subcommands with a parser of their own, and what they do."""
+
+
+HEADER = "# lightning.pytorch=="
+"""How files of options begin that were written here."""
 
 
 class LanceTrainer(Trainer):
@@ -99,10 +104,26 @@ class BaseCLI(LightningCLI):
     """A LightningCLI with that parser; its argument ``parser_class`` is one of later versions than the oldest here."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
+        kwargs.setdefault("dump_header", [f"{HEADER[2:]}{lightning.__version__}"])
         parser = LanceParser(**kwargs)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a YAML or JSON file of options.")
         return parser
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the options where the logger writes, or in a ``default_root_dir`` that is given.
+
+    A file of that name that was read for this run, or that this tool has not written, stays.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        path = Path(trainer.log_dir or ".", self.config_filename).resolve()
+        theirs = trainer.logger is None and path.parent == Path.cwd()
+        if path.exists():
+            read = {Path(str(found)).resolve() for found in self.config.get("config") or []}
+            theirs = theirs or path in read or not path.read_text(encoding="utf-8").startswith(HEADER)
+        if not trainer.strategy.broadcast(theirs):
+            super().setup(trainer, pl_module, stage)
 
 
 class LanceCLI(BaseCLI):
@@ -115,6 +136,7 @@ class LanceCLI(BaseCLI):
             trainer_class=self.trainer_type,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "version": __version__},
             args=args,
@@ -156,9 +178,9 @@ class LanceCLI(BaseCLI):
         return trainer
 
     def profiled_batches(self) -> int:
-        """Batches that the subcommand ``profile`` may need: one after those that define subspaces."""
+        """Batches that ``profile`` may need: one to choose layers by, those that define subspaces, and one after."""
         section = self._get(self.config, "lance")
-        return LanceConfig(preset=section["preset"], calibration_batches=section["calibration_batches"]).batches + 1
+        return LanceConfig(preset=section["preset"], calibration_batches=section["calibration_batches"]).batches + 2
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         given = config.get("callbacks") or []

@@ -266,7 +266,10 @@ def _child(text: str) -> None:
 
     sys.argv[1:] = []
     own = {"bits": 4 if setting.plain else setting.bits, "rank": setting.rank or "null", "calibration_batches": 1}
-    flags = [f"--lance.{name}={value}" for name, value in {**own, "memory_budget": "null", "verbose": "false"}.items()]
+    flags = [
+        f"--lance.{name}={value}"
+        for name, value in {**own, "preset": "null", "memory_budget": "null", "verbose": "false"}.items()
+    ]
     MeasuringCLI([*given["arguments"], *flags])
 
 

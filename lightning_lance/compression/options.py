@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast, get_type_hints
 
 Options = ParamSpec("Options")
 Init = TypeVar("Init", bound=Callable[..., None])
+Made = TypeVar("Made")
 
 
 def takes(
@@ -45,6 +47,27 @@ def also_takes(options: Any) -> Callable[[Init], Init]:
         return init
 
     return declare
+
+
+def made(owner: object, options: Callable[..., Made], args: Sequence[Any], given: Mapping[str, Any]) -> Made:
+    """The dataclass of options that somebody was given.
+
+    Args:
+        owner: who; named in the error.
+        options: the dataclass.
+        args: its arguments.
+        given: those by name.
+
+    Raises:
+        TypeError: there is no such option.
+    """
+    allowed = list(inspect.signature(options).parameters)
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{type(owner).__name__} has no option {name!r}.{meant} Allowed: {', '.join(allowed)}.")
+    return options(*args, **given)
 
 
 def _texts(options: Any) -> dict[str, str]:

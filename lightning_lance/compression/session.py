@@ -98,6 +98,10 @@ class LanceSession(Steps):
     """
 
     def __init__(self, model: nn.Module, config: LanceConfig | None = None, heads: Collection[str] = ()) -> None:
+        if not isinstance(config, LanceConfig | None):
+            raise TypeError(
+                f"config={config!r} is not allowed. Give a LanceConfig, such as LanceConfig(rank='compact')."
+            )
         self.model = model
         self.config = config or LanceConfig()
         self.heads = frozenset(heads)

@@ -161,7 +161,7 @@ def _nothing(model: nn.Module, left: list[LeftAlone]) -> str:
     allowed = ", ".join(registry.supported())
     frozen = _frozen_names(model)
     text = (
-        f"no layer of {type(model).__name__} can be compressed. Supported, with a weight that requires grad: {allowed}."
+        f"no layer of {type(model).__name__} can be projected. Supported, with a weight that requires grad: {allowed}."
     )
     if frozen:
         text += (
@@ -196,7 +196,7 @@ def _select(candidates: list[Planned], layers: object, left: list[LeftAlone], fr
             barred = [str(item) for item in left if matches(item.name, pattern)]
             because = f" It names only what is left alone: {'; '.join(barred[:3])}." if barred else ""
             raise PlanError(
-                f"layers={pattern!r} matches no layer that can be compressed.{because} There are {len(names)}, "
+                f"layers={pattern!r} matches no layer that can be projected.{because} There are {len(names)}, "
                 f"such as {closest(pattern, names)}. Patterns are shell-style ('layer4.*') or the name of a container."
             )
         chosen |= found
@@ -212,7 +212,7 @@ def _check_rank_patterns(patterns: dict[str, ModeRanks], names: list[str]) -> No
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise PlanError(
-                f"rank[{pattern!r}] matches no layer that can be compressed. There are {len(names)}, such as "
+                f"rank[{pattern!r}] matches no layer that can be projected. There are {len(names)}, such as "
                 f"{closest(pattern, names)}. Allowed keys: such a pattern, or the modes batch, channel, spatial."
             )
 

@@ -168,7 +168,8 @@ def _per_mode(rank: Any, where: str) -> ModeRanks:
             mode = _ALIASES.get(key, key)
             if mode not in MODES:
                 raise ConfigError(
-                    f"{where} has the unknown mode {key!r}. Allowed: batch, channel (or feature), spatial (or token)."
+                    f"{where} has the unknown mode {key!r}. Allowed: batch, channel (or feature), spatial (or token). "
+                    "Modes of single layers go below their pattern: {'layer4.*': {'batch': 8, 'spatial': 0.9}}."
                 )
             if mode in modes:
                 raise ConfigError(f"{where} names the {mode} mode twice; keep one of its names.")

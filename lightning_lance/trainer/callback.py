@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_lance.compression.config import LanceConfig
-from lightning_lance.compression.options import takes
+from lightning_lance.compression.options import made, takes
 from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.report import Report
 from lightning_lance.compression.session import LanceSession
-from lightning_lance.errors import CalibrationError, ConfigError
+from lightning_lance.errors import CalibrationError, ConfigError, LanceWarning
 from lightning_lance.trainer.passes import bare, passes
 
 
@@ -67,7 +68,7 @@ class LanceCallback(Callback):
 
     @takes(CallbackOptions)
     def __init__(self, *args: Any, **options: Any) -> None:
-        given = self._options(*args, **options)
+        given = made(self, self._options, args, options)
         self.config: LanceConfig = given
         self.verbose = given.verbose
         self.forward_fn = given.forward_fn or bare
@@ -98,8 +99,8 @@ class LanceCallback(Callback):
         if stage == "fit" and others:
             raise ConfigError(
                 f"{type(self).__name__} and {', '.join(others)} in one Trainer: what autograd saves is kept by one of "
-                "them. Give one. Layers have ranks of their own in its rank={'layer3.*': 'compact', 'fc': 8}, "
-                "which leaves the others unprojected."
+                "them. Give one; ContinualCallback compresses as well, and takes the same options. Single layers have "
+                "ranks of their own in one callback's rank={'layer3.*': 'compact', 'fc': 8}."
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -162,6 +163,15 @@ class LanceCallback(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.session is not None and self._published is None:  # a fit of fewer steps than define the subspaces
+            asked = self.config.memory_budget is not None or self.config.rank not in ("auto", None)
+            if asked and self.session.uncalibrated:
+                warnings.warn(
+                    f"the fit ended within the {self.config.batches} steps that define the subspaces: nothing was "
+                    "projected, and a memory_budget not applied. The table below is of those first steps, in the "
+                    "fewest bits. Give a smaller calibration_batches, or train longer.",
+                    LanceWarning,
+                    stacklevel=2,
+                )
             self._publish(trainer, self.session)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

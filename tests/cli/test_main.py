@@ -105,7 +105,27 @@ class TestSubcommands:
         written = yaml.safe_load((cwd / "run" / "config.yaml").read_text())
         assert written["lance"]["calibration_batches"] == 2
         assert set(OPTIONS) <= set(written["lance"])
-        main(["fit", "--config", str(cwd / "run" / "config.yaml")])
+        before = (cwd / "run" / "config.yaml").read_bytes()
+        main(["fit", "--config", str(cwd / "run" / "config.yaml"), "--trainer.default_root_dir", str(cwd / "run")])
+        assert (cwd / "run" / "config.yaml").read_bytes() == before
+
+    @pytest.mark.parametrize("given", ["read", "theirs", "nothing"])
+    def test_no_file_of_somebody_else_is_overwritten(
+        self, config: Path, cwd: Path, given: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (cwd / "here").mkdir()
+        monkeypatch.chdir(cwd / "here")
+        path = cwd / "here" / "config.yaml"
+        found = {"read": "# lightning.pytorch==2\n" + config.read_text(), "theirs": "precious: 1\n"}.get(given)
+        if found is not None:
+            path.write_text(found)
+        read = ["fit", "--config", str(path if given == "read" else config)]
+        main([*read, "--trainer.logger=false"])
+        assert (path.read_text() if path.exists() else None) == found
+        csv = "lightning.pytorch.loggers.CSVLogger"
+        names = ["--trainer.logger.save_dir=.", "--trainer.logger.name=", "--trainer.logger.version="]
+        main([*read, f"--trainer.logger={csv}", *names])
+        assert found is None or path.read_text() == found
 
     def test_classes_of_the_current_directory(self, config: Path, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(cwd))])

@@ -169,7 +169,7 @@ def test_nothing_trainable_names_what_is_supported_and_what_is_frozen() -> None:
     with pytest.raises(PlanError) as caught:
         plan(model, COMPACT)
     message = str(caught.value)
-    assert message.startswith("no layer of Block can be compressed")
+    assert message.startswith("no layer of Block can be projected")
     for part in ("Conv1d, Conv2d, Conv3d, Linear", "2 supported layers are frozen, such as head", "requires_grad"):
         assert part in message
 
@@ -182,9 +182,9 @@ def test_a_filter_on_frozen_layers_says_that_they_are_frozen() -> None:
 
 
 def test_no_supported_layer_at_all() -> None:
-    with pytest.raises(PlanError, match=r"no layer of Sequential can be compressed.*Left alone: 0 \(Bilinear\)"):
+    with pytest.raises(PlanError, match=r"no layer of Sequential can be projected.*Left alone: 0 \(Bilinear\)"):
         plan(nn.Sequential(nn.Bilinear(2, 2, 2)), COMPACT)
-    with pytest.raises(PlanError, match="no layer of Identity can be compressed"):
+    with pytest.raises(PlanError, match="no layer of Identity can be projected"):
         plan(nn.Identity(), COMPACT)
 
 

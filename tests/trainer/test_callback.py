@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lightning_lance import (
     ConfigError,
     ContinualCallback,
     LanceCallback,
+    LanceSession,
     LanceWarning,
     PlanError,
     StateError,
@@ -664,11 +666,11 @@ WRONG_FOR_MODEL: dict[str, tuple[dict[str, Any], tuple[int, ...], str]] = {
     "pattern": (
         {"layers": "nett.0"},
         (),
-        r"layers='nett\.0' matches no layer that can be compressed\..*such as net\.0",
+        r"layers='nett\.0' matches no layer that can be projected\..*such as net\.0",
     ),
     "one of two": ({"layers": ["net.0", "x"]}, (), r"layers='x' matches no layer"),
     "refused layer": ({"layers": "odd"}, (), r"names only what is left alone: odd \(LSTM\)"),
-    "rank pattern": ({"rank": {"n.*": 2}}, (), r"rank\['n\.\*'\] matches no layer that can be compressed"),
+    "rank pattern": ({"rank": {"n.*": 2}}, (), r"rank\['n\.\*'\] matches no layer that can be projected"),
     "nothing trainable": ({}, (0, 3, 9), r"3 supported layers are frozen, such as net\.9: set requires_grad"),
     "frozen": ({"layers": ["net.0"]}, (0,), r"names only layers whose weight is frozen, such as net\.0"),
 }
@@ -687,6 +689,26 @@ def test_options_that_do_not_fit_the_model_leave_it_as_it_was(name: str) -> None
     assert_restored(module, before)
     if name == "frozen":
         fit(module, [lance(layers=["net.0", "net.3"])], max_epochs=1)
+
+
+def test_an_option_that_does_not_exist_is_named_with_the_one_that_was_meant() -> None:
+    for made in (LanceCallback, ContinualCallback):
+        with pytest.raises(
+            TypeError, match=rf"{made.__name__} has no option 'ranks'\. Did you mean 'rank'\? Allowed: .*bits"
+        ):
+            made(ranks="compact")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"config='compact' is not allowed.*LanceConfig\("):
+        LanceSession(nn.Linear(2, 2), "compact")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"rank": "compact"}, {"rank": "compact", "memory_budget": "1KB"}, {}])
+def test_a_fit_that_ends_before_the_subspaces_are_found_says_so(options: dict[str, Any]) -> None:
+    found = lance(calibration_batches=64, **{"rank": "auto", **options})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Classifier(small_net()), [found], max_epochs=1)
+    said = [str(one.message) for one in caught if "within the 64 steps that define the subspaces" in str(one.message)]
+    assert len(said) == (1 if options else 0)
 
 
 # --- nothing is rehearsed ------------------------------------------------------------------------------------------
