@@ -164,7 +164,7 @@ class LanceCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.session is not None and self._published is None:  # a fit of fewer steps than define the subspaces
             asked = self.config.memory_budget is not None or self.config.rank not in ("auto", None)
-            if asked and self.session.uncalibrated:
+            if asked and not self.session.calibrated:
                 warnings.warn(
                     f"the fit ended within the {self.config.batches} steps that define the subspaces: nothing was "
                     "projected, and a memory_budget not applied. The table below is of those first steps, in the "
