@@ -5,8 +5,8 @@
 All pointwise convolutions and the classifier of the ImageNet-pretrained EfficientNet-Lite0 are trained on digits. The
 limit is one of the operating system (RLIMIT_AS) on each training process: its address space may grow by so much once
 the network is built and its libraries are loaded, and an allocation beyond that fails. No number is built in: both
-runs are first measured without a limit, the limit is put between their two peaks, and where one of them then behaves
-otherwise than it must, the limit is moved by bisection. Needs Linux.
+runs are first measured without a limit, and the limit is put between their two peaks. Where plain training survives
+it, or LANCE does not, the limit is moved by bisection. Needs Linux.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """The paper's tables from what packages ship, by one command and without a network.
 
-    python -m examples.offline_results                 # writes docs/results.md
+    python -m examples.offline_results                 # writes docs/results.md, about five minutes on two cores
     python -m examples.offline_results --quick         # the same in less than three minutes, to runs/quick/results.md
 
 Fine-tuning: EfficientNet-Lite0 with its ImageNet weights on three image sets, last 2 and last 4 layers, plainly, by the
 method of the paper and with LANCE for fine-tuning, by `lightning-lance fit` with the configurations of
-`examples/configs`. A stream: Split MNIST by `lightning-lance stream`. Each run has a process of its own, so that its
-peak memory is its own.
+`examples/configs`. A stream: Split MNIST by `lightning-lance stream`. Each run has a process of its own.
 """
 
 from __future__ import annotations
@@ -152,22 +151,32 @@ def _run(arguments: list[str], log: Path) -> None:
         os._exit(0)
 
 
-def page(text: str, size: Size, command: str, seconds: float) -> str:
+LEFT_OUT = ("s/step", "peak")
+"""Columns that say little of runs so small."""
+
+ABOUT_PEAKS = " Peak: above the process with model and data."
+
+
+def page(text: str, size: Size, command: str) -> str:
     """The Markdown page around the tables."""
+    text = text.replace(ABOUT_PEAKS, "")
     for name, title in TITLES.items():
         text = text.replace(f"### {name}\n", f"## {title[0].upper()}{title[1:]}\n")
     seeds = f"{_count(len(size.seeds), 'seed')} ({', '.join(map(str, size.seeds))})"
     positions = max(size.image_size // 32, 1)
+    took = "" if size == QUICK else " (about five minutes on two cores)"
     return f"""# The paper's tables, offline
 
-Written by `{command}` in {seconds / 60:.0f} minutes; do not edit. Everything is in packages:
-EfficientNet-Lite0 with its ImageNet weights, and the images. {size.train_size} training and {size.test_size} test
-images of {size.image_size} pixels, {_count(size.epochs, "epoch")} of batches of {size.batch_size}, {seeds};
+Written by `{command}`{took}; do not edit.
+Everything is in packages: EfficientNet-Lite0 with its ImageNet weights, and the images. {size.train_size} training and
+{size.test_size} test images of {size.image_size} pixels, {_count(size.epochs, "epoch")} of batches of
+{size.batch_size}, {seeds};
 otherwise the recipe of `examples/configs/recipe`: SGD .05 with momentum .9, a cosine to 1 %, gradients clipped at 2,
 batch norms frozen. The last layers see maps of {positions} × {positions} positions. The stream trains with AdamW,
 {_count(size.stream_epochs, "epoch")} of {size.stream_size // 5} images an experience.
 
-So small runs say little about accuracy, and nothing about time: they show that each command works, and what is kept.
+So small runs say little about accuracy, and nothing about time or peaks ([pareto.md](pareto.md) has both): they show
+that each command works, and what is kept.
 "published" is `preset: published`, the method of the paper; "lance" is `rank: compact` with 4 bits in fine-tuning, and
 the defaults in the stream.
 
@@ -203,9 +212,7 @@ def main(args: Sequence[str] | None = None) -> Path:
         print(f"{index}/{len(found)} lightning-lance {Path(arguments[1]).stem} {' '.join(told)}", flush=True)
         in_own_process(arguments, folder / "log.txt")
     command = "python -m examples.offline_results" + (" --quick" if given.quick else "")
-    output.write_text(
-        page(tables(folder, without=["s/step"]), size, command, time.perf_counter() - start), encoding="utf-8"
-    )
+    output.write_text(page(tables(folder, without=LEFT_OUT), size, command), encoding="utf-8")
     print(f"{output}: {time.perf_counter() - start:.0f} s")
     return output
 

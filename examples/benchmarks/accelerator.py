@@ -1,6 +1,6 @@
 """Memory and time of training on an accelerator, and its operators against those of the CPU: one command, one table.
 
-    python -m examples.benchmarks.accelerator                      # on a GPU, at most 8 minutes
+    python -m examples.benchmarks.accelerator                      # on a GPU, 8 minutes by estimate
     python -m examples.benchmarks.accelerator --device cpu --tiny  # small networks, to try it out
 
 "Kept" is what the device's allocator holds more after a forward pass than before it, "peak" the most that it held in a

@@ -215,7 +215,7 @@ def _standard() -> list[Case]:
 
 CASES = {case.name: case for case in _standard()}
 
-# One batch size each: those for which the project has set itself a number to reach.
+# The usual cases, one batch size each.
 HEADLINE = [
     "resnet18/conv-2/b32/eval",
     "resnet18/conv-4/b64/eval",

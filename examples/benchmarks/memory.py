@@ -1,6 +1,6 @@
 """What training keeps in memory: bytes that autograd holds, by count and by formula, and the peak of the process.
 
-    python -m examples.benchmarks.memory                                    # the cases with a number to reach
+    python -m examples.benchmarks.memory                                    # the usual cases
     python -m examples.benchmarks.memory --cases 'resnet18/*/b32/*' --methods plain,default
     python -m examples.benchmarks.memory --cases all                        # hours
     python -m examples.benchmarks.memory --quick                            # a small case, to try it out

@@ -1,6 +1,6 @@
 """How long a training step takes, next to plain training in the same process.
 
-    python -m examples.benchmarks.speed                                     # the cases with a number to reach
+    python -m examples.benchmarks.speed                                     # the usual cases
     python -m examples.benchmarks.speed --cases resnet18/every-all/b32/train --methods default
     python -m examples.benchmarks.speed --format contiguous                 # channels last is the default
     python -m examples.benchmarks.speed --quick                             # a small case, to try it out

@@ -26,7 +26,7 @@ from lightning_lance.tensors.units import format_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1.05
-COMMAND = "python -m tests.compat.table --write docs/compatibility.md"
+COMMAND = "python -m tests.compat.table{} --write docs/compatibility.md"
 
 Row = dict[str, Any]
 
@@ -129,17 +129,19 @@ def document(rows: Sequence[Row]) -> str:
     networks, setups, others = ([row for row in rows if row["kind"] == kind] for kind in ("network", "setup", "other"))
     setups.sort(key=lambda row: "step" not in row)
     slower = sum(row.get("step", 0) > LIMIT for row in rows)
+    command = COMMAND.format("" if any("step" in row for row in rows) else " --no-time")
     timed = f" and {SIZE} px for the time" if any("step" in row for row in setups) else ""
     parts = [
         "# Compatibility",
-        f"Made by `{COMMAND}` (`--no-time` leaves step times out) from the results of `tests/compat`: torch "
+        f"Made by `{command}` from the results of `tests/compat`: torch "
         f"{torch.__version__.partition('+')[0]}, lightning {lightning.__version__}, on the CPU, random weights, crops "
         "of photographs as colour images, "
         "`LanceCallback()` as it comes, everything trainable. In every row two epochs are trained, the loss stays "
         "finite, fewer bytes are kept than by plain training, and the model comes back as it was.",
         f"*plain keeps* and *kept* are all that autograd holds for one batch of {TESTED}, measured with saved-tensor "
         "hooks. *cosine* is that of the gradient of all parameters to plain training's, in training mode and from the "
-        "same random state, *2 bits* that with `bits=2`, *bf16* that of autocast to bfloat16 in its place.",
+        "same random state, *2 bits* that with `bits=2`, *bf16* that of autocast to bfloat16 in its place. Weights are "
+        "random, and batch norms see small batches: there bf16's own rounding can turn the gradient altogether.",
         ""
         if not any("step" in row for row in rows)
         else "*step* is the processor time of a training step next to that of a plain one: the median over pairs "

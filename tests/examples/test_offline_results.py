@@ -38,6 +38,8 @@ def test_writes_the_page(cwd: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
         assert f"| efficientnet_lite0 | 2 | {method} |" in text
     for method in ("plain", "published", "lance"):
         assert f"| conv_trunk | {method} |" in text
+    assert "peak |" not in text
+    assert "Peak" not in text
     assert str(cwd) not in text
     assert capfd.readouterr().out.count("lightning-lance ") == 6
 
