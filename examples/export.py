@@ -26,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         callbacks=[LanceCallback(rank="compact", calibration_batches=2, verbose=False)],
         logger=False,
         enable_checkpointing=False,
+        enable_progress_bar=False,
         accelerator="cpu",
     )
-    trainer.fit(module, loaders()[0])
+    trainer.fit(module, *loaders())
     network = module.net.eval()
     assert not is_swapped(network)  # stock layers again
     options.folder.mkdir(parents=True, exist_ok=True)

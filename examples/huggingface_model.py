@@ -36,10 +36,13 @@ class Classifier(L.LightningModule):
             max_position_embeddings=LENGTH,
         )
         self.model = BertForSequenceClassification(config)
+        self.losses: list[Tensor] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         words, labels = batch
-        return self.model(input_ids=words, labels=labels).loss
+        loss = self.model(input_ids=words, labels=labels).loss
+        self.losses.append(loss.detach())
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -55,11 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> LanceCallback:
     """Returns the callback, with its report."""
     options = parser().parse_args(arguments)
     L.seed_everything(0, verbose=False)
-    callback = LanceCallback()
+    module, callback = Classifier(), LanceCallback()
     trainer = L.Trainer(
-        max_steps=options.steps, callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu"
+        max_steps=options.steps,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
     )
-    trainer.fit(Classifier(), loader(1024))
+    trainer.fit(module, loader(1024))
+    print(f"loss {float(module.losses[0]):.3f} in the first step, {float(module.losses[-1]):.3f} in the last")
     return callback
 
 

@@ -43,9 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Adapted, LanceCallback
     L.seed_everything(0, verbose=False)
     module, callback = Adapted(), LanceCallback()
     trainer = L.Trainer(
-        max_steps=options.steps, callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu"
+        max_steps=options.steps,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
     )
     trainer.fit(module, loader(1024))
+    print(f"loss {float(module.losses[0]):.3f} in the first step, {float(module.losses[-1]):.3f} in the last")
     print(f"{sum(p.numel() for p in adapters(module).values()):,} numbers are trained")
     return module, callback
 

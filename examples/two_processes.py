@@ -25,14 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> L.Trainer:
     data = TensorDataset(torch.randn(256, 1, 8, 8), torch.randint(0, 10, (256,)))
     trainer = L.Trainer(
         max_steps=options.steps,
+        limit_val_batches=0,  # random data is nothing to validate on
         accelerator="cpu",
         devices=2,
         strategy="ddp",
         callbacks=[LanceCallback(rank="compact", calibration_batches=2)],
         logger=False,
         enable_checkpointing=False,
+        enable_progress_bar=False,
     )
-    trainer.fit(Digits(), DataLoader(data, batch_size=32, shuffle=True))
+    trainer.fit(Digits(), DataLoader(data, batch_size=32, shuffle=True), DataLoader(data, batch_size=32))
     print(f"process {trainer.global_rank} of {trainer.world_size} took {trainer.global_step} steps")
     return trainer
 

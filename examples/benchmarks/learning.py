@@ -378,12 +378,13 @@ Small trainings that need no download; `python -m examples.benchmarks.learning` 
 seeds too, and `--write docs/learning.md` writes this page of what is. *Score* is the mean over seeds, in per cent,
 *to plain* its difference to plain training with the same seeds, in points, with its standard error; *kept* is what
 autograd keeps of a step, *peak* that of the process above the idle model, *step* the time of a step next to plain
-training's, roughly: several runs share the machine. Checkpointing recomputes every block, and ends with the weights of
-plain training, bit for bit.
+training's, roughly: several runs share the machine. Peaks are those of short runs of small networks, in which the
+method's own scratch memory shows. Checkpointing recomputes every block, and ends with the weights of plain training,
+bit for bit.
 
-A ✗ marks a loss that is larger than wanted: for `default` and `bits=2` .3 point, or a standard error of plain training
-where that is larger; for `compact` .5 point where a trained network is fine-tuned. It is not meant for training from
-scratch. One seed says little about a point.
+A ✗ marks a loss of more than .3 point, or than the standard error of plain training where that is larger; for `compact`
+one of more than .5 point where a trained network is fine-tuned. It is not meant for training from scratch. One seed
+says little about a point.
 """
 
 
@@ -411,19 +412,27 @@ def _verdict(found: Sequence[Row]) -> str:
             continue
         worst = min(group, key=lambda row: statistics.mean(row.differences))
         mean = statistics.mean(statistics.mean(row.differences) for row in group)
-        missed = [row.task for row in group if row.misses]
+        marked = [TASKS[row.task].title for row in group if row.misses]
         tasks = "fine-tuning tasks" if setting == "compact" else "tasks"
         text.append(
             f"- `{TITLES[setting]}`: {mean:+.2f} points on average over {len(group)} {tasks}, at worst "
-            f"{statistics.mean(worst.differences):+.2f} ({worst.task}); "
-            + (f"misses on {', '.join(missed)}." if missed else "within what is wanted on each.")
+            f"{statistics.mean(worst.differences):+.2f} ({TASKS[worst.task].title}); "
+            + (f"✗: {'; '.join(marked)}." if marked else "no ✗.")
         )
     return "\n".join(text) + "\n"
 
 
 def plot(found: Sequence[Row], path: Path) -> None:
     """Points lost and bytes kept, task by task."""
+    from matplotlib.axis import XAxis
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    def plain_ticks(axis: XAxis, values: Sequence[float], unit: str = "") -> None:
+        low, high = sorted(axis.get_view_interval())
+        axis.set_ticks([value for value in values if low <= value <= high])
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}".replace("-", "\N{MINUS SIGN}")))
+        axis.set_minor_locator(NullLocator())
 
     names = list(dict.fromkeys(row.task for row in found))
     drawn = [row for row in found if row.setting in COLOURS and row.differences]
@@ -449,6 +458,8 @@ def plot(found: Sequence[Row], path: Path) -> None:
     right.set(xscale="log", xlabel="times less kept than plain")
     right.axvline(1.0, color="0.5", linewidth=1)
     right.legend(fontsize=8)
+    plain_ticks(left.xaxis, [-30, -10, -3, -1, -0.3, 0, 0.3, 1, 3, 10])
+    plain_ticks(right.xaxis, [1, 2, 5, 10, 20, 50, 100], "×")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,15 +37,17 @@ def test_plain_loop_learns_and_its_checkpoint_loads(capsys: pytest.CaptureFixtur
     from examples import plain_loop
 
     assert plain_loop.main(["--steps", "40"]) < plain_loop.main(["--steps", "2"])
+    assert capsys.readouterr().out.count("weights bit for bit the same") == 2
 
 
-def test_a_hugging_face_model_keeps_a_fraction() -> None:
+def test_a_hugging_face_model_keeps_a_fraction(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     from examples import huggingface_model
 
     report = huggingface_model.main(["--steps", "2"]).report
     assert report is not None
     assert report.ratio > 5
+    assert "in the first step" in capsys.readouterr().out
 
 
 def test_lora_trains_its_adapters_alone() -> None:
@@ -118,10 +120,14 @@ def test_what_is_exported_needs_nothing_of_ours(tmp_path: Path) -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_notebook_runs_from_top_to_bottom(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     path = ROOT / "examples" / "tour.ipynb"
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     names: dict[str, object] = {"__name__": "__main__"}
     for number, cell in enumerate(cells):
