@@ -58,9 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> LanceCallback:
     """Returns the callback, with its report."""
     options = parser().parse_args(arguments)
     L.seed_everything(0, verbose=False)
-    module, callback = Classifier(), LanceCallback()
+    return trained(Classifier(), options.steps)
+
+
+def trained(module: Classifier, steps: int) -> LanceCallback:
+    """Train, and say how the loss went."""
+    callback = LanceCallback()
     trainer = L.Trainer(
-        max_steps=options.steps,
+        max_steps=steps,
         callbacks=[callback],
         logger=False,
         enable_checkpointing=False,

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from examples.huggingface_model import Classifier, loader
+from examples.huggingface_model import Classifier, trained
 from lightning_lance import LanceCallback
 
 
@@ -41,17 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Adapted, LanceCallback
     """Returns the module and the callback."""
     options = parser().parse_args(arguments)
     L.seed_everything(0, verbose=False)
-    module, callback = Adapted(), LanceCallback()
-    trainer = L.Trainer(
-        max_steps=options.steps,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-    )
-    trainer.fit(module, loader(1024))
-    print(f"loss {float(module.losses[0]):.3f} in the first step, {float(module.losses[-1]):.3f} in the last")
+    module = Adapted()
+    callback = trained(module, options.steps)
     print(f"{sum(p.numel() for p in adapters(module).values()):,} numbers are trained")
     return module, callback
 

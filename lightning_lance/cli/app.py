@@ -121,7 +121,7 @@ class SaveConfig(SaveConfigCallback):
         theirs = trainer.logger is None and path.parent == Path.cwd()
         if path.exists():
             read = {Path(str(found)).resolve() for found in self.config.get("config") or []}
-            theirs = theirs or path in read or not path.read_text(encoding="utf-8").startswith(HEADER)
+            theirs = theirs or path in read or not path.read_text(encoding="utf-8", errors="replace").startswith(HEADER)
         if not trainer.strategy.broadcast(theirs):
             super().setup(trainer, pl_module, stage)
 

@@ -710,8 +710,8 @@ class ContinualSession(Steps):
         unprotected, full = [], []
         known = [(n, m) for n, m in run.model.named_modules() if n not in run.heads and n in self._known]
         if self.rule.owns(run.now):
-            known_layers = [module for name, module in known if name in self.memories]
-            budget = self.options.columns * sum(weight.numel() for weight in map(_weight, known_layers))
+            weights = [tensor_of(run.model, weight_of(name)) for name, _ in known if name in self.memories]
+            budget = self.options.columns * sum(weight.numel() for weight in weights)
             run.own = [name for name in names_of(known, self.memories, budget) if name not in run.heads]
         own = set(run.own)
         for name, module in known:
@@ -850,11 +850,6 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of the modules and parameters that match a pattern, or are in a module that does."""
     named = [*model.named_modules(), *model.named_parameters(remove_duplicate=False)]
     return {name for name, _ in named if any(matches(name, pattern) for pattern in patterns)}
-
-
-def _weight(layer: Any) -> Tensor:
-    found: Tensor = layer.weight
-    return found
 
 
 def _side(layer: nn.Module, options: ContinualConfig) -> Any:
