@@ -115,8 +115,9 @@ def config(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["profile", "--config", str(config), "--fit=1GB", "--seconds=0"])
+@pytest.mark.parametrize("option", ["verbose=true", "preset=published"])  # what is tried contradicts the latter
+def test_command(config: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    main(["profile", "--config", str(config), f"--lance.{option}", "--fit=1GB", "--seconds=0"])
     printed = capsys.readouterr()
     assert "1 of 9: plain, whole batches" in printed.err
     assert "fits 1 GB" in printed.out
