@@ -32,6 +32,7 @@ from lightning_lance.compression.surgery import (
     plan,
     restore,
     swap,
+    walk,
 )
 from lightning_lance.compression.truncation import WATCH, Watched, tell, worth_looking
 from lightning_lance.errors import CalibrationError, ConfigError, LanceWarning, PlanError, StateError
@@ -593,16 +594,11 @@ def _width(module: Any) -> int:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of a model, some of them twice; several times as fast as with their names."""
-    seen, waiting = set(), [model]
-    while waiting:
-        module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    yield tensor
-            waiting += [child for child in module._modules.values() if child is not None]
+    """Parameters and buffers of a model, some of them twice."""
+    for module in walk(model):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
 
 
 def _factors(layer: Compressed) -> list[Tensor]:

@@ -17,7 +17,7 @@ from lightning_lance.layers.linear import CompressedLinear
 from lightning_lance.ops.conv import Geometry, geometry
 from lightning_lance.ops.factors import WHOLE
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.reserved import Form, Parts, reserved_conv, reserved_linear
+from lightning_lance.ops.reserved import Form, Parts, by_stock, reserved_conv, reserved_linear
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.tensors.orders import SampleOrder
 
@@ -51,11 +51,21 @@ class Reserved(Compressed):
         trained = self.lance_parts()[0].trained
         return torch.is_grad_enabled() and trained.requires_grad
 
-    def lance_reserved(self, operator: Callable[..., Tensor], input: Tensor, parts: Parts, *arguments: Any) -> Tensor:
-        """Run an operator whose last argument are the factors of its input."""
-        factors = arguments[-1] or WHOLE
-        whole = (*parts, *factors, *factors.spatial)
-        return self.lance_run(operator, operator.__name__, input, whole, input, parts, *arguments)
+    def lance_reserved(self, operator: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
+        """Run an operator on the layer's parametrised weight.
+
+        Args:
+            operator: ``operator(input, parts, *arguments, form, factors)``.
+            input: of the call.
+            arguments: what the operator takes in between.
+        """
+        factors = self.lance_factors(input) if self.lance_trains() else None
+        parts, form = self.lance_parts()
+        if by_stock(input, form, factors):  # and is watched as all stock operators are
+            return operator(input, parts, *arguments, form, None)
+        projections = factors or WHOLE
+        whole = (*parts, *projections, *projections.spatial)
+        return self.lance_run(operator, operator.__name__, input, whole, input, parts, *arguments, form, factors)
 
     def lance_form(self) -> Form:
         """Parametrisation of a call."""
@@ -109,9 +119,7 @@ class ReservedLinear(Reserved, CompressedLinear):
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         self.lance_observe(input)
-        factors = self.lance_factors(input) if self.lance_trains() else None
-        parts, form = self.lance_parts()
-        return self.lance_reserved(reserved_linear, input, parts, self.bias, form, factors)
+        return self.lance_reserved(reserved_linear, input, self.bias)
 
 
 class ReservedConv(Reserved, CompressedConv):
@@ -132,9 +140,7 @@ class ReservedConv(Reserved, CompressedConv):
         if input.dim() == len(self.kernel_size) + 1:
             return self._conv_forward(input.unsqueeze(0), weight, bias).squeeze(0)
         self.lance_observe(input)
-        factors = self.lance_factors(input) if self.lance_trains() else None
-        parts, form = self.lance_parts()
-        return self.lance_reserved(reserved_conv, input, parts, bias, self.lance_geometry(), form, factors)
+        return self.lance_reserved(reserved_conv, input, bias, self.lance_geometry())
 
 
 _RESERVED: dict[type[registry.Variant], type[ReservedLinear] | type[ReservedConv]] = {

@@ -193,6 +193,24 @@ def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
     return found.view(*grad.shape[:-1], found.shape[1])
 
 
+class Outside(torch.autograd.Function):
+    """A steady weight as it is, whose gradient has no part in ``M``: for stock operators.
+
+    ``apply(trained, basis, mask, form)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, trained: Tensor, basis: Tensor, mask: Tensor | None, form: Form) -> Tensor:
+        # Not saved as activations are, which somebody's hooks may round.
+        ctx.basis, ctx.mask, ctx.form = basis, mask, form
+        return trained.view_as(trained)
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return trained_grad(grad, ctx.basis, ctx.form, ctx.mask).to(grad.dtype), None, None, None
+
+
 class ReservedLinear(torch.autograd.Function):
     """Linear map with a reparametrised weight, that keeps the core of its input.
 
@@ -309,6 +327,15 @@ class ReservedConv(torch.autograd.Function):
         return (grad_input, grad_trained, grad_bias, *[None] * (9 + len(spatial)))
 
 
+def by_stock(input: Tensor, form: Form, factors: Factors | None) -> bool:
+    """Whether the stock operator runs, on a weight whose gradient is projected: its input is kept whole.
+
+    For few rows of a linear map it is less work to project the input in the backward pass.
+    """
+    out, width = form.shape[:2]
+    return factors is None and form.steady and (len(form.shape) > 2 or input.numel() // width >= out)
+
+
 def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form, factors: Factors | None) -> Tensor:
     """Linear map in a reserved subspace.
 
@@ -325,6 +352,8 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
     if not torch.is_grad_enabled():
         return _linear(input, parts, bias, form)[0]
     trained, basis, anchor, mask = parts  # compilers up to torch 2.6 take no slices of named tuples
+    if by_stock(input, form, factors):
+        return F.linear(input, Outside.apply(trained, basis, mask, form), bias)
     rotation, groups, scale, channel, spatial = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
     result: Tensor = ReservedLinear.apply(
         *(input, trained, bias, basis, anchor, mask, form), *(rotation, groups, scale, channel, *spatial)
@@ -351,6 +380,8 @@ def reserved_conv(
     if not torch.is_grad_enabled():
         return convolve(input, effective_weight(parts, form), bias, geometry)
     trained, basis, anchor, mask = parts
+    if by_stock(input, form, factors):
+        return convolve(input, Outside.apply(trained, basis, mask, form), bias, geometry)
     rotation, groups, scale, channel, spatial = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
     result: Tensor = ReservedConv.apply(
         *(input, trained, bias, basis, anchor, mask, geometry, form), *(rotation, groups, scale, channel, *spatial)
