@@ -132,7 +132,7 @@ PLUGINS: dict[str, Callable[[Settings], SupervisedPlugin | None]] = {
 }
 LANCE: dict[str, dict[str, Any]] = {
     "lance": {},
-    "lance-4-bits": {"bits": 4},
+    "lance-8-bits": {"bits": 8},
 }
 METHODS = ("naive", "joint", "ewc", "si", "lwf", "replay", "agem", "gem", "gpm", "sgp", "trgp", "code-cl", *LANCE)
 LABELS = {
@@ -149,7 +149,7 @@ LABELS = {
     "trgp": "TRGP",
     "code-cl": "CODE-CL",
     "lance": "LANCE",
-    "lance-4-bits": "LANCE, 4 bits",
+    "lance-8-bits": "LANCE, 8 bits",
 }
 
 

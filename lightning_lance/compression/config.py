@@ -26,9 +26,6 @@ BITS: dict[Any, Bits] = {
 """What ``bits`` stands for. Two bits are enough for the gradient of a weight; the error of what input gradients are
 computed from is passed on to every layer before."""
 
-STREAM_BITS = 8
-"""What ``"auto"`` is in a stream: experience by experience noise in the gradient costs more than in fine-tuning."""
-
 CALIBRATION_BATCHES = 8
 
 BATCH = ("unbiased", "projected", "learned")
@@ -165,11 +162,9 @@ class LanceConfig:
         return self.calibration_batches
 
     def in_stream(self) -> LanceConfig:
-        """The same options for a stream of experiences, where some defaults and values of presets are others."""
+        """The same options for a stream of experiences, where some values of presets are others."""
         preset = preset_named(self.preset)
-        if preset is not None:
-            return replace(self, **preset.stream)
-        return replace(self, bits=STREAM_BITS) if self.bits == "auto" else self
+        return self if preset is None else replace(self, **preset.stream)
 
     def uncompressed(self) -> LanceConfig:
         """The same options without projections."""

@@ -155,8 +155,6 @@ class ContinualOptions(ContinualConfig, LanceConfig):
     """What to protect, and how far what autograd keeps is compressed meanwhile.
 
     Attributes:
-        bits: of each element of what is kept: ``"auto"`` is 8, since noise in the gradient costs more experience by
-            experience than in fine-tuning; 4, 2, or ``None``.
         calibration_batches: batches of an experience that define its subspaces, before and after it.
         layers: which layers may keep a projected input. Which are protected does not depend on it.
         refresh: not allowed: the subspaces are found once for each experience.

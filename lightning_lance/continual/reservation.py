@@ -19,10 +19,10 @@ from lightning_lance.tensors.checked import Stored
 WATCH_STEPS = 32
 """A steady reservation is looked at every so many steps."""
 
-ROUNDED_PASSES = 3
-"""Along a basis in bfloat16: each pass leaves less than 1% of the last one, so that three reach float32."""
+ROUNDED_PASSES = 2
+"""Along a basis in float16: each pass leaves less than a thousandth of the last one, so that two reach float32."""
 
-EXACT_PASSES = 6
+EXACT_PASSES = 5
 """The same for float64."""
 
 OUTSIDE_TOLERANCE = 1e-5

@@ -78,7 +78,7 @@ def test_selection_training_and_split_are_those_of_the_formulas() -> None:
     session.begin_experience(model, [lambda: model(inputs[0])], [optimizer], own="a")
     session.end_experience(model, [lambda: model(inputs[0])])
     stored = session.memories["0"].stored[0].double()
-    assert session.memories["0"].stored.dtype == torch.bfloat16
+    assert session.memories["0"].stored.dtype == torch.float16
 
     plain = copy.deepcopy(model)
     energy = torch.einsum("kj,nk,nl,lj->j", stored, inputs[1], inputs[1], stored)
@@ -160,7 +160,7 @@ def test_damped_steps_take_no_second_copy_of_what_is_stored() -> None:
         assert memory.steps is not None
         assert float(memory.steps.min()) < 0.9
         basis = layer.reservation.basis
-        assert basis.dtype == torch.bfloat16
+        assert basis.dtype == torch.float16
         assert basis.shape[2] == max(memory.counts) + memory.beside
         state = memory.state_dict()
         for part in (memory.stored, memory._basis, memory._soft):
@@ -310,7 +310,7 @@ def test_bases_and_columns_take_two_bytes_a_number(damping: float) -> None:
     stream = Stream(damping=damping)
     stream.learn(0, 1)
     memory = stream.session.memories["body.5"]
-    assert memory.stored.dtype == torch.bfloat16
+    assert memory.stored.dtype == torch.float16
     beside = memory.capacity().bytes - 2 * 150 * sum(memory.counts)
     assert beside <= 8 if damping == 0.0 else beside % (2 * 150 + 8) == 0 < beside < 150 * 2 * 150
     # The span of what is stored is what is protected, and orthonormal where it is used.

@@ -226,5 +226,4 @@ def test_options() -> None:
             ContinualConfig(preset="published", **{option: value})
     with pytest.raises(ConfigError, match=r"compress_first='no' is not allowed"):
         ContinualConfig(compress_first="no")  # type: ignore[arg-type]
-    assert ContinualSession(LanceConfig()).config.bits == 8
-    assert ContinualSession(LanceConfig(bits=4)).config.bits == 4
+    assert ContinualSession(LanceConfig()).config.bits == "auto"

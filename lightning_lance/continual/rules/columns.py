@@ -34,7 +34,10 @@ from lightning_lance.ops.features import FeatureSide
 from lightning_lance.tensors.checked import Stored
 
 STORED = torch.bfloat16
-"""Dtype of columns and of the bases that they refer to."""
+"""Dtype of columns, whose numbers may be of any size."""
+
+STORED_BASIS = torch.float16
+"""Dtype of the bases that they refer to: orthonormal columns, with no number beyond 1."""
 
 UNDAMPED = 0.1
 """Share of the energy that is not protected in directions that damping leaves alone."""
@@ -74,7 +77,7 @@ class Columns(Threshold):
         self._merged: dict[str, Own] = {}
 
     def memory(self, side: FeatureSide, label: str, dtype: torch.dtype, device: torch.device, own: bool) -> LayerMemory:
-        return LayerMemory(side.width, side.groups, label, dtype, device, not own, STORED if own else None)
+        return LayerMemory(side.width, side.groups, label, dtype, device, not own, STORED_BASIS if own else None)
 
     def damped(self, layer: Layer, now: Now) -> tuple[float, int | None]:
         if now.own is None:
