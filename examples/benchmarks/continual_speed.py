@@ -96,7 +96,8 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any],
         naive = copy.deepcopy(model)
         naive_optimizer = torch.optim.SGD(naive.parameters(), recipe.lr)
         passes = [_forward(model, batch) for batch in batches[:CALIBRATION_BATCHES]]
-        session.begin_experience(model, passes, [optimizer], own=str(index))  # as strategies do, where heads are per task
+        # As strategies do where heads are per task.
+        session.begin_experience(model, passes, [optimizer], own=str(index))
         found = []
         for number, batch in enumerate(islice(cycle(batches), pairs + 2) if index else ()):
             before = _timed(naive, naive_optimizer, batch, nullcontext())

@@ -66,7 +66,8 @@ class ContinualConfig:
         freeze_above: fraction of a layer's directions from which on its weight is frozen. The last few directions
             add little to what can be learned; once the first layers are frozen, nothing before the first trained one
             is kept for backward. 1: a layer trains as long as it has any direction free.
-        warn_above: fraction of a layer's directions that may be protected before a warning.
+        warn_above: fraction of a layer's directions that may be protected before a warning. Layers of at most 32
+            inputs, such as the first one of a network, are not worth one while others have room.
         compress_first: whether inputs are projected in the first experience too, which trains in all directions.
         preset: ``"published"``, the method of arXiv 2509.21617 as its authors have it: ``rule="threshold"``, the first
             experience without projections, later ones train directions up to the threshold only and in full steps, and

@@ -42,6 +42,9 @@ from lightning_lance.layers.compressed import Compressed
 from lightning_lance.subspaces.ranks import closest, matches
 from lightning_lance.tensors.orders import SampleOrder
 
+NARROW = 32
+"""Layers of so few inputs are full soon."""
+
 
 class ContinualSession(Steps):
     """Train a model on one experience after another without forgetting, with any optimiser.
@@ -776,6 +779,8 @@ class ContinualSession(Steps):
 
     def _warn_of_little(self, capacity: dict[str, Capacity]) -> None:
         little = {name: found for name, found in capacity.items() if found.fraction > self.options.warn_above}
+        if len(little) < len(capacity):  # the first layers of a network, of few inputs, fill up early and lose nothing
+            little = {name: found for name, found in little.items() if found.width > NARROW}
         fresh = [name for name in little if f"little {name}" not in self._said]
         self._said |= {f"little {name}" for name in fresh}
         if fresh:

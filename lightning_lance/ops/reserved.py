@@ -9,7 +9,7 @@ In both ``W M = W₀ M`` whatever an optimiser does to ``T`` or ``V``, and the g
 of the input. No copy of ``W`` is kept for backward.
 
 ``M`` may be given in half precision, orthonormal but for its rounding: subtracting the part along it then takes a few
-passes, each of which leaves a few thousandths of what the last one has left. And single columns of it may be open, by a
+passes, each of which leaves about a thousandth of the last one. And single columns of it may be open, by a
 mask, as if they were none of it. Behind them there may be others, ``L``, along which steps are only shorter, by the
 mask again: one pass has them too, the first one of a weight, so that the others make good what it moves in ``M``.
 

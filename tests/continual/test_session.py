@@ -467,6 +467,18 @@ def test_a_full_layer_is_frozen_and_said_once() -> None:
     assert not torch.equal(model[2].weight, head)
 
 
+def test_a_full_layer_of_few_inputs_is_not_said_where_others_have_room() -> None:
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    session = ContinualSession(options=ContinualConfig(heads=["4"], threshold=0.99))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn_batch(session, model, optimizer, torch.randn(64, 4))
+    capacity = session.capacity()
+    assert capacity["0"].free == 0
+    assert capacity["2"].free > 6
+
+
 class Mixed(nn.Module):
     """Everything that no basis protects: an embedding, tied weights, attention, a free parameter."""
 
