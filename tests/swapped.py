@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lightning_lance import LanceConfig, calibrate, swap
 
+COMPACT_MODES = {"batch": "compact", "spatial": "compact"}
+"""The ranks of ``"compact"``, asked for mode by mode: layers are projected even where that saves little."""
+
 
 def ready(model: Any, *inputs: Tensor, **options: Any) -> Any:
     """Swap and calibrate in place."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lance import LanceCallback, is_swapped
+from tests.swapped import COMPACT_MODES
 
 CLASSES = 5
 SIZE = 8
@@ -118,7 +119,7 @@ class Recorder(Callback):
 
 def lance(**options: Any) -> LanceCallback:
     """A callback that projects, after few steps, and prints nothing."""
-    return LanceCallback(**{"verbose": False, "calibration_batches": 3, "rank": "compact", **options})
+    return LanceCallback(**{"verbose": False, "calibration_batches": 3, "rank": COMPACT_MODES, **options})
 
 
 def make_trainer(callbacks: Sequence[Callback] = (), **options: Any) -> pl.Trainer:

@@ -156,7 +156,7 @@ def measure(case: Case, name: str, pairs: int, contiguous: bool = False) -> Row:
     batches = case.batches(min(DIFFERENT_BATCHES, pairs), contiguous=contiguous)
     for trainer in (plain, ours):
         trainer.step(batches[0])
-    refreshes = isinstance(method, Lance) and method.calibrates
+    refreshes = isinstance(method, Lance) and method.calibrates and bool(method.session.layers)
     refresh = refresh_seconds(method, ours, batches) if refreshes else None
     found = []
     for index in range(pairs):

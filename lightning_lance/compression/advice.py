@@ -13,6 +13,7 @@ from lightning_lance.compression.frozen_norms import frozen_norms
 from lightning_lance.compression.saved_bytes import Holder, SavedBytes
 from lightning_lance.compression.store import Bits
 from lightning_lance.compression.surgery import plan
+from lightning_lance.compression.truncation import SHARE
 from lightning_lance.errors import PlanError
 from lightning_lance.subspaces.ranks import compact_batch_rank
 from lightning_lance.tensors.rounding import FEWEST, kept_bytes
@@ -123,6 +124,8 @@ def _compact(kept: SavedBytes, config: LanceConfig, model: nn.Module) -> Change 
         return None
     # A sample that is one row is kept whole.
     inputs = sum(h.bytes for h in kept.holders if h.for_weight and h.module in names and len(h.shape) > 2)
+    if inputs < SHARE * kept.total:  # then it would leave them alone
+        return None
     return Change(inputs * (batch - columns) // batch, 'rank="compact", for fine-tuning')
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -81,6 +81,19 @@ class Calibration:
         """Stop collecting."""
         for layer in self.layers.values():
             layer._lance.observer = None
+
+    def spare(self, reasons: Mapping[str, str]) -> None:
+        """Swap back layers that projecting would cost learning for little memory, and say why.
+
+        Args:
+            reasons: by the name of the layer. Those whose modes were asked for one by one stay.
+        """
+        for name in sorted(reasons.keys() & self.layers.keys()):
+            if self.layers[name]._lance.ranks.sparing and self.layers[name]._lance.subspace is None:
+                del self.statistics[name]
+                module: Any = self.layers.pop(name)
+                uninstall(module)
+                self.left.append(LeftAlone(name, base_class(module).__name__, reasons[name]))
 
     def release(self) -> None:
         """Swap back the layers that are truncated only where that costs nothing."""

@@ -20,6 +20,9 @@ from lightning_lance.subspaces.subspace import CapturedEnergy
 if TYPE_CHECKING:
     from lightning_lance.compression.session import LanceSession
 
+LITTLE = 16
+"""Where at most one of so many bytes is a layer's own, its input is computed from what others keep."""
+
 
 class Ledger:
     """What one step keeps: written by the store, read where that is most, before a backward pass or at the end.
@@ -29,6 +32,8 @@ class Ledger:
 
     Attributes:
         fixed: bytes of what is kept whatever the ranks, in the bits that are asked for.
+        inputs: likewise, bytes of the inputs that are to be projected, without what is kept in any case.
+        spared: names of layers whose whole inputs are computed from what is kept in any case.
     """
 
     def __init__(self, session: LanceSession) -> None:
@@ -39,6 +44,8 @@ class Ledger:
         self._kept_in = self.store.bits
         self._read = 0
         self.fixed = 0
+        self.inputs = 0
+        self.spared: set[str] = set()
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -66,7 +73,7 @@ class Ledger:
         plain: list[Saved] = []
         kept: dict[int, Saved] = {}
         fixed: set[int] = set()
-        projected = self.session.layers
+        users: dict[str, set[int]] = {name: set() for name in self.session.layers}
         for saved in ledger:
             if saved.kept is None:
                 plain.append(saved)
@@ -85,13 +92,22 @@ class Ledger:
                     bits=first.bits or bits,
                     shared=first.shared or first.module != saved.module,
                 )
-                if not saved.for_weight or saved.module not in projected:
+                if saved.for_weight and saved.module in users:
+                    users[saved.module].add(identity)
+                else:
                     fixed.add(identity)
         found = SavedBytes.of(plain), SavedBytes.listed(kept.values())
         if self._found is None or found[0].total > self._found[0].total:
             self._found, self._kept_in = found, self.store.bits
             asked = self.session.config.kept_bits
-            self.fixed = sum(in_bits(Holder.of(kept[name]), self.store.bits, asked).bytes for name in fixed)
+            size = {name: in_bits(Holder.of(found), self.store.bits, asked).bytes for name, found in kept.items()}
+            self.fixed = sum(size[identity] for identity in fixed)
+            self.inputs = sum(size[identity] for identity in kept.keys() - fixed)
+            self.spared = {
+                name
+                for name, held in users.items()
+                if held & fixed and sum(size[i] for i in held - fixed) * LITTLE <= sum(size[i] for i in held)
+            }
 
     def report(self) -> Report | None:
         """What was found; ``None`` where nothing was kept at all."""

@@ -34,7 +34,14 @@ from lightning_lance.compression.surgery import (
     swap,
     walk,
 )
-from lightning_lance.compression.truncation import WATCH, Watched, tell, worth_looking
+from lightning_lance.compression.truncation import (
+    KEPT_ANYWAY,
+    SHARE,
+    WATCH,
+    Watched,
+    tell,
+    worth_looking,
+)
 from lightning_lance.errors import CalibrationError, ConfigError, LanceWarning, PlanError, StateError
 from lightning_lance.layers.compressed import Compressed
 from lightning_lance.layers.registry import find, uninstall
@@ -298,6 +305,8 @@ class LanceSession(Steps):
             self._look_at(watched.drifted())
         if self._ledger is not None:
             self._fixed = max(self._fixed, self._ledger.fixed)
+            if self._observing is not None and self.observed == 1:
+                self._spare(self._ledger, self._observing)
             if not self._reported:
                 self.report = self._ledger.report()
             self._reported = self.report is not None and self.stage is Stage.STEADY
@@ -388,17 +397,21 @@ class LanceSession(Steps):
             only = None if self.config.budget is not None else only
             bits = self.config.kept_bits.weight
             evaluating = self.config.calibration == "eval"
+            asks = self.config.budget is not None or any(ranks.sparing for ranks in self.config.rules().all_rules())
             with calibrate(self.model, self.processes, only, self.config.budget, bits, evaluating) as calibration:
                 for index, run in enumerate(passes):
-                    if index or self.config.budget is None:
+                    if index or not asks:
                         run()
-                    else:
-                        calibration.fixed = self._fixed_of(run)
+                        continue
+                    ledger = self._ledger_of(run)
+                    calibration.fixed = ledger.fixed
+                    if not evaluating:  # norms keep less in eval mode
+                        self._spare(ledger, calibration)
             self._settle(calibration)
         self.stage = Stage.STEADY
 
-    def _fixed_of(self, run: Pass) -> int:
-        """Bytes that a pass keeps whatever the ranks."""
+    def _ledger_of(self, run: Pass) -> Ledger:
+        """What a pass keeps."""
         ledger = Ledger(self)
         self._store.bits = self.config.kept_bits
         self._protect()
@@ -407,7 +420,7 @@ class LanceSession(Steps):
                 kept = run()
             ledger.look()
         del kept
-        return ledger.fixed
+        return ledger
 
     def observe(self, only: set[str] | None = None) -> None:
         """Let the next ``calibration_batches`` steps define the subspaces.
@@ -458,9 +471,26 @@ class LanceSession(Steps):
             return
         self._settle(calibration)
 
-    def _settle(self, calibration: Calibration) -> None:
+    def _spare(self, ledger: Ledger, calibration: Calibration) -> None:
+        """Leave those layers alone whose projection ``"compact"`` asks for and that would save too little."""
+        everywhere = self.processes.gather((ledger.spared, ledger.inputs, ledger.fixed))
+        reasons = dict.fromkeys(set.intersection(*(spared for spared, _, _ in everywhere)), KEPT_ANYWAY)
+        inputs, fixed = (sum(found[index] for found in everywhere) for index in (1, 2))
+        if inputs < SHARE * (inputs + fixed) and self.config.budget is None:
+            part = f"the inputs that it could make smaller are {inputs / (inputs + fixed):.0%} of what is kept"
+            reasons = {name: reasons.get(name, part) for name in calibration.layers}
+        calibration.spare(reasons)
+        self._note_left(calibration)
+        if not calibration.layers:
+            self._observing, self.stage = None, Stage.STEADY
+
+    def _note_left(self, calibration: Calibration) -> None:
         self._dropped |= {item.name: item for item in calibration.left}
         self.left += calibration.left
+        calibration.left = []
+
+    def _settle(self, calibration: Calibration) -> None:
+        self._note_left(calibration)
         if self.processes.count > 1:
             shared = self.processes.first(self._subspaces())
             self._assign({name: LayerSubspace.from_state_dict(found) for name, found in shared.items()})

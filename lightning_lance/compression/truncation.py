@@ -17,8 +17,11 @@ from lightning_lance.subspaces.ranks import SAFE
 from lightning_lance.subspaces.subspace import CapturedEnergy, LayerSubspace
 
 SHARE = 0.6
-"""Part of all kept bytes that the inputs of weights have to be, so that truncating them is worth its while. Norms and
-activations, whose share truncation leaves as it is, hold more than half of what training mode keeps."""
+"""Part of all kept bytes that the inputs of weights have to be, so that projecting them is worth its while. Norms and
+activations, whose share that leaves as it is, hold more than half of what training mode keeps."""
+
+KEPT_ANYWAY = "its input is kept in any case, or computed from what is"
+"""Why a layer is not projected by a rule that is to save memory."""
 
 WATCH = 50
 """Steps from one look at the captured energy to the next."""

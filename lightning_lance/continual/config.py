@@ -18,17 +18,10 @@ from lightning_lance.errors import ConfigError
 HIGHEST_THRESHOLD = 0.999
 """A growing threshold stops here: protecting all energy would protect every direction."""
 
-THRESHOLD = 0.97
-"""Where all experiences share everything."""
+AUTO_THRESHOLD = 0.95
 
-THRESHOLD_OF_COLUMNS = 0.95
-"""Where each has columns of its own."""
-
-AUTO_DAMPING = 0.5
-"""With optimisers whose steps are as long in all directions, where all experiences share everything."""
-
-DAMPING_OF_COLUMNS = 0.3
-"""With the same optimisers, where each has columns of its own."""
+AUTO_DAMPING = 0.3
+"""With optimisers whose steps are as long in all directions."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +34,7 @@ class ContinualConfig:
             experience whose name is given has a few columns of its own; without names it is ``"threshold"``.
             ``"scaled"``: a protected direction closes as far as it mattered (SGP).
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
-            more of what was learned, and leaves less to learn in. ``"auto"``: .97, and .95 where experiences have
-            columns of their own.
+            more of what was learned, and leaves less to learn in. ``"auto"``: .95.
         threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
             .003 for ten experiences of CIFAR-100).
         columns: fraction of the protected layers' weights that an experience may have as columns of its own; and as
@@ -55,7 +47,7 @@ class ContinualConfig:
             energy all the same: a step is multiplied with ``b / (b + damping * a)``, where ``b`` is the share of the
             present experience's energy in a direction and ``a`` the sum of the shares of earlier ones. ``"auto"``: 0
             with :class:`torch.optim.SGD`, whose steps are short there by themselves. With other optimisers, such as
-            Adam, whose steps are as long in all directions, .5, and .3 where experiences have columns of their own.
+            Adam, whose steps are as long in all directions, .3.
             With damping a layer stores the directions outside of what is protected in which earlier experiences have
             energy.
         feature_side: of convolutions. ``"patch"``: unfolded patches; ``"channel"``: channels, whose bases are smaller
@@ -134,21 +126,18 @@ class ContinualConfig:
         if isinstance(self.max_rows, bool) or self.max_rows < 1:
             raise ConfigError(f"max_rows={self.max_rows!r} is not allowed. Allowed: an int of at least 1.")
 
-    def threshold_of(self, experience: int, own: bool = False) -> float:
-        """Threshold after an experience, counted from 0; ``own``: it has columns of its own."""
-        if not isinstance(self.threshold, str):
-            threshold = self.threshold
-        else:
-            threshold = THRESHOLD_OF_COLUMNS if own and self.rule == "columns" else THRESHOLD
+    def threshold_of(self, experience: int) -> float:
+        """Threshold after an experience, counted from 0."""
+        threshold = AUTO_THRESHOLD if isinstance(self.threshold, str) else self.threshold
         return max(threshold, min(threshold + self.threshold_growth * experience, HIGHEST_THRESHOLD))
 
-    def damping_of(self, optimizers: Iterable[torch.optim.Optimizer], own: bool = False) -> float:
-        """Damping with the given optimisers; ``own``: the experience has columns of its own."""
+    def damping_of(self, optimizers: Iterable[torch.optim.Optimizer]) -> float:
+        """Damping with the given optimisers."""
         if not isinstance(self.damping, str):
             return float(self.damping)
         if all(isinstance(found, torch.optim.SGD) for found in optimizers):
             return 0.0
-        return DAMPING_OF_COLUMNS if own and self.rule == "columns" else AUTO_DAMPING
+        return AUTO_DAMPING
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class ContinualSession(Steps):
         try:
             optimizers = list(optimizers)
             run.optimizers, run.flat = optimizers, flat
-            run.now = Now(self.experience, own, self.options.damping_of(optimizers, own is not None))
+            run.now = Now(self.experience, own, self.options.damping_of(optimizers))
             self._begin(run, passes, [] if whole else optimizers)
         except BaseException:
             self.abandon()

@@ -102,11 +102,13 @@ class ModeRanks:
         channel: channels of a convolution, features of a linear layer.
         spatial: every spatial axis of a convolution, every token axis of a linear layer. ``"auto"``: where
             :class:`SafeTruncation` allows it.
+        sparing: whether the layer is left alone where projecting its input would make little of what is kept smaller.
     """
 
     batch: ModeRank = "full"
     channel: ModeRank = "full"
     spatial: ModeRank | Literal["auto"] = "full"
+    sparing: bool = False
 
     @property
     def spatial_rank(self) -> ModeRank:
@@ -127,13 +129,13 @@ class ModeRanks:
     @property
     def projects(self) -> bool:
         """Whether any mode is to be projected, be it on all of it."""
-        return any(rank not in ("full", "auto") for rank in vars(self).values())
+        return any(rank not in ("full", "auto") for rank in (self.batch, self.channel, self.spatial))
 
 
 AUTO = ModeRanks(spatial="auto")
 """Batch and channels whole, spatial and token modes as :class:`SafeTruncation` says."""
 
-COMPACT = ModeRanks("compact", "full", "compact")
+COMPACT = ModeRanks("compact", "full", "compact", sparing=True)
 """A sixth of the batch without bias, spatial and token modes by energy where that pays, channels whole."""
 
 

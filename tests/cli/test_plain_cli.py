@@ -157,7 +157,7 @@ class TestContinual:
         assert callback.stream.config is callback.config
         assert callback.stream.options.threshold == 0.8
         assert callback.stream.options.heads == ["net.5"]
-        assert callback.config.bits == 8
+        assert callback.config.bits == "auto"
 
     def test_in_a_file(self, cwd: Path) -> None:
         options = {"threshold": 0.8, "heads": ["net.5"], "rank": self.RANK, "calibration_batches": 2}

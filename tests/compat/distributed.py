@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lance import LanceConfig, LanceSession, is_swapped
 from tests.compat.networks import CLASSES
 from tests.compat.rows import Task, lance
+from tests.swapped import COMPACT_MODES
 from tests.trainers import make_trainer, seeded
 
 WORLD = 2
@@ -68,7 +69,7 @@ def fit(folder: str, strategy: str, devices: int = WORLD, preset: str | None = N
     """Two epochs; the data is split over the processes by Lightning."""
     torch.set_num_threads(1)
     module = seeded(lambda: Task(network(), lr=0.05))
-    options |= {"rank": "compact"} if preset is None else {"preset": preset}
+    options |= {"rank": COMPACT_MODES} if preset is None else {"preset": preset}
     callback = lance(**options)
     loader = DataLoader(images(WORLD * BATCH * STEPS), batch_size=BATCH, shuffle=False)
     trainer = make_trainer([callback, Save(folder, callback)], strategy=strategy, devices=devices)
@@ -103,7 +104,7 @@ def leave() -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {"rank": 10_000, "bits": None},
-    "compact": {"rank": "compact"},
+    "compact": {"rank": COMPACT_MODES},
     "default": {},
 }
 """Of the session: projections on all of every mode, on some, and none."""

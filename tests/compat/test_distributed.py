@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_lance import LanceConfig, LanceSession
 from tests.compat import distributed
 from tests.compat.rows import write
+from tests.swapped import COMPACT_MODES
 from tests.trainers import seeded
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -59,7 +60,7 @@ def test_ddp_in_a_subprocess(tmp_path: Path) -> None:
     run(tmp_path, "ddp")
     first = assert_ranks_agree(tmp_path)
     model = seeded(distributed.network)
-    session = LanceSession(model, LanceConfig(rank="compact"))
+    session = LanceSession(model, LanceConfig(rank=COMPACT_MODES))
     session.start(observe=False)
     seen = [batch for rank in ranks(tmp_path) for batch in rank["batches"][:2]]
     session.calibrate([lambda batch=batch: model(batch) for batch in seen])

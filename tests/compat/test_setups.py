@@ -17,6 +17,7 @@ from lightning_lance import LanceCallback, LanceWarning, Report, is_swapped
 from lightning_lance.compression.surgery import compressed_layers
 from tests.compat.rows import Task, check_fit, check_row, data, lance, write
 from tests.compat.setups import CASE, SETUPS, ManualTask, resnet
+from tests.swapped import COMPACT_MODES
 from tests.trainers import Recorder, make_trainer, snapshot
 
 pytest.importorskip("torchvision")
@@ -45,8 +46,8 @@ def fresh_compiler() -> Any:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if setup.slow else []) for name, setup in SETUPS.items()]
 )
-@pytest.mark.parametrize("rank", ["auto", "compact"])
-def test_setup(name: str, rank: str) -> None:
+@pytest.mark.parametrize("rank", ["auto", COMPACT_MODES], ids=["auto", "compact"])
+def test_setup(name: str, rank: Any) -> None:
     setup = SETUPS[name]
     report = check_row(
         setup.make(),
@@ -247,7 +248,7 @@ def test_factors_have_the_dtype_of_the_weights(precision: Any, dtype: torch.dtyp
                 subspace = layer._lance.subspace
                 seen.update(factor.dtype for factor in (subspace.factors() if subspace else ()))
 
-    callback = lance(rank="compact", calibration_batches=1)
+    callback = lance(rank=COMPACT_MODES, calibration_batches=1)
     make_trainer([callback, Look()], precision=precision, max_epochs=1).fit(Task(resnet()), batches())
     assert seen == {dtype} or (precision == "bf16-mixed" and seen <= {torch.float32, torch.bfloat16})
 
@@ -271,7 +272,7 @@ def test_manual_optimisation_that_bypasses_lightning() -> None:
 
     module = Raw(resnet())
     before = [parameter.detach().clone() for parameter in module.parameters()]
-    callback: LanceCallback = lance(rank="compact")
+    callback: LanceCallback = lance(rank=COMPACT_MODES)
     make_trainer([callback]).fit(module, batches(steps=4))
     assert len(callback.state_dict()["subspaces"]) == 21
     assert callback.report is not None

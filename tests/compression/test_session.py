@@ -22,6 +22,7 @@ from lightning_lance import (
 )
 from lightning_lance.compression.session import Stage
 from tests.oracles import parameter_gradients
+from tests.swapped import COMPACT_MODES
 from tests.trainers import assert_restored, small_net, snapshot, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +33,7 @@ def images(count: int = 6) -> list[Tensor]:
 
 
 def started(net: nn.Module, **options: Any) -> LanceSession:
-    session = LanceSession(net, LanceConfig(**{"rank": "compact", "calibration_batches": 2, **options}))
+    session = LanceSession(net, LanceConfig(**{"rank": COMPACT_MODES, "calibration_batches": 2, **options}))
     session.start()
     return session
 
@@ -235,7 +236,7 @@ def test_refresh_in_a_plain_loop(refresh: Any, seen: list[int]) -> None:
 # --- report --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", ["auto", "compact", 2])
+@pytest.mark.parametrize("rank", ["auto", COMPACT_MODES, 2], ids=str)
 def test_the_report_is_that_of_a_step(rank: Any) -> None:
     net, x = small_net(), images(1)[0]
     plain = measure_saved_bytes(lambda: net(x).square().mean(), net)

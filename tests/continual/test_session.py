@@ -297,8 +297,6 @@ def test_damping_follows_the_optimiser_unless_it_is_given() -> None:
     options = ContinualConfig()
     assert options.damping_of([]) == options.damping_of([sgd, sgd]) == 0.0
     assert options.damping_of([adam]) == options.damping_of([sgd, adam]) == AUTO_DAMPING > 0.0
-    assert options.damping_of([sgd], own=True) == 0.0 < options.damping_of([adam], own=True) < AUTO_DAMPING
-    assert ContinualConfig(rule="threshold").damping_of([adam], own=True) == AUTO_DAMPING
     assert ContinualConfig(damping=0.5).damping_of([sgd]) == ContinualConfig(damping=0.5).damping_of([adam]) == 0.5
 
 
@@ -686,9 +684,9 @@ def test_bad_options_are_refused_with_their_value(options: dict[str, Any]) -> No
 
 def test_the_threshold_grows_as_published_and_stops() -> None:
     options = ContinualConfig()
-    assert [options.threshold_of(t) for t in (0, 1, 9)] == pytest.approx([0.97, 0.973, 0.997])
+    assert [options.threshold_of(t) for t in (0, 1, 9)] == pytest.approx([0.95, 0.953, 0.977])
     assert options.threshold_of(50) == 0.999
     assert ContinualConfig(threshold=1.0).threshold_of(3) == 1.0
     automatic = ContinualConfig(threshold_growth=0.0)
-    assert [automatic.threshold_of(4), automatic.threshold_of(4, own=True)] == [0.97, 0.95]
-    assert ContinualConfig(threshold=0.8, threshold_growth=0.0).threshold_of(4, own=True) == 0.8
+    assert automatic.threshold_of(4) == 0.95
+    assert ContinualConfig(threshold=0.8, threshold_growth=0.0).threshold_of(4) == 0.8

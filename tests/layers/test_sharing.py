@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
 from lightning_lance.layers.sharing import SharedCores
 from tests.oracles import parameter_gradients
+from tests.swapped import COMPACT_MODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +52,7 @@ class Branches(nn.Module):
 
 
 def session_of(net: nn.Module, x: Tensor, **options: Any) -> LanceSession:
-    session = LanceSession(net, LanceConfig(**{"rank": "compact", "bits": None, **options}))
+    session = LanceSession(net, LanceConfig(**{"rank": COMPACT_MODES, "bits": None, **options}))
     session.start()
     session.calibrate([lambda: net(x)])
     return session
@@ -204,7 +205,7 @@ def test_sharing_survives_a_state() -> None:
     state = session.state_dict()
     one = parameter_gradients(net, x)
     other = copy.deepcopy(net)
-    continued = LanceSession(other, LanceConfig(rank="compact", bits=None))
+    continued = LanceSession(other, LanceConfig(rank=COMPACT_MODES, bits=None))
     continued.start()
     continued.load_state_dict(state)
     assert other.q._lance.subspace is other.k._lance.subspace

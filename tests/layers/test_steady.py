@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import lightning_lance
 from lightning_lance import LanceConfig, LanceSession
+from tests.swapped import COMPACT_MODES
 
 ROOT = str(Path(lightning_lance.__file__).parent)
 
-RANKS = [{"rank": "compact"}, {"rank": 8}, {"rank": {"batch": 4, "feature": 12, "token": 5}}]
+RANKS = [{"rank": COMPACT_MODES}, {"rank": 8}, {"rank": {"batch": 4, "feature": 12, "token": 5}}]
 
 
 def moves(run: Callable[[], Any]) -> list[tuple[str, str]]:

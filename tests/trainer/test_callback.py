@@ -34,6 +34,7 @@ from lightning_lance import (
     measure_saved_bytes,
 )
 from tests.processes import in_process
+from tests.swapped import COMPACT_MODES
 from tests.trainers import (
     CLASSES,
     SIZE,
@@ -556,7 +557,7 @@ def test_all_zero_images_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
-@pytest.mark.parametrize("rank", ["auto", "compact", 0.7, 2])
+@pytest.mark.parametrize("rank", ["auto", COMPACT_MODES, 0.7, 2], ids=str)
 def test_odd_batches_train(batch_size: int, rank: Any) -> None:
     """A batch of 1, and a last batch that is smaller."""
     recorder = Recorder()
@@ -653,7 +654,7 @@ def test_one_callback_serves_a_trainer(other: type[LanceCallback]) -> None:
 
 def test_parts_of_a_network_have_ranks_of_their_own() -> None:
     module = Classifier(small_net())
-    callback = lance(rank={"net.0": "compact", "net.9": 4})
+    callback = lance(rank={"net.0": COMPACT_MODES, "net.9": 4})
     fit(module, [callback], max_epochs=1)
     assert callback.report is not None
     assert [layer.name for layer in callback.report.layers] == ["net.0", "net.9"]
@@ -701,7 +702,7 @@ def test_an_option_that_does_not_exist_is_named_with_the_one_that_was_meant() ->
         LanceSession(nn.Linear(2, 2), "compact")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"rank": "compact"}, {"rank": "compact", "memory_budget": "1KB"}, {}])
+@pytest.mark.parametrize("options", [{"rank": 4}, {"rank": "compact", "memory_budget": "1KB"}, {}])
 def test_a_fit_that_ends_before_the_subspaces_are_found_says_so(options: dict[str, Any]) -> None:
     found = lance(calibration_batches=64, **{"rank": "auto", **options})
     with warnings.catch_warnings(record=True) as caught:

@@ -73,7 +73,7 @@ def callback(**options: Any) -> Any:
 def test_options() -> None:
     found = callback(rank=0.7, bits=4)
     assert (found.config.rank, found.config.bits, found.config.calibration_batches) == (0.7, 4, 6)
-    assert (ContinualCallback().config.rank, ContinualCallback().config.bits) == ("auto", 8)
+    assert (ContinualCallback().config.rank, ContinualCallback().config.bits) == ("auto", "auto")
     for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         assert type(other) is ContinualCallback
     with pytest.raises(ConfigError, match="refresh='epoch' is not allowed in continual learning"):

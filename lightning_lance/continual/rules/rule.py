@@ -101,7 +101,7 @@ class Rule:
 
     def threshold(self, now: Now) -> float:
         """Energy to protect after an experience."""
-        return self.options.threshold_of(now.experience, now.own is not None)
+        return self.options.threshold_of(now.experience)
 
     def damped(self, layer: Layer, now: Now) -> tuple[float, int | None]:
         """Where steps are damped: energy, of 1 in all, in directions that are not, and how many are at most."""
