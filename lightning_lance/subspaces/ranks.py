@@ -177,7 +177,7 @@ def _per_mode(rank: Any, where: str) -> ModeRanks:
                 raise ConfigError(f"{where} names the {mode} mode twice; keep one of its names.")
             checked = _checked(value, f"{where}[{key!r}]")
             modes[mode] = COMPACT.channel if (mode, checked) == ("channel", "compact") else checked
-        return ModeRanks(**modes)
+        return ModeRanks(modes.get("batch", "full"), modes.get("channel", "full"), modes.get("spatial", "full"))
     checked = _checked(rank, where)
     return COMPACT if checked == "compact" else ModeRanks(checked, checked, checked)
 
