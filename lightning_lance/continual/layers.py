@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lance.continual.reservation import Reservation
 from lightning_lance.layers import registry
-from lightning_lance.layers.compressed import Compressed, LayerState
+from lightning_lance.layers.compressed import Compressed, LayerState, unwatched
 from lightning_lance.layers.conv import CompressedConv
 from lightning_lance.layers.linear import CompressedLinear
-from lightning_lance.ops.conv import Geometry, geometry
-from lightning_lance.ops.factors import WHOLE
+from lightning_lance.ops.conv import Geometry, convolve, geometry
+from lightning_lance.ops.factors import WHOLE, Factors
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.reserved import Form, Parts, by_stock, reserved_conv, reserved_linear
+from lightning_lance.ops.reserved import Form, Parts, reserved_conv, reserved_linear, stock_weight
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.tensors.orders import SampleOrder
 
@@ -51,21 +52,37 @@ class Reserved(Compressed):
         trained = self.lance_parts()[0].trained
         return torch.is_grad_enabled() and trained.requires_grad
 
-    def lance_reserved(self, operator: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
+    def lance_reserved(
+        self, operator: Callable[..., Tensor], stock: Callable[..., Tensor], input: Tensor, *arguments: Any
+    ) -> Tensor:
         """Run an operator on the layer's parametrised weight.
 
         Args:
             operator: ``operator(input, parts, *arguments, form, factors)``.
+            stock: ``stock(input, weight, *arguments)``, which is watched as all stock operators are.
             input: of the call.
-            arguments: what the operator takes in between.
+            arguments: what both take.
         """
-        factors = self.lance_factors(input) if self.lance_trains() else None
-        parts, form = self.lance_parts()
-        if by_stock(input, form, factors):  # and is watched as all stock operators are
-            return operator(input, parts, *arguments, form, None)
+        weight, parts, form, factors = self.lance_call(input)
+        if weight is not None:
+            return stock(input, weight, *arguments)
         projections = factors or WHOLE
         whole = (*parts, *projections, *projections.spatial)
         return self.lance_run(operator, operator.__name__, input, whole, input, parts, *arguments, form, factors)
+
+    @unwatched
+    def lance_call(self, input: Tensor) -> tuple[Tensor | None, Parts, Form, Factors | None]:
+        """What a call works with; the first is the weight of a stock operator, where one can run."""
+        if self._lance.observer is not None:
+            self._lance.observer.update(input)
+        factors = self.lance_factors(input) if self.lance_trains() else None
+        parts, form = self.lance_parts()
+        weight = stock_weight(input, parts, form, factors) if self.lance_as_stock() else None
+        return weight, parts, form, factors
+
+    def lance_as_stock(self) -> bool:
+        """Whether a stock operator keeps the input alone of what it is called with."""
+        return True
 
     def lance_form(self) -> Form:
         """Parametrisation of a call."""
@@ -118,8 +135,7 @@ class ReservedLinear(Reserved, CompressedLinear):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        self.lance_observe(input)
-        return self.lance_reserved(reserved_linear, input, self.bias)
+        return self.lance_reserved(reserved_linear, F.linear, input, self.bias)
 
 
 class ReservedConv(Reserved, CompressedConv):
@@ -136,11 +152,13 @@ class ReservedConv(Reserved, CompressedConv):
         )
         return FeatureSide(module.groups, module.in_channels // module.groups, module.kernel_size, patch), shape
 
+    def lance_as_stock(self) -> bool:
+        return not self.lance_geometry().pad  # else it would keep the padded input, and padding the other one
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.dim() == len(self.kernel_size) + 1:
             return self._conv_forward(input.unsqueeze(0), weight, bias).squeeze(0)
-        self.lance_observe(input)
-        return self.lance_reserved(reserved_conv, input, bias, self.lance_geometry())
+        return self.lance_reserved(reserved_conv, convolve, input, bias, self.lance_geometry())
 
 
 _RESERVED: dict[type[registry.Variant], type[ReservedLinear] | type[ReservedConv]] = {

@@ -82,7 +82,8 @@ class Reservation:
         self.flat = whole and not steady and (flat or self._fine)
         stored = whole and memory.rounded and memory.importance is None  # as it is: not twice in memory
         damped = memory.steps.shape[1] if stored and memory.steps is not None else 0
-        self.form = Form(side, weight.shape, whole, steady or self.flat, ROUNDED_PASSES if stored else 1, damped)
+        passes = EXACT_PASSES if memory.dtype == torch.float64 else ROUNDED_PASSES
+        self.form = Form(side, weight.shape, whole, steady or self.flat, passes if stored else 1, damped)
         self._looks = 0
         self.steps: list[int] = []
         self._label = memory.label

@@ -19,7 +19,7 @@ from lightning_lance.tensors.checked import Stored
 if TYPE_CHECKING:
     from lightning_lance.continual.config import ContinualConfig
 
-CONTINUAL_STATE_VERSION = 5
+CONTINUAL_STATE_VERSION = 6
 
 
 class StoredStream(NamedTuple):

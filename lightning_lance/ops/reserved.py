@@ -327,13 +327,26 @@ class ReservedConv(torch.autograd.Function):
         return (grad_input, grad_trained, grad_bias, *[None] * (9 + len(spatial)))
 
 
-def by_stock(input: Tensor, form: Form, factors: Factors | None) -> bool:
-    """Whether the stock operator runs, on a weight whose gradient is projected: its input is kept whole.
+def stock_weight(input: Tensor, parts: Parts, form: Form, factors: Factors | None) -> Tensor | None:
+    """The weight for the stock operator, where that can run: its input is kept whole, and the weight is steady.
 
-    For few rows of a linear map it is less work to project the input in the backward pass.
+    ``None`` also for few rows of a linear map, where it is less work to project the input in the backward pass, and
+    under autocast, which would cast this weight in every call and keep each copy.
+
+    Args:
+        input: of the call.
+        parts: tensors of the parametrisation.
+        form: static part of it.
+        factors: projections of the input; ``None``: it is kept whole.
     """
+    if factors is not None or not form.steady or not torch.is_grad_enabled():
+        return None
     out, width = form.shape[:2]
-    return factors is None and form.steady and (len(form.shape) > 2 or input.numel() // width >= out)
+    few = len(form.shape) == 2 and input.numel() // width < out
+    if few or torch.is_autocast_enabled(input.device.type):
+        return None
+    weight: Tensor = Outside.apply(parts.trained, parts.basis, parts.mask, form)
+    return weight
 
 
 def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form, factors: Factors | None) -> Tensor:
@@ -352,8 +365,6 @@ def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form
     if not torch.is_grad_enabled():
         return _linear(input, parts, bias, form)[0]
     trained, basis, anchor, mask = parts  # compilers up to torch 2.6 take no slices of named tuples
-    if by_stock(input, form, factors):
-        return F.linear(input, Outside.apply(trained, basis, mask, form), bias)
     rotation, groups, scale, channel, spatial = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
     result: Tensor = ReservedLinear.apply(
         *(input, trained, bias, basis, anchor, mask, form), *(rotation, groups, scale, channel, *spatial)
@@ -380,8 +391,6 @@ def reserved_conv(
     if not torch.is_grad_enabled():
         return convolve(input, effective_weight(parts, form), bias, geometry)
     trained, basis, anchor, mask = parts
-    if by_stock(input, form, factors):
-        return convolve(input, Outside.apply(trained, basis, mask, form), bias, geometry)
     rotation, groups, scale, channel, spatial = factors or Factors(None, None, 1.0, None, (None,) * (input.dim() - 2))
     result: Tensor = ReservedConv.apply(
         *(input, trained, bias, basis, anchor, mask, geometry, form), *(rotation, groups, scale, channel, *spatial)

@@ -17,6 +17,7 @@ from lightning_lance import LanceConfig, LanceError, LanceSession, is_swapped
 from tests.compat.networks import CLASSES, NETWORKS, Case
 from tests.compat.rows import Task, data, lance, write
 from tests.compat.setups import CASE, resnet
+from tests.swapped import COMPACT_MODES
 from tests.trainers import make_trainer
 
 pytest.importorskip("torchvision")
@@ -88,7 +89,7 @@ def test_onnx_export_after_fit() -> None:
 def ready() -> Any:
     """A calibrated network, batch norm in eval mode, in which every layer is projected."""
     net, x = resnet().eval(), CASE.input(8)
-    session = LanceSession(net, LanceConfig(rank="compact"))
+    session = LanceSession(net, LanceConfig(rank=COMPACT_MODES))
     session.start(observe=False)
     session.calibrate([lambda: net(x)])
     yield net, x, session
@@ -124,7 +125,7 @@ def test_function_transforms_before_calibration_run_the_stock_path() -> None:
     net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 6)
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
     expected = grad(loss_of(net, x))(parameters)
-    session = LanceSession(net, LanceConfig(rank="compact"))
+    session = LanceSession(net, LanceConfig(rank=COMPACT_MODES))
     session.start(observe=False)
     torch.testing.assert_close(grad(loss_of(net, x))(parameters), expected)
     session.stop()
@@ -176,7 +177,7 @@ def test_a_gradient_penalty_is_refused_where_layers_project_and_the_model_restor
 
     module = Penalised(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.Linear(16, CLASSES)))
     with pytest.raises(LanceError, match=r"create_graph=True.*restore\(model\)"):
-        make_trainer([lance(rank="compact", calibration_batches=1)]).fit(module, data(CASE))
+        make_trainer([lance(rank=COMPACT_MODES, calibration_batches=1)]).fit(module, data(CASE))
     assert not is_swapped(module)
     make_trainer([lance()]).fit(module, data(CASE))
 
