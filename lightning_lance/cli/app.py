@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_lance import __version__
 from lightning_lance.cli import PROGRAM
@@ -19,6 +18,7 @@ from lightning_lance.cli.fitting import Measured
 from lightning_lance.cli.fitting import fit as fit_settings
 from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, shorten, with_group
 from lightning_lance.cli.profiling import profile
+from lightning_lance.cli.saving import SaveConfig
 from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.report import Report
 from lightning_lance.continual import ContinualConfig
@@ -37,10 +37,6 @@ OWN_PARSERS = {
     RESULTS: "Make tables in Markdown of what the runs in a folder have recorded.",
 }
 """Subcommands with a parser of their own, and what they do."""
-
-
-HEADER = "# lightning.pytorch=="
-"""How files of options begin that were written here."""
 
 
 class LanceTrainer(Trainer):
@@ -104,26 +100,10 @@ class BaseCLI(LightningCLI):
     """A LightningCLI with that parser; its argument ``parser_class`` is one of later versions than the oldest here."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        kwargs.setdefault("dump_header", [f"{HEADER[2:]}{lightning.__version__}"])
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
         parser = LanceParser(**kwargs)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a YAML or JSON file of options.")
         return parser
-
-
-class SaveConfig(SaveConfigCallback):
-    """Saves the options where the logger writes, or in a ``default_root_dir`` that is given.
-
-    A file of that name that was read for this run, or that this tool has not written, stays.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        path = Path(trainer.log_dir or ".", self.config_filename).resolve()
-        theirs = trainer.logger is None and path.parent == Path.cwd()
-        if path.exists():
-            read = {Path(str(found)).resolve() for found in self.config.get("config") or []}
-            theirs = theirs or path in read or not path.read_text(encoding="utf-8", errors="replace").startswith(HEADER)
-        if not trainer.strategy.broadcast(theirs):
-            super().setup(trainer, pl_module, stage)
 
 
 class LanceCLI(BaseCLI):

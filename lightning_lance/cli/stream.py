@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_lance.cli import PROGRAM
 from lightning_lance.cli.app import BaseCLI, LanceParser, check_options
 from lightning_lance.cli.messages import TRAINER_ERRORS, about_trainer, with_group
-from lightning_lance.errors import ConfigError, LanceError, LanceWarning
+from lightning_lance.cli.saving import save_config
+from lightning_lance.errors import ConfigError, LanceError
 from lightning_lance.streams.datamodule import AvalancheDataModule
 from lightning_lance.streams.result import StreamResult
 from lightning_lance.streams.runner import OWN, StreamRunner
-from lightning_lance.tensors.files import write_whole
 from lightning_lance.trainer.continual import ContinualCallback
 
 DESCRIPTION = """Train on one experience of an Avalanche benchmark after another, each with a Lightning Trainer. The
 same command goes on where an interrupted one has stopped."""
 
-
-CONFIG = "config.yaml"
-CONFIG_BESIDE = "config_as_run.yaml"
-"""Where ``config.yaml`` is a file of the user's."""
-
-HEAD = "# the options of this stream as they were run, written anew by each start unless edited: "
-"""First line of both, before a checksum of the rest."""
 
 FREE = {
     "stream.root",
@@ -141,49 +132,13 @@ class StreamCLI(BaseCLI):
         self.runner.differing = differing
         if getattr(rank_zero_only, "rank", 0) == 0:
             self.runner.store.claim()
-            _write_config(root, text)
+            save_config(root, text)
         return self.runner.run()
 
     def _named(self, error: LanceError) -> LanceError:
         """The error with the whole name of the option that it begins with."""
         assert isinstance(self.parser, LanceParser)
         return type(error)(with_group(str(error), self.parser.options()))
-
-
-def _write_config(root: Path, text: str) -> None:
-    """Leave the options as they are run in the folder; a file that was not written so, or was edited, stays."""
-    for name in (CONFIG, CONFIG_BESIDE):
-        path = root / name
-        if not path.exists() or _as_written(path.read_bytes()):
-            content = f"{HEAD}{_checksum(text.encode())}\n{text}"
-            if not path.exists() or path.read_bytes() != content.encode():
-                write_whole(path, content)
-            return
-        if _yaml_of(path) == yaml.safe_load(text):
-            return
-    warnings.warn(
-        f"{root} holds {CONFIG} and {CONFIG_BESIDE}, which are not as this command wrote them. They are left, and the "
-        "options of this run are in its checkpoints only.",
-        LanceWarning,
-        stacklevel=2,
-    )
-
-
-def _yaml_of(path: Path) -> Any:
-    """What a file holds, ``None`` where that is not YAML."""
-    try:
-        return yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError:
-        return None
-
-
-def _as_written(content: bytes) -> bool:
-    head, _, text = content.partition(b"\n")
-    return head == f"{HEAD}{_checksum(text)}".encode()
-
-
-def _checksum(text: bytes) -> str:
-    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _other_options(differing: list[tuple[str, str, str]], root: Path) -> str:

@@ -109,23 +109,31 @@ class TestSubcommands:
         main(["fit", "--config", str(cwd / "run" / "config.yaml"), "--trainer.default_root_dir", str(cwd / "run")])
         assert (cwd / "run" / "config.yaml").read_bytes() == before
 
-    @pytest.mark.parametrize("given", ["read", "theirs", "nothing"])
+    @pytest.mark.parametrize("given", ["read", "theirs", "printed", "edited", "nothing"])
     def test_no_file_of_somebody_else_is_overwritten(
-        self, config: Path, cwd: Path, given: str, monkeypatch: pytest.MonkeyPatch
+        self, config: Path, cwd: Path, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (cwd / "here").mkdir()
         monkeypatch.chdir(cwd / "here")
         path = cwd / "here" / "config.yaml"
-        found = {"read": "# lightning.pytorch==2\n" + config.read_text(), "theirs": "precious: 1\n"}.get(given)
-        if found is not None:
-            path.write_text(found)
+        csv = "--trainer.logger=lightning.pytorch.loggers.CSVLogger"
+        here = [csv, "--trainer.logger.save_dir=.", "--trainer.logger.name=", "--trainer.logger.version="]
+        if given == "edited":
+            main(["fit", "--config", str(config), *here])
+            path.write_text(path.read_text().replace("seed_everything: 7", "seed_everything: 8"))
+        elif given == "printed":
+            path.write_text(printed(capsys, "fit", "--config", str(config)))
+        elif given != "nothing":
+            path.write_text({"read": "# mine\n" + config.read_text(), "theirs": "precious: 1\n"}[given])
+        found = path.read_text() if path.exists() else None
         read = ["fit", "--config", str(path if given == "read" else config)]
         main([*read, "--trainer.logger=false"])
         assert (path.read_text() if path.exists() else None) == found
-        csv = "lightning.pytorch.loggers.CSVLogger"
-        names = ["--trainer.logger.save_dir=.", "--trainer.logger.name=", "--trainer.logger.version="]
-        main([*read, f"--trainer.logger={csv}", *names])
+        assert not (cwd / "here" / "config_as_run.yaml").exists()
+        main([*read, *here, "--lance.bits=2"])
         assert found is None or path.read_text() == found
+        as_run = path if found is None else path.with_name("config_as_run.yaml")
+        assert yaml.safe_load(as_run.read_bytes())["lance"]["bits"] == 2
 
     def test_classes_of_the_current_directory(self, config: Path, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(cwd))])
