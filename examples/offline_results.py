@@ -154,12 +154,9 @@ def _run(arguments: list[str], log: Path) -> None:
 LEFT_OUT = ("s/step", "peak")
 """Columns that say little of runs so small."""
 
-ABOUT_PEAKS = " Peak: above the process with model and data."
-
 
 def page(text: str, size: Size, command: str) -> str:
     """The Markdown page around the tables."""
-    text = text.replace(ABOUT_PEAKS, "")
     for name, title in TITLES.items():
         text = text.replace(f"### {name}\n", f"## {title[0].upper()}{title[1:]}\n")
     seeds = f"{_count(len(size.seeds), 'seed')} ({', '.join(map(str, size.seeds))})"

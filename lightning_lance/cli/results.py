@@ -38,6 +38,36 @@ PUBLISHED_KEYS = {
 }
 """What an entry of a file of published numbers may hold."""
 
+TUNED_COLUMNS = (
+    "network",
+    "last layers",
+    "method",
+    "accuracy",
+    "inputs",
+    "kept of them",
+    "all kept",
+    "peak",
+    "forward",
+    "weight gradient",
+    "input gradient",
+    "s/step",
+    "seeds",
+)
+STREAM_COLUMNS = ("network", "method", "ACC", "BWT", "all kept", "plainly", "s/step", "seeds")
+
+ABOUT = {
+    ("inputs",): "Inputs: bytes of the inputs of the trained layers beside the classifier, for a batch.",
+    ("kept of them",): "Kept of them: cores and factors, by formula.",
+    ("all kept",): "All kept: what autograd keeps for the backward pass of a batch, measured.",
+    ("peak",): "Peak: above the process with model and data.",
+    ("forward", "weight gradient", "input gradient"): (
+        "Operations: of a step, two for a multiply-add, as torch.utils.flop_counter counts."
+    ),
+    ("ACC",): "ACC: mean final accuracy.",
+    ("BWT",): "BWT: mean change of an experience's accuracy since it was learned.",
+}
+"""What columns are, said below tables that have one of them."""
+
 ORDER = ("plain", "published", "lance")
 """Methods in tables; others follow by name."""
 
@@ -205,15 +235,13 @@ def tables(folder: Path, published: Sequence[dict[str, Any]] = (), without: Sequ
     for name in dict.fromkeys(group.key[0] for group in tuned):
         rows = [_tuned_row(group) for group in tuned if group.key[0] == name]
         rows += [_published_tuned(entry) for entry in published if entry.get("set") == name]
-        header = "network, last layers, method, accuracy, inputs, kept of them, all kept, peak, forward, weight "
-        header += "gradient, input gradient, s/step, seeds"
-        parts.append(f"### {name}\n\n{_without(without, header.split(', '), rows)}")
+        parts.append(f"### {name}\n\n{_without(without, TUNED_COLUMNS, rows)}")
     for name in dict.fromkeys(group.key[0] for group in streams):
         rows = [_stream_row(group) for group in streams if group.key[0] == name]
         rows += [_published_stream(entry) for entry in published if entry.get("benchmark") == name]
-        header = "network, method, ACC, BWT, all kept, plainly, s/step, seeds"
-        parts.append(f"### {name}\n\n{_without(without, header.split(', '), rows)}")
-    return "\n\n".join([*parts, _notes(tuned, streams)]) + "\n"
+        parts.append(f"### {name}\n\n{_without(without, STREAM_COLUMNS, rows)}")
+    columns = {*(TUNED_COLUMNS if tuned else ()), *(STREAM_COLUMNS if streams else ())} - set(without)
+    return "\n\n".join([*parts, _notes(tuned, columns)]) + "\n"
 
 
 def _tuned_row(group: Group) -> list[str]:
@@ -261,18 +289,12 @@ def _label(entry: dict[str, Any]) -> str:
     return f"{entry.get('method', '')} (published number: {entry['source']})".strip()
 
 
-def _notes(tuned: Sequence[Group], streams: Sequence[Group]) -> str:
+def _notes(tuned: Sequence[Group], columns: set[str]) -> str:
     """What the columns are, and where the numbers are from."""
     lines = ["Accuracies in percent: mean ± sample standard deviation over the seeds; the rest are medians over them."]
-    if tuned:
-        lines.append(
-            "Inputs: bytes of the inputs of the trained layers beside the classifier, for a batch. Kept of them: cores "
-            "and factors, by formula. All kept: what autograd keeps for the backward pass of that batch, measured. "
-            "Peak: above the process with model and data. Operations: of a step, two for a multiply-add, as "
-            "torch.utils.flop_counter counts."
-        )
-    if streams:
-        lines.append("ACC: mean final accuracy; BWT: mean change of an experience's accuracy since it was learned.")
+    about = " ".join(text for names, text in ABOUT.items() if columns.intersection(names))
+    if about:
+        lines.append(about)
     runs = [run for group in tuned for run in group.runs]
     devices = sorted({run["device"] for run in runs if run.get("device")})
     packages = sorted({f"{name} {text}" for run in runs for name, text in (run.get("versions") or {}).items()})

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lightning_lance.cli import main
+from lightning_lance.cli.results import tables
 from tests.cli.tool import refused
 
 
@@ -103,6 +104,23 @@ def test_streams(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plain[1:3] == ["plain", "40.0"]
     assert plain[-1] == "1 (1 not at its end)"
     assert published[1:3] == ["published", "30.0"]
+
+
+def test_notes_are_of_the_columns_that_are_shown(cwd: Path) -> None:
+    titles = ["Inputs", "Kept of them", "All kept", "Peak", "Operations", "ACC", "BWT"]
+
+    def noted(folder: str, *without: str) -> list[str]:
+        notes = tables(cwd / folder, without=without).rpartition("\n\n")[2]
+        return [title for title in titles if f" {title}: " in notes]
+
+    write(cwd / "tuned", record(0, 0.5))
+    write_stream(cwd / "streams", 0.5, 0)
+    assert noted(".") == titles
+    assert noted("tuned") == titles[:5]
+    assert noted("streams") == ["All kept", "ACC", "BWT"]
+    assert noted("tuned", "peak", "inputs", "forward") == ["Kept of them", "All kept", "Operations"]
+    assert noted("streams", "all kept", "ACC", "BWT") == []
+    assert "Operations" not in noted("tuned", "forward", "weight gradient", "input gradient")
 
 
 def test_published_numbers_are_named_as_such_and_never_averaged(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
