@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+from lightning_utilities.core.imports import RequirementCache
+
 from lightning_lance import __version__
 
 PROGRAM = "lightning-lance"
+
+NEEDED = "jsonargparse[signatures]>=4.39"
+"""The extra ``cli``."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -28,8 +32,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if (sys.argv[1:] if args is None else list(args)) == ["--version"]:  # also where the extra is not installed
         sys.stdout.write(f"{PROGRAM} {__version__}\n")
         return
-    if importlib.util.find_spec("jsonargparse") is None:
-        _leave("the command line needs jsonargparse; pip install 'lightning-lance[cli]' installs it.", 2)
+    if not RequirementCache(NEEDED):  # also where jsonargparse is there, and not what it needs to read signatures
+        _leave(f"the command line needs {NEEDED}; pip install 'lightning-lance[cli]' installs it.", 2)
     if os.getcwd() not in sys.path:  # "" would not do: a configuration is read from within its own folder
         sys.path.insert(0, os.getcwd())
     # Lightning's own calls of jsonargparse and torch: nothing that a user of the tool could change.

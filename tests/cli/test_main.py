@@ -17,7 +17,7 @@ import yaml
 
 import lightning_lance
 from lightning_lance import LanceCallback, LanceConfig, LanceSession, StateError, is_swapped, measure_saved_bytes
-from lightning_lance.cli import main
+from lightning_lance.cli import NEEDED, main
 from lightning_lance.cli.app import LanceCLI, LanceTrainer
 from lightning_lance.cli.messages import readable
 from tests.cli.small import BATCH, QUIET, SmallData, SmallModule
@@ -348,18 +348,27 @@ class TestProfile:
             LanceTrainer(**QUIET).profile(SmallModule())
 
 
-def test_without_the_extra() -> None:
+@pytest.mark.parametrize("hidden", ["jsonargparse", "docstring_parser"])
+def test_without_the_extra(hidden: str) -> None:
     """In a fresh process: the package does not import jsonargparse, and the tool says what to install."""
-    script = """
+    script = f"""
 import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.partition(".")[0] == "{hidden}" else super().find_spec(name, *rest)
+
+    @classmethod
+    def find_distributions(cls, context):
+        return [] if (context.name or "").replace("-", "_") == "{hidden}" else super().find_distributions(context)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 import lightning_lance
 assert "jsonargparse" not in sys.modules, "imported"
-sys.modules["jsonargparse"] = None
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "jsonargparse" else find(name, *rest)
-from lightning_lance.cli import main
-main(["fit"])
+from lightning_lance.cli import NEEDED, main
+main(["--help"])
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-W", "ignore", "-c", script]
@@ -367,6 +376,10 @@ main(["fit"])
     assert done.returncode == 2, done.stderr
     [line] = done.stderr.strip().splitlines()
     assert "pip install 'lightning-lance[cli]'" in line
+
+
+def test_the_extra_is_declared() -> None:
+    assert f'cli = ["{NEEDED}"]' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_console_script_is_declared() -> None:
