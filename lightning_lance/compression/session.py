@@ -135,6 +135,14 @@ class LanceSession(Steps):
         self._inside: ExitStack | None = None
         self._memory: list[str] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.stage is not Stage.IDLE:  # the copy of its model is a stock one
+            raise StateError(
+                "a session cannot be copied between start() and stop(). Copy it before or after, or take state_dict() "
+                "and load it into another one that has started."
+            )
+        return self.__dict__
+
     def start(self, observe: bool = True) -> Plan:
         """Plan, and swap what is to be projected. A model that an interrupted run left swapped is restored first.
 

@@ -108,6 +108,10 @@ class Store:
         self._contexts = threading.local()
         self._asked: int | None = None
 
+    def __reduce__(self) -> Any:
+        # A copy has hooks in no thread yet, and none of the weak references, of which torch frees copies twice.
+        return Store, (self.bits,), {"draws": self.draws, "mode": self.mode}
+
     def __enter__(self) -> Store:
         if saving.store is not None:
             raise StateError("a step began inside of another one in the same thread: end the first one before.")

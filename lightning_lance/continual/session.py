@@ -106,6 +106,14 @@ class ContinualSession(Steps):
         # Of a state that was taken within an experience: what its weights have that is not shared.
         self._pending: dict[str, Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._run is not None:  # the copy of its model is a stock one
+            raise StateError(
+                "a session cannot be copied while an experience is running. Copy it before or after, or take "
+                "state_dict() and running_state(), from which another one resumes."
+            )
+        return self.__dict__
+
     @property
     def running(self) -> bool:
         """Whether an experience has begun and not ended."""

@@ -288,6 +288,31 @@ def test_a_copy_is_a_stock_network(how: str) -> None:
     torch.jit.script(made)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_a_session_trains_as_the_session_does(how: str) -> None:
+    def copied(session: LanceSession) -> LanceSession:
+        return copy.deepcopy(session) if how == "deepcopy" else pickle.loads(pickle.dumps(session))  # type: ignore[no-any-return]
+
+    batches = images(4)
+    sessions = [LanceSession(small_net(), LanceConfig(calibration_batches=2))]
+    for _ in range(2):  # before it has ever started, and when it has stopped
+        sessions = [sessions[0], copied(sessions[0])]
+        gradients = []
+        for session in sessions:
+            torch.manual_seed(0)  # of the dropout
+            session.model.zero_grad()
+            session.start()
+            train(session, batches)
+            gradients.append([p.grad for p in session.model.parameters()])
+            with pytest.raises(StateError, match=r"cannot be copied between start\(\) and stop\(\)"):
+                copied(session)
+            with session.step(), pytest.raises(StateError, match="cannot be copied"):
+                copied(session)
+            session.stop()
+        assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+        assert not is_swapped(sessions[1].model)
+
+
 def test_a_copy_inside_of_the_module_trains_and_is_restored() -> None:
     net = nn.ModuleDict({"own": small_net()})
     session = LanceSession(net, LanceConfig(rank=2, calibration_batches=1))

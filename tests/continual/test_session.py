@@ -446,6 +446,22 @@ def test_saving_in_an_experience_and_beginning_it_again() -> None:
     assert resumed.experience == 2
 
 
+def test_a_session_is_copied_between_experiences_only() -> None:
+    model, session = network(), stream()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for experience in range(2):
+        begin(session, model, optimizer, experience)
+        with pytest.raises(StateError, match="cannot be copied while an experience is running"):
+            copy.deepcopy(session)
+        train(model, optimizer, experience)
+        end(session, model, experience)
+        other = copy.deepcopy(session)
+        assert other.state_dict()["memories"].keys() == session.memories.keys()
+        begin(other, model, optimizer, experience + 1)
+        other.abandon()
+        assert not session.running
+
+
 def test_a_full_layer_is_frozen_and_said_once() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     optimizer = torch.optim.AdamW(model.parameters(), 0.05)
