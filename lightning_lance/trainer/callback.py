@@ -172,6 +172,15 @@ class LanceCallback(Callback):
                     LanceWarning,
                     stacklevel=2,
                 )
+            elif self.session.report is None and self.session.steps:
+                frozen = not any(parameter.requires_grad for parameter in pl_module.parameters())
+                why = f", since no parameter of {type(pl_module).__name__} requires grad" if frozen else ""
+                warnings.warn(
+                    f"LANCE had nothing to do: autograd kept nothing in the training steps of this fit{why}. Set "
+                    "requires_grad on what is to train, and compute its loss in training_step.",
+                    LanceWarning,
+                    stacklevel=2,
+                )
             self._publish(trainer, self.session)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -712,6 +712,32 @@ def test_a_fit_that_ends_before_the_subspaces_are_found_says_so(options: dict[st
     assert len(said) == (1 if options else 0)
 
 
+class Untrained(Classifier):
+    """Computes and trains nothing, as where everything is frozen."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.requires_grad_(not frozen)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        with torch.set_grad_enabled(not any(p.requires_grad for p in self.parameters())):
+            self(batch[0])
+
+    def configure_optimizers(self) -> None:  # type: ignore[override]
+        pass
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_fit_in_which_nothing_was_to_do_says_so_once(frozen: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Untrained(frozen), [lance(rank="auto")])
+    [said] = [str(one.message) for one in caught if one.category is LanceWarning]
+    assert said.startswith("LANCE had nothing to do: autograd kept nothing in the training steps of this fit")
+    assert ("since no parameter of Untrained requires grad" in said) == frozen
+
+
 # --- nothing is rehearsed ------------------------------------------------------------------------------------------
 
 
