@@ -312,12 +312,13 @@ class LanceSession(Steps):
         if watched is not None:
             self._look_at(watched.drifted())
         if self._ledger is not None:
+            steady = self.stage is Stage.STEADY
             self._fixed = max(self._fixed, self._ledger.fixed)
             if self._observing is not None and self.observed == 1:
                 self._spare(self._ledger, self._observing)
             if not self._reported:
                 self.report = self._ledger.report()
-            self._reported = self.report is not None and self.stage is Stage.STEADY
+            self._reported = self.report is not None and steady
             self._ledger = None
 
     def _protect(self) -> None:

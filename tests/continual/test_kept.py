@@ -1,4 +1,4 @@
-"""What autograd keeps of layers whose weight may change outside of what is protected alone: no more than of stock ones."""
+"""Layers whose weight may change outside of what is protected alone keep no more for backward than stock ones."""
 
 from __future__ import annotations
 
