@@ -17,7 +17,7 @@ class Preset:
         compression: of :class:`~lightning_lance.LanceConfig`.
         stream: those of them that are others in a stream of experiences.
         protection: of :class:`~lightning_lance.continual.ContinualConfig`.
-        usual: of :class:`~lightning_lance.LanceConfig`, where no other value is given.
+        usual: of either, where no other value is given.
     """
 
     compression: Mapping[str, Any]
@@ -47,7 +47,7 @@ PRESETS: dict[str, Preset] = {
             "damping": 0.0,
             "freeze_above": 1.0,
         },
-        usual={"calibration_batches": 100},
+        usual={"calibration_batches": 100, "threshold": 0.97},
     ),
 }
 

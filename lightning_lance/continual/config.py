@@ -34,7 +34,7 @@ class ContinualConfig:
             experience whose name is given has a few columns of its own; without names it is ``"threshold"``.
             ``"scaled"``: a protected direction closes as far as it mattered (SGP).
         threshold: fraction of an experience's input energy that is protected after it, in each layer. Higher keeps
-            more of what was learned, and leaves less to learn in. ``"auto"``: .95.
+            more of what was learned, and leaves less to learn in. ``"auto"``: .95, and .97 with the preset.
         threshold_growth: added to the threshold after each experience, up to .999 (LANCE, arXiv 2509.21617: .97 and
             .003 for ten experiences of CIFAR-100).
         columns: fraction of the protected layers' weights that an experience may have as columns of its own; and as
@@ -88,6 +88,8 @@ class ContinualConfig:
         preset = preset_named(self.preset)
         if preset is not None:
             settle(self, str(self.preset), preset.protection)
+            if self.threshold == "auto":
+                object.__setattr__(self, "threshold", preset.usual["threshold"])
         if isinstance(self.heads, str):
             object.__setattr__(self, "heads", (self.heads,))
         if not all(isinstance(pattern, str) for pattern in self.heads):

@@ -219,6 +219,7 @@ def test_options() -> None:
     found = ContinualConfig(preset="published", threshold=0.97, threshold_growth=0.003)
     assert (found.rule, found.reserved, found.damping, found.freeze_above) == ("threshold", "threshold", 0.0, 1.0)
     assert not found.compress_first
+    assert ContinualConfig(preset="published").threshold_of(1) == pytest.approx(0.973)
     config = session().config
     assert (config.rank, config.bits, config.batch) == ({"batch": 0.98, "spatial": 0.98}, None, "learned")
     for option, value in {"rule": "scaled", "reserved": 4, "damping": 0.5, "freeze_above": 0.9}.items():
