@@ -33,7 +33,7 @@ from examples.benchmarks.ways import WAYS, Training, find
 from examples.benchmarks.workloads import LARGE, WORKLOADS, Batch, Workload
 from lightning_lance import LanceConfig, LanceSession
 
-METHODS = ("plain", "checkpointing", "bf16", "default", "two-bits", "compact")
+METHODS = ("plain", "checkpointing", "bf16", "default", "two-bits")
 TINY = {
     "resnet18": WORKLOADS["resnet18"].scaled(4, 32),
     "vit_tiny": WORKLOADS["vit_tiny"].scaled(4, 32),

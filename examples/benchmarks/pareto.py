@@ -280,7 +280,8 @@ Shaded: steps up to {slowest} times plain's; what takes longer than {longest:g} 
 - *Micro-batches* are what `accumulate_grad_batches` does with smaller batches: exact, but that a batch norm sees fewer
   samples at once, which is all that the cosine shows. A row with them keeps what one micro-batch keeps.
 - *Checkpointing* runs every block again in the backward pass.
-{compiled}- *bf16* is autocast to bfloat16; how fast it is depends on the processor.
+{compiled}- `rank="compact"` is *ours* here: where norms and activations are most of what is kept, it projects nothing.
+- *bf16* is autocast to bfloat16; how fast it is depends on the processor.
 - Times are those of {threads} threads, and of memory that goes back to the system and is cleared when it is taken
   again, which costs what takes and frees much memory the most: [benchmarks.md](benchmarks.md) has steps of ours with
   the C library's own settings. From run to run they differ by some percent.
@@ -321,7 +322,6 @@ FAMILIES = (
     ("bf16", ("bf16",), "#2a8f5a", "^"),
     ("ours", ("default", "ours-half", "ours-quarter", "ours-eighth"), "#c8102e", "o"),
     ("ours, 2 bits", ("two-bits",), "#c8102e", "v"),
-    ("ours, compact", ("compact",), "#c8102e", "P"),
     ("ours and checkpointing", ("ours-checkpointing",), "#c8102e", "s"),
 )
 PARTS = {"half": "1/2", "quarter": "1/4", "eighth": "1/8"}

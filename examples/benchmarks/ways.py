@@ -47,8 +47,6 @@ class Way:
         return self.options is not None
 
 
-_COMPACT = {"rank": "compact", "calibration_batches": 2}
-
 WAYS = {
     "plain": Way("plain"),
     "half": Way("micro-batches of 1/2", parts=2),
@@ -59,7 +57,6 @@ WAYS = {
     "bf16": Way("bf16 autocast", autocast=True),
     "default": Way("ours", {}),
     "two-bits": Way("ours, 2 bits", {"bits": 2}),
-    "compact": Way("ours, compact", _COMPACT, settling=3),
     "ours-half": Way("ours, micro-batches of 1/2", {}, parts=2),
     "ours-quarter": Way("ours, micro-batches of 1/4", {}, parts=4),
     "ours-eighth": Way("ours, micro-batches of 1/8", {}, parts=8),
