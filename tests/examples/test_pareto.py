@@ -169,10 +169,10 @@ def test_unknown_names() -> None:
 def test_accelerator_command_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "accelerator.json"
     rows, checked = accelerator.main(["--device", "cpu", "--tiny", "--steps", "2", "--json", str(path)])
-    assert [row.error for row in rows] == [None] * 18
-    assert [row.network for row in rows[::6]] == list(accelerator.TINY)
-    for index in range(0, 18, 6):
-        found = {row.method: row for row in rows[index : index + 6]}
+    assert [row.error for row in rows] == [None] * 15
+    assert [row.network for row in rows[::5]] == list(accelerator.TINY)
+    for index in range(0, 15, 5):
+        found = {row.method: row for row in rows[index : index + 5]}
         assert found["plain"].cosine == pytest.approx(1.0)
         assert found["two-bits"].kept <= found["default"].kept < 0.5 * found["plain"].kept
         assert 0.9 < found["default"].cosine < 1 - 1e-7
