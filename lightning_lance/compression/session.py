@@ -485,7 +485,8 @@ class LanceSession(Steps):
         everywhere = self.processes.gather((ledger.spared, ledger.inputs, ledger.fixed))
         reasons = dict.fromkeys(set.intersection(*(spared for spared, _, _ in everywhere)), KEPT_ANYWAY)
         inputs, fixed = (sum(found[index] for found in everywhere) for index in (1, 2))
-        if inputs < SHARE * (inputs + fixed) and self.config.budget is None:
+        anywhere = self.config.rank == "compact" and self.config.layers == "trainable" and self.config.budget is None
+        if anywhere and inputs < SHARE * (inputs + fixed):
             part = f"the inputs that it could make smaller are {inputs / (inputs + fixed):.0%} of what is kept"
             reasons = {name: reasons.get(name, part) for name in calibration.layers}
         calibration.spare(reasons)

@@ -125,6 +125,16 @@ def test_batches_that_are_handed_over_decide_likewise(make: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in given.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "options", [{"layers": ["6", "12"]}, {"layers": 5}, {"rank": {"6": "compact", "12": "compact"}}], ids=str
+)
+def test_of_layers_that_are_named_those_alone_that_would_save_nothing_are_left(options: dict[str, Any]) -> None:
+    session = session_of(halves(), **options)
+    train(session, batches(OBSERVED + 1))
+    assert "12" in session.layers
+    assert [item.reason for item in session.left if item.name == "6"] == [KEPT_ANYWAY]
+
+
 def test_a_budget_projects_whatever_it_takes() -> None:
     """Where inputs are less than the share that would be worth it by itself, too."""
     free = session_of(halves())
