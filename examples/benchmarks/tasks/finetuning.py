@@ -101,6 +101,5 @@ lite0_all = Task(
     batch=32,
     seeds=3,
     segments=[f"blocks.{index}" for index in range(16)],
-    layers=("stem", "blocks", "head"),
     fine_tuning=True,
 )
