@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     module = Digits()
     trainer = L.Trainer(
         max_steps=options.steps,
-        callbacks=[LanceCallback(rank="compact", calibration_batches=2, verbose=False)],
+        callbacks=[
+            LanceCallback(rank={"batch": "compact", "spatial": "compact"}, calibration_batches=2, verbose=False)
+        ],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

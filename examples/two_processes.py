@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> L.Trainer:
         accelerator="cpu",
         devices=2,
         strategy="ddp",
-        callbacks=[LanceCallback(rank="compact", calibration_batches=2)],
+        callbacks=[LanceCallback(rank={"batch": "compact", "spatial": "compact"}, calibration_batches=2)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

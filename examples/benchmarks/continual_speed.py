@@ -84,7 +84,7 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any],
     torch.manual_seed(0)
     model = MODELS[network or recipe.model]()
     session = ContinualSession(
-        LanceConfig(**{"rank": None, **compression}),  # the defaults of LanceStrategy
+        LanceConfig(**{"rank": None, **compression}),
         ContinualConfig(**{"threshold": recipe.threshold, "heads": ["classifier"], **protection}),
     )
     naive_times, ratios, by_experience, kept = [], [], [], []

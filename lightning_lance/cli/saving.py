@@ -46,7 +46,9 @@ class SaveConfig(SaveConfigCallback):
     """Saves the options where the logger writes, or in a ``default_root_dir`` that is given."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = trainer.log_dir or "."  # asked of all processes, since it is the first one's
+        folder = trainer.log_dir  # asked of all processes, since it is the first one's
+        if folder is None:  # a logger without one
+            return
         if "://" in folder:  # no folder of this machine
             super().setup(trainer, pl_module, stage)
         elif trainer.is_global_zero and not (trainer.logger is None and Path(folder).resolve() == Path.cwd()):

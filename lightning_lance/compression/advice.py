@@ -13,7 +13,7 @@ from lightning_lance.compression.frozen_norms import frozen_norms
 from lightning_lance.compression.saved_bytes import Holder, SavedBytes
 from lightning_lance.compression.store import Bits
 from lightning_lance.compression.surgery import plan
-from lightning_lance.compression.truncation import SHARE
+from lightning_lance.compression.truncation import saves_little
 from lightning_lance.errors import PlanError
 from lightning_lance.subspaces.ranks import compact_batch_rank
 from lightning_lance.tensors.rounding import FEWEST, kept_bytes
@@ -116,7 +116,7 @@ def _compact(kept: SavedBytes, config: LanceConfig, model: nn.Module) -> Change 
     frozen = any(not parameter.requires_grad for parameter in model.parameters())
     batch = _batch(kept)
     columns = compact_batch_rank(batch)
-    if not frozen or columns >= batch or config.memory_budget is not None:
+    if not frozen or columns >= batch or config.memory_budget is not None or config.rank == "compact":
         return None
     try:
         names = {entry.name for entry in plan(model, replace(config, rank="compact")).entries}
@@ -124,7 +124,7 @@ def _compact(kept: SavedBytes, config: LanceConfig, model: nn.Module) -> Change 
         return None
     # A sample that is one row is kept whole.
     inputs = sum(h.bytes for h in kept.holders if h.for_weight and h.module in names and len(h.shape) > 2)
-    if inputs < SHARE * kept.total:  # then it would leave them alone
+    if saves_little(inputs, kept.total, config):
         return None
     return Change(inputs * (batch - columns) // batch, 'rank="compact", for fine-tuning')
 

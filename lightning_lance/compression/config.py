@@ -43,12 +43,13 @@ class LanceConfig:
             nothing is.
             ``"compact"``, for fine-tuning: batch rank ``max(4, B / 6)`` without bias, the whole batch where a sample is
             one row; channels whole; spatial and token energy .9, where that halves the mode or costs little next to the
-            layer. Unless layers are named, nothing is projected where the inputs that this makes smaller are less than
-            .6 of all that a step keeps, as with norms in training mode; nor is an input that is kept in any case or
-            computed from what is. An int: that rank in every mode, clipped to its size. A float in (0, 1]: that energy
-            in every mode (the published rule). A mapping mode -> rule with the modes ``batch``, ``channel`` (or
-            ``feature``) and ``spatial`` (or ``token``), each an int, an energy, ``"compact"`` or ``"full"``, which is
-            that of modes not named; it is done whatever it saves. Or a mapping layer pattern -> any of these.
+            layer. Unless layers are named or there is a ``memory_budget``, nothing is projected where the inputs that
+            this makes smaller are less than .6 of all that a step keeps, as with norms in training mode; nor is an
+            input that is kept in any case or computed from what is. An int: that rank in every mode, clipped to its
+            size. A float in (0, 1]: that energy in every mode (the published rule). A mapping mode -> rule with the
+            modes ``batch``, ``channel`` (or ``feature``) and ``spatial`` (or ``token``), each an int, an energy,
+            ``"compact"`` or ``"full"``, which is that of modes not named; it is done whatever it saves. Or a mapping
+            layer pattern -> any of these.
         bits: of each element of what is kept: ``"auto"`` (4, and 8 where an operator is sensitive), 8, 4, 2 (for what
             gradients of weights alone need; 4 for the rest), or ``None``: nothing is rounded, and gradients are exact.
         batch: ``"unbiased"`` weights sums over random groups of samples so that the weight gradient has no bias

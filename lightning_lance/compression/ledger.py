@@ -20,8 +20,8 @@ from lightning_lance.subspaces.subspace import CapturedEnergy
 if TYPE_CHECKING:
     from lightning_lance.compression.session import LanceSession
 
-LITTLE = 16
-"""Where at most one of so many bytes is a layer's own, its input is computed from what others keep."""
+OWN = 1 / 16
+"""Where no more than this part of an input is kept for one layer alone, it is computed from what others keep."""
 
 
 class Ledger:
@@ -32,7 +32,9 @@ class Ledger:
 
     Attributes:
         fixed: bytes of what is kept whatever the ranks, in the bits that are asked for.
-        inputs: likewise, bytes of the inputs that are to be projected, without what is kept in any case.
+        inputs: likewise, bytes of whole inputs with spatial or token modes that are to be projected, and that nobody
+            else keeps.
+        total: likewise, bytes of all that is kept, but for the cores of layers that are projected already.
         spared: names of layers whose whole inputs are computed from what is kept in any case.
     """
 
@@ -44,7 +46,7 @@ class Ledger:
         self._kept_in = self.store.bits
         self._read = 0
         self.fixed = 0
-        self.inputs = 0
+        self.inputs = self.total = 0
         self.spared: set[str] = set()
 
     @contextmanager
@@ -102,11 +104,14 @@ class Ledger:
             asked = self.session.config.kept_bits
             size = {name: in_bits(Holder.of(found), self.store.bits, asked).bytes for name, found in kept.items()}
             self.fixed = sum(size[identity] for identity in fixed)
-            self.inputs = sum(size[identity] for identity in kept.keys() - fixed)
+            waiting = {name for name, layer in self.session.layers.items() if layer._lance.subspace is None}
+            whole = set().union(*(users[name] for name in waiting))
+            self.inputs = sum(size[one] for one in whole - fixed if len(kept[one].shape) > 2)
+            self.total = sum(size[one] for one in whole | fixed)
             self.spared = {
                 name
-                for name, held in users.items()
-                if held & fixed and sum(size[i] for i in held - fixed) * LITTLE <= sum(size[i] for i in held)
+                for name in waiting
+                if sum(size[i] for i in users[name] - fixed) < OWN * sum(size[i] for i in users[name])
             }
 
     def report(self) -> Report | None:

@@ -36,9 +36,9 @@ from lightning_lance.compression.surgery import (
 )
 from lightning_lance.compression.truncation import (
     KEPT_ANYWAY,
-    SHARE,
     WATCH,
     Watched,
+    saves_little,
     tell,
     worth_looking,
 )
@@ -131,6 +131,7 @@ class LanceSession(Steps):
         self._norms = FrozenNorms(model)
         self._ledger: Ledger | None = None
         self._fixed = 0
+        self._evidence: tuple[list[str], int, int] = [], 0, 0
         self._reported = False
         self._inside: ExitStack | None = None
         self._memory: list[str] | None = None
@@ -314,8 +315,12 @@ class LanceSession(Steps):
         if self._ledger is not None:
             steady = self.stage is Stage.STEADY
             self._fixed = max(self._fixed, self._ledger.fixed)
-            if self._observing is not None and self.observed == 1:
-                self._spare(self._ledger, self._observing)
+            if self._observing is not None and self._ledger.total:
+                self._evidence = sorted(self._ledger.spared), self._ledger.inputs, self._ledger.total
+                if self.processes.count == 1:  # others may be elsewhere in the step: they decide when all refresh
+                    self._spare(self._observing)
+                    if not self._observing.layers:
+                        self._observing, self.stage = None, Stage.STEADY
             if not self._reported:
                 self.report = self._ledger.report()
             self._reported = self.report is not None and steady
@@ -406,21 +411,22 @@ class LanceSession(Steps):
             only = None if self.config.budget is not None else only
             bits = self.config.kept_bits.weight
             evaluating = self.config.calibration == "eval"
-            asks = self.config.budget is not None or any(ranks.sparing for ranks in self.config.rules().all_rules())
+            sparing = not evaluating and any(ranks.sparing for ranks in self.config.rules().all_rules())
             with calibrate(self.model, self.processes, only, self.config.budget, bits, evaluating) as calibration:
                 for index, run in enumerate(passes):
-                    if index or not asks:
+                    if index or not (sparing or self.config.budget is not None):
                         run()
                         continue
-                    ledger = self._ledger_of(run)
+                    ledger = self._ledger_of_pass(run)
                     calibration.fixed = ledger.fixed
-                    if not evaluating:  # norms keep less in eval mode
-                        self._spare(ledger, calibration)
+                    self._evidence = sorted(ledger.spared), ledger.inputs, ledger.total
+                if sparing:  # in eval mode norms keep less than in training
+                    self._spare(calibration)
             self._settle(calibration)
         self.stage = Stage.STEADY
 
-    def _ledger_of(self, run: Pass) -> Ledger:
-        """What a pass keeps."""
+    def _ledger_of_pass(self, run: Pass) -> Ledger:
+        """Run a pass with gradients, and look at what it keeps."""
         ledger = Ledger(self)
         self._store.bits = self.config.kept_bits
         self._protect()
@@ -440,6 +446,7 @@ class LanceSession(Steps):
         only = None if self.config.budget is not None else only
         self._observing = Calibration(self.model, only, self.config.budget, self.config.kept_bits.weight)
         self.observed = self._fixed = 0
+        self._evidence = [], 0, 0
         self.stage = Stage.OBSERVING
 
     @property
@@ -468,6 +475,7 @@ class LanceSession(Steps):
             _warn("the subspaces were not refreshed: no step was observed. Run training steps after observe().")
             return
         calibration.fixed = self._fixed
+        self._spare(calibration)
         try:
             calibration.finish(self.processes)
         except ConfigError as error:
@@ -480,19 +488,20 @@ class LanceSession(Steps):
             return
         self._settle(calibration)
 
-    def _spare(self, ledger: Ledger, calibration: Calibration) -> None:
+    def _spare(self, calibration: Calibration) -> None:
         """Leave those layers alone whose projection ``"compact"`` asks for and that would save too little."""
-        everywhere = self.processes.gather((ledger.spared, ledger.inputs, ledger.fixed))
-        reasons = dict.fromkeys(set.intersection(*(spared for spared, _, _ in everywhere)), KEPT_ANYWAY)
-        inputs, fixed = (sum(found[index] for found in everywhere) for index in (1, 2))
-        anywhere = self.config.rank == "compact" and self.config.layers == "trainable" and self.config.budget is None
-        if anywhere and inputs < SHARE * (inputs + fixed):
-            part = f"the inputs that it could make smaller are {inputs / (inputs + fixed):.0%} of what is kept"
+        if self.config.budget is not None or not any(
+            layer._lance.ranks.sparing for layer in calibration.layers.values()
+        ):
+            return
+        everywhere = self.processes.gather(self._evidence)
+        reasons = dict.fromkeys(set.intersection(*(set(spared) for spared, _, _ in everywhere)), KEPT_ANYWAY)
+        inputs, total = (sum(found[index] for found in everywhere) for index in (1, 2))
+        if self.config.rank == "compact" and saves_little(inputs, total, self.config):
+            part = f"the inputs that it could make smaller are {inputs / total:.0%} of what is kept"
             reasons = {name: reasons.get(name, part) for name in calibration.layers}
         calibration.spare(reasons)
         self._note_left(calibration)
-        if not calibration.layers:
-            self._observing, self.stage = None, Stage.STEADY
 
     def _note_left(self, calibration: Calibration) -> None:
         self._dropped |= {item.name: item for item in calibration.left}
@@ -543,6 +552,7 @@ class LanceSession(Steps):
             "draws": self._store.draws,
             "looked": self._looked,
             "fixed": self._fixed,
+            "evidence": list(self._evidence),
             "observing": None
             if observing is None
             else {name: statistics.state_dict() for name, statistics in observing.statistics.items()},
@@ -597,7 +607,7 @@ class LanceSession(Steps):
                 if name in observed:
                     statistics.load_state_dict(observed[name], observing.layers[name].weight.device)
         self.observed, self.steps = stored.observed, stored.steps
-        self._store.draws, self._fixed = stored.draws, stored.fixed
+        self._store.draws, self._fixed, self._evidence = stored.draws, stored.fixed, stored.evidence
 
     def _checked(self, state: Any) -> tuple[StoredRun, LanceConfig]:
         """A stored state that is whole and fits the model, and the options that it asks for; nothing is changed."""

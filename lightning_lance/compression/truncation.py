@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
+from lightning_lance.compression.config import LanceConfig
 from lightning_lance.compression.kept import Flags
 from lightning_lance.compression.store import Saved
 from lightning_lance.layers.compressed import Compressed
@@ -27,6 +28,11 @@ WATCH = 50
 """Steps from one look at the captured energy to the next."""
 
 logger = logging.getLogger("lightning_lance")
+
+
+def saves_little(inputs: int, total: int, config: LanceConfig) -> bool:
+    """Whether ``"compact"`` projects nothing: inputs are less than :data:`SHARE` of what is kept, and none is named."""
+    return config.layers == "trainable" and inputs < SHARE * total
 
 
 def worth_looking(ledger: Sequence[Saved], names: Collection[str]) -> set[str]:

@@ -19,6 +19,7 @@ HIGHEST_THRESHOLD = 0.999
 """A growing threshold stops here: protecting all energy would protect every direction."""
 
 AUTO_THRESHOLD = 0.95
+"""Of an experience's energy, with one head or many."""
 
 AUTO_DAMPING = 0.3
 """With optimisers whose steps are as long in all directions."""

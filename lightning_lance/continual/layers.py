@@ -73,15 +73,14 @@ class Reserved(Compressed):
     @unwatched
     def lance_call(self, input: Tensor) -> tuple[Tensor | None, Parts, Form, Factors | None]:
         """What a call works with; the first is the weight of a stock operator, where one can run."""
-        if self._lance.observer is not None:
-            self._lance.observer.update(input)
+        self.lance_observe(input)
         factors = self.lance_factors(input) if self.lance_trains() else None
         parts, form = self.lance_parts()
         weight = stock_weight(input, parts, form, factors) if self.lance_as_stock() else None
         return weight, parts, form, factors
 
     def lance_as_stock(self) -> bool:
-        """Whether a stock operator keeps the input alone of what it is called with."""
+        """Whether a stock operator would keep the input itself, not a padded copy of it."""
         return True
 
     def lance_form(self) -> Form:

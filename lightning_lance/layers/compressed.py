@@ -122,7 +122,6 @@ class Compressed(Variant):
         """Whether every output position reads one input position, of all channels."""
         raise NotImplementedError
 
-    @unwatched
     def lance_observe(self, input: Tensor) -> None:
         """Show an input to the observer, if there is one."""
         if self._lance.observer is not None:

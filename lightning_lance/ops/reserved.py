@@ -193,7 +193,7 @@ def _linear_input_grad(grad: Tensor, parts: Parts, form: Form) -> Tensor:
     return found.view(*grad.shape[:-1], found.shape[1])
 
 
-class Outside(torch.autograd.Function):
+class OutsideGradient(torch.autograd.Function):
     """A steady weight as it is, whose gradient has no part in ``M``: for stock operators.
 
     ``apply(trained, basis, mask, form)``.
@@ -345,7 +345,7 @@ def stock_weight(input: Tensor, parts: Parts, form: Form, factors: Factors | Non
     few = len(form.shape) == 2 and input.numel() // width < out
     if few or torch.is_autocast_enabled(input.device.type):
         return None
-    weight: Tensor = Outside.apply(parts.trained, parts.basis, parts.mask, form)
+    weight: Tensor = OutsideGradient.apply(parts.trained, parts.basis, parts.mask, form)
     return weight
 
 

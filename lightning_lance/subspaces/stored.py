@@ -26,6 +26,8 @@ class StoredRun:
         draws: tensors rounded with dither so far.
         looked: whether a step has said which layers ``rank="auto"`` looks at.
         fixed: bytes that the steps of the running observation kept whatever the ranks.
+        evidence: of the last step that was observed: layers that projecting saves nothing of, bytes that it could make
+            smaller, and of all that was kept.
         observing: layer name -> state of its statistics; ``None`` where nothing was observed.
     """
 
@@ -38,6 +40,7 @@ class StoredRun:
     draws: int
     looked: bool
     fixed: int
+    evidence: tuple[list[str], int, int]
     observing: dict[str, Any] | None
 
 
@@ -65,8 +68,9 @@ def check_session_state(
     (found,) = stored.fields("version")
     if isinstance(found.value, bool) or not isinstance(found.value, int) or found.value != version:
         found.refuse(f"version {version}, the one that this package reads")
-    config, subspaces, order, dropped, observed, steps, draws, fixed, looked, observing = stored.fields(
-        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "fixed", "looked", "observing"
+    config, subspaces, order, dropped, observed, steps, draws, fixed, evidence, looked, observing = stored.fields(
+        *("config", "subspaces", "order", "dropped", "observed", "steps", "draws", "fixed", "evidence", "looked"),
+        "observing",
     )
     options = {name: item.value for name, item in config.named()}
     factors = {
@@ -93,4 +97,6 @@ def check_session_state(
                     item.value, torch.device("cpu"), channels.get(name)
                 )
     counts = observed.integer(0), steps.integer(0), draws.integer(0)
-    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), fixed.integer(0), seen)
+    names, inputs, total = evidence.items(3)
+    found_then = [item.text() for item in names.items()], inputs.integer(0), total.integer(0)
+    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), fixed.integer(0), found_then, seen)

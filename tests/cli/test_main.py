@@ -297,7 +297,10 @@ class TestProfile:
             assert sum(found[key]["by_op"].values()) == found[key]["total"]
             assert sum(found[key]["by_module"].values()) == found[key]["total"]
 
-    @pytest.mark.parametrize(("option", "steps"), [("rank=auto", 1), ("rank=compact", 3), ("preset=published", 1)])
+    @pytest.mark.parametrize(
+        ("option", "steps"),
+        [("rank=auto", 1), ('rank={"batch": 8}', 3), ("rank=compact", 2), ("preset=published", 1)],  # compact: all left
+    )
     def test_gives_the_weights_back_and_writes_nothing(self, config: Path, cwd: Path, option: str, steps: int) -> None:
         before = sorted(cwd.rglob("*"))
         cli = LanceCLI(["profile", "--config", str(config), "--trainer.logger=true", f"--lance.{option}"])

@@ -69,7 +69,7 @@ def fit(folder: str, strategy: str, devices: int = WORLD, preset: str | None = N
     """Two epochs; the data is split over the processes by Lightning."""
     torch.set_num_threads(1)
     module = seeded(lambda: Task(network(), lr=0.05))
-    options |= {"rank": COMPACT_MODES} if preset is None else {"preset": preset}
+    options = {"rank": COMPACT_MODES} | options if preset is None else options | {"preset": preset}
     callback = lance(**options)
     loader = DataLoader(images(WORLD * BATCH * STEPS), batch_size=BATCH, shuffle=False)
     trainer = make_trainer([callback, Save(folder, callback)], strategy=strategy, devices=devices)

@@ -115,3 +115,12 @@ def test_fully_shard(tmp_path: Path) -> None:
         assert max(gaps) < (1e-4 if options == "exact" else 0.2)
         assert options == "exact" or max(gaps) > 1e-4
     write("other", "FSDP2 (fully_shard), two processes", None, "begun before or after it is sharded, and restored")
+
+
+def test_processes_agree_on_layers_that_compact_leaves_alone(tmp_path: Path) -> None:
+    distributed.fit(str(tmp_path), "ddp_spawn", rank="compact")
+    first, second = ranks(tmp_path)
+    assert first["layers"] == second["layers"] == []
+    assert first["subspaces"] == second["subspaces"] == {}
+    assert_bit_equal(first["weights"], second["weights"])
+    assert first["bytes"][1] < first["bytes"][0] / 3

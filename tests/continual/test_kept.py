@@ -57,6 +57,7 @@ def begun(layer: Callable[[], nn.Module], calls: int = 1) -> tuple[Body, Continu
         session.begin_experience(net, passes, [optimizer], own=str(experience))
         if experience == 0:
             session.end_experience(net, passes)
+    assert set(reserved_layers(net)) == {"first", "layer"}
     assert all(layer.reservation.form.steady for layer in reserved_layers(net).values())
     return net, session
 

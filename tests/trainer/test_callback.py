@@ -580,7 +580,7 @@ def mixed_sizes() -> Batches:
     return Batches([(torch.randn(6, 3, size, size), torch.randint(0, CLASSES, (6,))) for size in sizes])
 
 
-@pytest.mark.parametrize("rank", ["compact", {"batch": "compact"}, "auto"])
+@pytest.mark.parametrize("rank", ["compact", COMPACT_MODES, {"batch": "compact"}, "auto"], ids=str)
 def test_changing_sizes_train_and_say_nothing(rank: Any) -> None:
     recorder = Recorder()
     fit(Classifier(), [lance(rank=rank), recorder], mixed_sizes(), max_epochs=2)
@@ -757,7 +757,7 @@ class Teacher(Classifier):
         return super().training_step(batch, batch_idx) + 0.1 * self.teacher(batch[0]).square().mean()
 
 
-@pytest.mark.parametrize("options", [{"rank": "auto"}, {"rank": "compact"}, WHOLE, {"rank": 3, "refresh": 2}])
+@pytest.mark.parametrize("options", [{"rank": "auto"}, {"rank": COMPACT_MODES}, WHOLE, {"rank": 3, "refresh": 2}])
 def test_every_step_runs_once_and_in_order(options: dict[str, Any]) -> None:
     module = seeded(Teacher)
     fit(module, [lance(**options)])
@@ -774,8 +774,8 @@ def test_whatever_a_step_does_is_what_plain_training_does() -> None:
     assert_same_weights(weights(plain), weights(exact))
 
 
-@pytest.mark.parametrize("rank", ["auto", "compact"])
-def test_layers_that_some_steps_leave_out(rank: str) -> None:
+@pytest.mark.parametrize("rank", ["auto", COMPACT_MODES], ids=str)
+def test_layers_that_some_steps_leave_out(rank: Any) -> None:
     class Alternating(Classifier):
         def __init__(self) -> None:
             super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 32)))
@@ -824,7 +824,7 @@ def test_plain_bytes_of_the_report_are_those_of_plain_training() -> None:
                 measured.append(found.total)
 
     fit(Classifier(), [Measure()], max_epochs=1)
-    for options in ({"rank": "auto"}, {"rank": "compact"}, {"rank": 0.7, "batch": "projected"}):
+    for options in ({"rank": "auto"}, {"rank": COMPACT_MODES}, {"rank": 0.7, "batch": "projected"}):
         callback = lance(**options)
         fit(Classifier(), [callback], max_epochs=1)
         assert callback.report is not None

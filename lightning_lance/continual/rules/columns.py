@@ -33,7 +33,7 @@ from lightning_lance.continual.stored_memory import read_columns
 from lightning_lance.ops.features import FeatureSide
 from lightning_lance.tensors.checked import Stored
 
-STORED = torch.bfloat16
+STORED_COLUMNS = torch.bfloat16
 """Dtype of columns, whose numbers may be of any size."""
 
 STORED_BASIS = torch.float16
@@ -152,7 +152,7 @@ class Columns(Threshold):
             assert layer.memory.opened is not None
             own = Own(layer.memory.opened, _products(layer, layer.memory.opened) - anchor, list(layer.memory.counts))
             _add(layer, -change(layer, own))
-            stored[name] = own._replace(values=own.values.to(STORED))
+            stored[name] = own._replace(values=own.values.to(STORED_COLUMNS))
         self._own[now.own], self._last, self._anchors = stored, now.own, {}
 
     def abandon(self, layers: Mapping[str, Layer]) -> None:
@@ -242,7 +242,7 @@ def _check(stored: Stored, name: str, memories: Mapping[str, LayerMemory], rows:
     indices, values, counts = stored.items(3)
     numbers = [item.integer(0, held) for item, held in zip(counts.items(memory.groups), memory.counts, strict=True)]
     widest = max(map(len, read_columns(indices, numbers)))
-    found = values.tensor((memory.groups, rows.get(name), widest), (STORED,))
+    found = values.tensor((memory.groups, rows.get(name), widest), (STORED_COLUMNS,))
     rows.setdefault(name, found.shape[1])
 
 
