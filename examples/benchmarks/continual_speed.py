@@ -84,8 +84,8 @@ def measure(case: str, experiences: int, pairs: int, options: Mapping[str, Any],
     torch.manual_seed(0)
     model = MODELS[network or recipe.model]()
     session = ContinualSession(
-        LanceConfig(**{"rank": None, **compression}),
-        ContinualConfig(**{"threshold": recipe.threshold, "heads": ["classifier"], **protection}),
+        LanceConfig(**compression),
+        ContinualConfig(**{"heads": ["classifier"], **protection}),
     )
     naive_times, ratios, by_experience, kept = [], [], [], []
     for index, experience in enumerate(islice(recipe.stream(0).train_stream, experiences)):

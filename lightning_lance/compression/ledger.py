@@ -15,7 +15,7 @@ from lightning_lance.compression.report import LayerReport, Report
 from lightning_lance.compression.saved_bytes import Holder, ModuleNames, SavedBytes
 from lightning_lance.compression.store import Saved
 from lightning_lance.layers.registry import base_class
-from lightning_lance.subspaces.subspace import CapturedEnergy
+from lightning_lance.subspaces.subspace import CapturedEnergy, LayerStatistics
 
 if TYPE_CHECKING:
     from lightning_lance.compression.session import LanceSession
@@ -106,13 +106,19 @@ class Ledger:
             self.fixed = sum(size[identity] for identity in fixed)
             waiting = {name for name, layer in self.session.layers.items() if layer._lance.subspace is None}
             whole = set().union(*(users[name] for name in waiting))
-            self.inputs = sum(size[one] for one in whole - fixed if len(kept[one].shape) > 2)
+            rows = set().union(*(users[name] for name in waiting if self._reads_rows(name)))
+            self.inputs = sum(size[one] for one in whole - fixed - rows)
             self.total = sum(size[one] for one in whole | fixed)
             self.spared = {
                 name
                 for name in waiting
                 if sum(size[i] for i in users[name] - fixed) < OWN * sum(size[i] for i in users[name])
             }
+
+    def _reads_rows(self, name: str) -> bool:
+        """Whether each sample is one row to a layer: compact keeps it whole. Saved tensors may be flattened."""
+        seen = self.session.layers[name]._lance.observer
+        return isinstance(seen, LayerStatistics) and seen.tensors() != [] and len(seen.channels_first_shape) < 3
 
     def report(self) -> Report | None:
         """What was found; ``None`` where nothing was kept at all."""

@@ -114,6 +114,21 @@ def test_an_input_that_is_computed_from_what_is_kept_is_left_alone() -> None:
     assert kept(session) < kept(asked)
 
 
+def test_tokens_are_inputs_with_a_mode_to_truncate_and_rows_are_not() -> None:
+    """Autograd saves the input of a linear layer as rows, whatever its shape."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.ReLU())]
+    for shape, projected in (((BATCH, 24, 32), True), ((24 * BATCH, 32), False)):
+        session = session_of(nn.Sequential(*layers))
+        for step in range(OBSERVED + 1):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            with session.step():
+                loss = session.model(x).mean()
+            loss.backward()
+        assert bool(session.layers) == projected
+        session.stop()
+
+
 @pytest.mark.parametrize("make", [mixed, lambda: block(frozen=False)])
 def test_batches_that_are_handed_over_decide_likewise(make: Any) -> None:
     seen, given = session_of(make()), session_of(make())
