@@ -50,7 +50,7 @@ from lightning_lance.subspaces.budget import gathering_ranks
 from lightning_lance.subspaces.stored import StoredRun, check_session_state
 from lightning_lance.subspaces.subspace import LayerStatistics, LayerSubspace
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 FIRST_BITS = BITS[2]
 """Of what is kept in the steps that define the subspaces: a run that fits with them shall fit at first too."""

@@ -787,9 +787,8 @@ class ContinualSession(Steps):
 
     def _warn_of_little(self, capacity: dict[str, Capacity]) -> None:
         little = {name: found for name, found in capacity.items() if found.fraction > self.options.warn_above}
-        if (
-            len(little) < len(capacity) and self.options.feature_side == "patch"
-        ):  # the first layers of a network, of few inputs, fill up early and lose nothing
+        # The first layers of a network, of few inputs, fill up early and lose nothing.
+        if len(little) < len(capacity) and self.options.feature_side == "patch":
             little = {name: found for name, found in little.items() if found.width > NARROW}
         fresh = [name for name in little if f"little {name}" not in self._said]
         self._said |= {f"little {name}" for name in fresh}
