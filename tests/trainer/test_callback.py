@@ -438,7 +438,7 @@ def test_state_of_another_version(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "b.ckpt")
     module = Classifier()
     before = snapshot(module)
-    with pytest.raises(StateError, match=r"'version'. is 99. Allowed: version 3"):
+    with pytest.raises(StateError, match=r"'version'. is 99. Allowed: version 4"):
         fit(module, [lance()], ckpt_path=str(tmp_path / "b.ckpt"), max_epochs=2)
     assert_restored(module, before)
 
