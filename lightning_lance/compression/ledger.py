@@ -24,6 +24,9 @@ OWN = 1 / 16
 """Where no more than this part of an input is kept for one layer alone, it is computed from what others keep."""
 
 
+RESTING = "little to gain: less than 1 MB a step trains plainly from here on, which is faster; bits=4 rounds it"
+
+
 class Ledger:
     """What one step keeps: written by the store, read where that is most, before a backward pass or at the end.
 
@@ -120,11 +123,22 @@ class Ledger:
         seen = self.session.layers[name]._lance.observer
         return isinstance(seen, LayerStatistics) and seen.tensors() != [] and len(seen.channels_first_shape) < 3
 
-    def report(self) -> Report | None:
-        """What was found; ``None`` where nothing was kept at all."""
+    @property
+    def plain(self) -> int:
+        """Bytes that plain training would keep."""
+        return 0 if self._found is None else self._found[0].total
+
+    def report(self, resting: bool = False) -> Report | None:
+        """What was found; ``None`` where nothing was kept at all.
+
+        Args:
+            resting: the steps to come run plainly.
+        """
         if self._found is None:
             return None
         session, (plain, kept) = self.session, self._found
+        if resting:
+            return Report([], [], plain, plain, None, [RESTING])
         measured = kept.by_module()
         rows = []
         for name, layer in session.layers.items():

@@ -50,13 +50,20 @@ from lightning_lance.subspaces.budget import gathering_ranks
 from lightning_lance.subspaces.stored import StoredRun, check_session_state
 from lightning_lance.subspaces.subspace import LayerStatistics, LayerSubspace
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 FIRST_BITS = BITS[2]
 """Of what is kept in the steps that define the subspaces: a run that fits with them shall fit at first too."""
 
 Pass = Callable[[], Any]
 """Runs one forward pass in training mode and returns the loss or the outputs."""
+
+
+LITTLE = 1_000_000
+"""Bytes that plain training keeps of a step, below which nothing is rounded unasked: the process peaks higher by what
+that itself takes, and each step takes longer."""
+
+EXACT = BITS[None]
 
 
 class Stage(Enum):
@@ -73,7 +80,8 @@ class LanceSession(Steps):
     Around a step everything that autograd saves is kept rounded, as ``bits`` says. Where ``rank`` asks for it, inputs
     of linear layers and convolutions are projected before: those of the first steps, which are ordinary ones but for
     their fewer bits, define the subspaces. With ``rank="auto"`` the first step says whether any are worth to be looked
-    at, and layers whose inputs leave their subspaces later are looked at again.
+    at, and layers whose inputs leave their subspaces later are looked at again. Where plain training keeps less than
+    1 MB of a step, and neither ``bits`` nor a rank or budget was given, steps after the first one run plainly.
 
     Args:
         model: the model to train.
@@ -87,6 +95,7 @@ class LanceSession(Steps):
         left: layers with trainable parameters that are not projected, where others are.
         observed: training steps in the current observation.
         steps: training steps so far.
+        may_rest: whether steps that keep little may run plainly.
         processes: those of a distributed run. All see the same subspaces, and each draws sample orders of its own:
             averaging over processes then averages them too.
 
@@ -98,7 +107,7 @@ class LanceSession(Steps):
         >>> plan = session.start()
         >>> for _ in range(4):
         ...     with session.step():
-        ...         loss = model(torch.randn(32, 64)).sum()
+        ...         loss = model(torch.randn(4096, 64)).sum()
         ...     loss.backward()
         >>> session.report.ratio > 5
         True
@@ -133,6 +142,9 @@ class LanceSession(Steps):
         self._fixed = 0
         self._evidence: tuple[list[str], int, int] = [], 0, 0
         self._reported = False
+        self._most = 0
+        self._little = False
+        self.may_rest = True
         self._inside: ExitStack | None = None
         self._memory: list[str] | None = None
 
@@ -160,7 +172,8 @@ class LanceSession(Steps):
         self.left = list(made.left)
         self._dropped = {}
         self._observing = None
-        self._reported = False
+        self._reported = self._little = False
+        self._most = 0
         self._trainable = self._flags()
         self._automatic, self._looked = {}, False
         self._consider(made)
@@ -218,7 +231,8 @@ class LanceSession(Steps):
         """Layers for the next step to say whether they are worth to be looked at."""
         new = {entry.name: entry for entry in made.automatic}
         if not new.keys() <= self._automatic.keys():
-            self._looked = self._reported = False
+            self._looked = self._reported = self._little = False
+            self._most = 0
         self._automatic = new
 
     def _install(self, names: set[str]) -> None:
@@ -239,7 +253,7 @@ class LanceSession(Steps):
             self._chosen = worth_looking(ledger, self._automatic.keys() - self.layers.keys())
 
     def _flags(self) -> list[bool]:
-        return [parameter.requires_grad for parameter in self.model.parameters()]
+        return [p.requires_grad for module in walk(self.model) for p in module._parameters.values() if p is not None]
 
     @property
     def layers(self) -> dict[str, Compressed]:
@@ -273,8 +287,12 @@ class LanceSession(Steps):
         if self.stage is Stage.IDLE:
             raise StateError("a step before start(), or after stop(): call start() first.")
         self._prepare()
+        looks = not self.steps % WATCH or not self.steps & (self.steps - 1)  # 1, 2, 4, ... and every 50
+        if self._little and self._reported and not looks:
+            self._inside = ExitStack()
+            return
         store = self._store
-        store.bits = FIRST_BITS if self._first_bits else self.config.kept_bits
+        store.bits = FIRST_BITS if self._first_bits else EXACT if self._little else self.config.kept_bits
         self._protect()
         with ExitStack() as inside:
             if self._observing is not None:
@@ -282,7 +300,7 @@ class LanceSession(Steps):
                 inside.callback(self._observing.stop)
                 inside.enter_context(eager())  # a compiled graph would hold the observers
                 self.observed += 1
-            if not self._reported or (self._observing is not None and self.config.budget is not None):
+            if not self._reported or self._little or (self._observing is not None and self.config.budget is not None):
                 self._ledger = Ledger(self)
                 inside.enter_context(self._ledger.open())
                 if self._ledger.energies:
@@ -303,8 +321,13 @@ class LanceSession(Steps):
             return
         inside.close()
         self.steps += 1
+        if self._ledger is not None:
+            self._most = max(self._most, self._ledger.plain)
+            rested, self._little = self._little, self._is_little()
+            if rested and not self._little:
+                self._reported, self._ledger = False, None  # the next step says what is kept
         chosen, self._chosen = self._chosen, set()
-        if chosen:
+        if chosen and not self._little:
             self._install(chosen)
             chosen &= self.layers.keys()  # not those that continual learning has swapped
         if chosen:
@@ -322,13 +345,18 @@ class LanceSession(Steps):
                     if not self._observing.layers:
                         self._observing, self.stage = None, Stage.STEADY
             if not self._reported:
-                self.report = self._ledger.report()
+                self.report = self._ledger.report(resting=self._little)
             self._reported = self.report is not None and steady
             self._ledger = None
 
+    def _is_little(self) -> bool:
+        """Whether steps run plainly, for nobody asks for more and no step has shown that there is much to gain."""
+        config = self.config
+        asked = config.bits != "auto" or config.rank not in ("auto", None) or config.budget is not None
+        return self.may_rest and not asked and 0 < self._most < LITTLE and not self.layers
+
     def _protect(self) -> None:
-        factors = (factor for layer in self.layers.values() for factor in _factors(layer))
-        self._store.protect([*_tensors(self.model), *factors])
+        self._store.protect(_tensors(self.model))
 
     @property
     def _truncated(self) -> dict[str, Compressed]:
@@ -356,9 +384,10 @@ class LanceSession(Steps):
 
     @property
     def _first_bits(self) -> bool:
+        if self.stage is not Stage.OBSERVING or self.config.bits is None:
+            return False
         states = [layer._lance for layer in self.layers.values()]
-        waiting = any(state.subspace is None and not state.ranks.automatic for state in states)
-        return self.stage is Stage.OBSERVING and waiting and self.config.bits is not None
+        return any(state.subspace is None and not state.ranks.automatic for state in states)
 
     def _prepare(self) -> None:
         """What may change between two steps."""
@@ -551,6 +580,7 @@ class LanceSession(Steps):
             "steps": self.steps,
             "draws": self._store.draws,
             "looked": self._looked,
+            "most": self._most,
             "fixed": self._fixed,
             "evidence": list(self._evidence),
             "observing": None
@@ -608,6 +638,8 @@ class LanceSession(Steps):
                     statistics.load_state_dict(observed[name], observing.layers[name].weight.device)
         self.observed, self.steps = stored.observed, stored.steps
         self._store.draws, self._fixed, self._evidence = stored.draws, stored.fixed, stored.evidence
+        self._most = stored.most
+        self._little = self._is_little()
 
     def _checked(self, state: Any) -> tuple[StoredRun, LanceConfig]:
         """A stored state that is whole and fits the model, and the options that it asks for; nothing is changed."""
@@ -644,16 +676,13 @@ def _width(module: Any) -> int:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of a model, some of them twice."""
+    """Parameters, buffers and factors of a model, some of them twice."""
     for module in walk(model):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 yield tensor
-
-
-def _factors(layer: Compressed) -> list[Tensor]:
-    subspace = layer._lance.subspace
-    return [] if subspace is None else list(subspace.factors())
+        if isinstance(module, Compressed) and module._lance.subspace is not None:
+            yield from module._lance.subspace.factors()
 
 
 def _warn(text: str) -> None:

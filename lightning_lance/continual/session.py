@@ -250,6 +250,7 @@ class ContinualSession(Steps):
     def _compression(self, run: Run) -> LanceSession:
         first = self.experience == 0 and not self.options.compress_first
         made = LanceSession(run.model, self.config.uncompressed() if first else self.config, run.heads)
+        made.may_rest = False  # layers that protect run their own operators in any case
         made.processes = self.processes
         return made
 
@@ -775,6 +776,8 @@ class ContinualSession(Steps):
             memory.to(weight.device)
 
     def _sum(self, moments: dict[str, FeatureMoments]) -> None:
+        if self.processes.count == 1:
+            return  # vectors that are kept as they are stay so: fewer than they are long, they are quickly decomposed
         for name in sorted(moments):
             self.processes.sum(moments[name].tensors())
 

@@ -25,6 +25,7 @@ class StoredRun:
         steps: training steps so far.
         draws: tensors rounded with dither so far.
         looked: whether a step has said which layers ``rank="auto"`` looks at.
+        most: bytes that plain training would have kept of the largest step that was looked at.
         fixed: bytes that the steps of the running observation kept whatever the ranks.
         evidence: of the last step that was observed: layers that projecting saves nothing of, bytes that it could make
             smaller, and of all that was kept.
@@ -39,6 +40,7 @@ class StoredRun:
     steps: int
     draws: int
     looked: bool
+    most: int
     fixed: int
     evidence: tuple[list[str], int, int]
     observing: dict[str, Any] | None
@@ -68,10 +70,10 @@ def check_session_state(
     (found,) = stored.fields("version")
     if isinstance(found.value, bool) or not isinstance(found.value, int) or found.value != version:
         found.refuse(f"version {version}, the one that this package reads")
-    config, subspaces, order, dropped, observed, steps, draws, fixed, evidence, looked, observing = stored.fields(
-        *("config", "subspaces", "order", "dropped", "observed", "steps", "draws", "fixed", "evidence", "looked"),
-        "observing",
+    config, subspaces, order, dropped, observed, steps, draws, fixed = stored.fields(
+        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "fixed"
     )
+    evidence, looked, most, observing = stored.fields("evidence", "looked", "most", "observing")
     options = {name: item.value for name, item in config.named()}
     factors = {
         name: LayerSubspace.from_state_dict(item.value, f"{name}: the stored subspace", channels.get(name))
@@ -99,4 +101,5 @@ def check_session_state(
     counts = observed.integer(0), steps.integer(0), draws.integer(0)
     names, inputs, total = evidence.items(3)
     found_then = [item.text() for item in names.items()], inputs.integer(0), total.integer(0)
-    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), fixed.integer(0), found_then, seen)
+    sizes = most.integer(0), fixed.integer(0)
+    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), *sizes, found_then, seen)

@@ -63,7 +63,7 @@ class TestSubcommands:
     @pytest.mark.parametrize(
         ("options", "projected", "by"),
         [
-            ({}, [], "flag"),
+            ({"bits": 4}, [], "flag"),
             ({"rank": 0.8, "layers": 2, "bits": 8}, ["net.2", "net.5"], "flag"),
             ({"preset": "published"}, ["net.0", "net.2"], "flag"),
             ({"preset": "published"}, ["net.0", "net.2"], "file"),
@@ -286,7 +286,7 @@ class TestMessages:
 
 class TestProfile:
     def test_table_json_and_plot(self, config: Path, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        main(["profile", "--config", str(config), "--json=found.json", "--plot=found.png", "--top=2"])
+        main(["profile", "--config", str(config), "--lance.bits=4", "--json=found.json", "--plot=found.png", "--top=2"])
         text = capsys.readouterr().out
         for part in ("kept by operation", "kept by module", "4 more", "net.3", "relu"):
             assert part in text
@@ -313,7 +313,7 @@ class TestProfile:
     @pytest.mark.parametrize("rank", ["auto", {"batch": 4}], ids=str)
     def test_equals_a_measurement_by_hand(self, config: Path, cwd: Path, rank: Any) -> None:
         given = rank if isinstance(rank, str) else json.dumps(rank)
-        main(["profile", "--config", str(config), "--json=found.json", f"--lance.rank={given}"])
+        main(["profile", "--config", str(config), "--json=found.json", f"--lance.rank={given}", "--lance.bits=4"])
         found = json.loads((cwd / "found.json").read_text())
         module, data = SmallModule(), SmallData()
         batches = list(data.loader())
@@ -324,7 +324,7 @@ class TestProfile:
         assert found["plain"]["by_module"] == plain.by_module()
         if rank == "auto":
             assert found["plain"]["by_op"] == plain.by_op()
-        session = LanceSession(module, LanceConfig(rank=rank))
+        session = LanceSession(module, LanceConfig(rank=rank, bits=4))
         session.start(observe=False)
         session.calibrate([lambda: module(images)])
         assert bool(session.layers) == (rank != "auto")

@@ -240,7 +240,7 @@ def test_refresh_in_a_plain_loop(refresh: Any, seen: list[int]) -> None:
 def test_the_report_is_that_of_a_step(rank: Any) -> None:
     net, x = small_net(), images(1)[0]
     plain = measure_saved_bytes(lambda: net(x).square().mean(), net)
-    session = started(net, rank=rank)
+    session = started(net, rank=rank, bits=4)
     train(session, images(2))
     train(session, [x])
     report = session.report
@@ -294,7 +294,7 @@ def test_a_copy_of_a_session_trains_as_the_session_does(how: str) -> None:
         return copy.deepcopy(session) if how == "deepcopy" else pickle.loads(pickle.dumps(session))  # type: ignore[no-any-return]
 
     batches = images(4)
-    sessions = [LanceSession(small_net(), LanceConfig(calibration_batches=2))]
+    sessions = [LanceSession(small_net(), LanceConfig(bits=4, calibration_batches=2))]
     for _ in range(2):  # before it has ever started, and when it has stopped
         sessions = [sessions[0], copied(sessions[0])]
         gradients = []
@@ -465,7 +465,7 @@ def test_states_that_do_not_fit() -> None:
     session = calibrated(net)
     state = session.state_dict()
     for bad in ({**state, "version": 1}, {}, None, [], 3):
-        with pytest.raises(StateError, match=r"Allowed: version 4|without 'version'|Allowed: a dict"):
+        with pytest.raises(StateError, match=r"Allowed: version 5|without 'version'|Allowed: a dict"):
             session.load_state_dict(bad)
     with pytest.raises(StateError, match="options that this package does not read"):
         session.load_state_dict({**state, "config": {"rank": "low"}})

@@ -49,7 +49,8 @@ def batches(count: int) -> list[Tensor]:
 
 
 def session_of(net: nn.Module, **options: Any) -> LanceSession:
-    session = LanceSession(net, LanceConfig(**{"rank": "compact", "calibration_batches": OBSERVED, **options}))
+    usual = {"rank": "compact", "bits": 4, "calibration_batches": OBSERVED}
+    session = LanceSession(net, LanceConfig(**{**usual, **options}))
     session.start()
     return session
 

@@ -342,7 +342,7 @@ def test_nothing_outlives_its_graph() -> None:
 
 def test_two_threads_have_steps_of_their_own() -> None:
     models = [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)) for _ in range(2)]
-    sessions = [LanceSession(model) for model in models]
+    sessions = [LanceSession(model, LanceConfig(bits=4)) for model in models]
     barrier, errors = threading.Barrier(2), []
 
     def train(index: int) -> None:

@@ -48,7 +48,7 @@ def rough(step: int) -> Tensor:
 
 
 def session_of(model: nn.Module, **options: Any) -> LanceSession:
-    session = LanceSession(model, LanceConfig(**{"calibration_batches": OBSERVED, **options}))
+    session = LanceSession(model, LanceConfig(**{"bits": 4, "calibration_batches": OBSERVED, **options}))
     session.start()
     return session
 

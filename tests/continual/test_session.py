@@ -23,9 +23,10 @@ from lightning_lance import (
     is_swapped,
     measure_saved_bytes,
 )
-from lightning_lance.continual import ContinualConfig, ContinualSession, Stage
+from lightning_lance.continual import ContinualConfig, ContinualSession, Stage, basis
 from lightning_lance.continual.config import AUTO_DAMPING
 from lightning_lance.continual.layers import Reserved, reserved_variant
+from lightning_lance.tensors.linalg import symmetric_eigh
 from tests.continual.streams import EVERY_OPTIMIZER, EXACT
 from tests.oracles import relative_error
 
@@ -706,3 +707,22 @@ def test_the_threshold_grows_as_published_and_stops() -> None:
     automatic = ContinualConfig(threshold_growth=0.0)
     assert automatic.threshold_of(4) == 0.95
     assert ContinualConfig(threshold=0.8, threshold_growth=0.0).threshold_of(4) == 0.8
+
+
+def test_a_boundary_decomposes_no_more_than_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer vectors than they are long have a small Gram matrix; that of the layer's width takes many times as long."""
+    found: list[int] = []
+
+    def watched(gram: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        found.append(gram.shape[0])
+        return symmetric_eigh(gram, *arguments)
+
+    monkeypatch.setattr(basis, "symmetric_eigh", watched)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6 * 8 * 8, 64), nn.ReLU(), nn.Linear(64, 3))
+    session = stream(heads=["3"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run(session, model, optimizer, range(3))
+    samples = data(0)[0].shape[0]
+    assert found
+    assert max(found) <= samples < model[1].in_features

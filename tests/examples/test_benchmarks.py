@@ -235,12 +235,12 @@ def test_kernels_that_are_timed_together_compute_the_same(monkeypatch: pytest.Mo
 def test_a_run_of_the_tradeoff_that_refreshes_ends_with_other_subspaces() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(9 * tradeoff.BATCH) % 3
-    inputs = torch.randn(len(labels), 2, 6, 6, generator=generator) + labels.view(-1, 1, 1, 1)
+    inputs = torch.randn(len(labels), 2, 24, 24, generator=generator) + labels.view(-1, 1, 1, 1)
 
     def build(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return nn.Sequential(
-            nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
+            nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3872, 3)
         )
 
     def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -253,6 +253,6 @@ def test_a_run_of_the_tradeoff_that_refreshes_ends_with_other_subspaces() -> Non
     assert once.cosine_end != again.cosine_end
     plain, rounded = (tradeoff.run(task, setting, 0, 2) for setting in ("plain back-propagation", "default"))
     assert [plain.cosine_start, plain.cosine_end] == pytest.approx([1.0, 1.0], abs=1e-6)
-    assert 0.99 < rounded.cosine_end < 0.99999
+    assert 0.99 < rounded.cosine_end < 0.999999
     assert rounded.kept * 4 < plain.kept
     assert once.kept < plain.kept

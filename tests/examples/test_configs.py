@@ -44,7 +44,7 @@ def test_there_are_some_of_each_kind() -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if "finetune" in path.name], ids=lambda path: path.stem)
 def test_fine_tuning(path: Path) -> None:
     budget = ["--lance.memory_budget=10MB"] if "budget" in path.name else []
-    cli = LanceCLI(["fit", "--config", str(path), *SHORT, *budget])
+    cli = LanceCLI(["fit", "--config", str(path), *SHORT, "--data.batch_size=32", *budget])
     assert cli.trainer.global_step == 2
     assert "accuracy" in cli.trainer.callback_metrics
     [callback] = [found for found in cli.trainer.callbacks if isinstance(found, LanceCallback)]

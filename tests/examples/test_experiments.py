@@ -139,7 +139,7 @@ def test_runs(path: Path, root: Path, cwd: Path) -> None:
 
 def test_plain_and_lance_are_told_apart(cwd: Path) -> None:
     config = CONFIGS / "packaged_digits_efficientnet_lite0.yaml"
-    for flag in ("--plain=true", "--lance={preset: null}"):
+    for flag in ("--plain=true", "--lance={preset: null, bits: 4}"):
         main(["fit", "--config", str(config), *SHORT, "--trainer.callbacks.folder=found", flag])
     records = {path.stem: json.loads(path.read_text()) for path in (cwd / "found").glob("*.json")}
     plain = records["packaged_digits_efficientnet_lite0_last2_plain_seed0"]

@@ -438,7 +438,7 @@ def test_state_of_another_version(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "b.ckpt")
     module = Classifier()
     before = snapshot(module)
-    with pytest.raises(StateError, match=r"'version'. is 99. Allowed: version 4"):
+    with pytest.raises(StateError, match=r"'version'. is 99. Allowed: version 5"):
         fit(module, [lance()], ckpt_path=str(tmp_path / "b.ckpt"), max_epochs=2)
     assert_restored(module, before)
 
@@ -805,7 +805,7 @@ def test_a_backward_pass_inside_of_the_step_is_measured() -> None:
                 F.cross_entropy(self(batch[0]), batch[1]).backward()
                 optimizer.step()
 
-    automatic, manual = lance(rank="auto"), lance(rank="auto")
+    automatic, manual = lance(rank="auto", bits=4), lance(rank="auto", bits=4)
     fit(seeded(Classifier), [automatic], max_epochs=1)
     fit(seeded(Manual), [manual], max_epochs=1)
     assert automatic.report is not None
@@ -824,7 +824,7 @@ def test_plain_bytes_of_the_report_are_those_of_plain_training() -> None:
                 measured.append(found.total)
 
     fit(Classifier(), [Measure()], max_epochs=1)
-    for options in ({"rank": "auto"}, {"rank": COMPACT_MODES}, {"rank": 0.7, "batch": "projected"}):
+    for options in ({"bits": 4, "rank": "auto"}, {"rank": COMPACT_MODES}, {"rank": 0.7, "batch": "projected"}):
         callback = lance(**options)
         fit(Classifier(), [callback], max_epochs=1)
         assert callback.report is not None
