@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lance.compression import transforms
 from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, Zeros
 from lightning_lance.compression.recipes import Dropped, Function, Normalisation, NormInput
 from lightning_lance.compression.store import STATISTICS, Store
@@ -68,6 +69,11 @@ class Watch(WatchingMode):
         if torch.compiler.is_compiling() or saving.store is None:
             return func(*args, **kwargs)
         make = _RULES.get(func)
+        weights = False
+        if torch._C._are_functorch_transforms_active():
+            make = _in_transform
+        elif args and self._from_weights(args):
+            make, weights = _whole_of_weights, True
         if saving.pending is not None and func not in _SMOOTH and getattr(func, "__name__", "") != "__get__":
             self.store.settle()
         before = saving.rule, saving.arguments, saving.name
@@ -79,15 +85,39 @@ class Watch(WatchingMode):
             saving.rule, saving.arguments, saving.name = before
         if isinstance(rule, FinishedRule) and type(result) is Tensor:
             rule.finish(result, self.store)
-        if make is None and args and type(result) is Tensor and self._from_weights(args):
-            self.store.derive(result)
+        if weights:
+            for made in result if isinstance(result, (list, tuple)) else (result,):
+                self.store.derive(made)
         return result
 
     def _from_weights(self, args: tuple[Any, ...]) -> bool:
         """Whether all tensors among the arguments are weights."""
-        if type(args[0]) is not nn.Parameter and not (type(args[0]) is Tensor and self.store.is_derived(args[0])):
+        first = args[0]
+        if type(first) is Tensor:
+            if not self.store.is_derived(first):
+                return False
+        elif type(first) in (list, tuple):
+            if not first or not self._from_weights(first):
+                return False
+        elif type(first) is str:  # of an einsum
+            return len(args) > 1 and self._from_weights(args[1:])
+        elif type(first) is not nn.Parameter:
             return False
         return all(self.store.is_weight(other) for other in args[1:] if isinstance(other, Tensor))
+
+
+def _in_transform(*_: Any, **__: Any) -> Rule:
+    """Inside of a transform of :mod:`torch.func` tensors are wrapped, and what is saved has other axes than they."""
+    transforms.tell()
+    return _as_it_is
+
+
+def _whole_of_weights(*_: Any, **__: Any) -> Rule:
+    return _as_it_is
+
+
+def _as_it_is(saved: Tensor, store: Store) -> Any:
+    return saved.detach()
 
 
 def _made(make: Callable[..., Rule | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | None:

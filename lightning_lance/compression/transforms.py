@@ -31,16 +31,21 @@ def _disable(error_message: str) -> Iterator[None]:
         with _stock(error_message):
             yield
         return
+    tell()
+    with store.without_hooks(), _stock(error_message):
+        yield
+
+
+def tell() -> None:
+    """Say it once."""
     if not _told:
         _told.append(True)
         warnings.warn(
-            "a transform of torch.func ran in a training step: it takes no saved-tensor hooks; what it saves is "
-            "kept as plain training keeps it.",
+            "a transform of torch.func ran in a training step: what is saved inside of it is kept as plain training "
+            "keeps it.",
             LanceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-    with store.without_hooks(), _stock(error_message):
-        yield
 
 
 def allow(store: Any) -> None:

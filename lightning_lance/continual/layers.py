@@ -18,7 +18,7 @@ from lightning_lance.layers.linear import CompressedLinear
 from lightning_lance.ops.conv import Geometry, convolve, geometry
 from lightning_lance.ops.factors import WHOLE, Factors
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.reserved import Form, Parts, reserved_conv, reserved_linear, stock_weight
+from lightning_lance.ops.reserved import Form, Parts, reserved_conv, reserved_linear, stock_weight, transformable_weight
 from lightning_lance.subspaces.ranks import ModeRanks
 from lightning_lance.tensors.orders import SampleOrder
 
@@ -63,6 +63,8 @@ class Reserved(Compressed):
             input: of the call.
             arguments: what both take.
         """
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return stock(input, transformable_weight(*self.lance_parts()), *arguments)
         weight, parts, form, factors = self.lance_call(input)
         if weight is not None:
             return stock(input, weight, *arguments)

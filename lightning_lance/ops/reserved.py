@@ -349,6 +349,20 @@ def stock_weight(input: Tensor, parts: Parts, form: Form, factors: Factors | Non
     return weight
 
 
+def transformable_weight(parts: Parts, form: Form) -> Tensor:
+    """The weight for a stock operator in a transform of :mod:`torch.func`: made of what it can differentiate.
+
+    Args:
+        parts: tensors of the parametrisation.
+        form: static part of it.
+    """
+    if not form.steady:
+        return effective_weight(parts, form)
+    fixed = parts.trained.detach()
+    # Nothing is added, and the derivative of it has no part in M.
+    return fixed + trained_grad(parts.trained - fixed, parts.basis, form, parts.mask).to(fixed.dtype)
+
+
 def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form, factors: Factors | None) -> Tensor:
     """Linear map in a reserved subspace.
 

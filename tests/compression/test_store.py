@@ -123,6 +123,17 @@ class Matmul(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
+class Joined(nn.Module):
+    """Parts of a weight that are joined in every call."""
+
+    def __init__(self, join: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.join, self.parts = join, nn.ParameterList(torch.randn(12, 48) / 7 for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.join(list(self.parts)).T
+
+
 WEIGHTS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.Linear(48, 48),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(48, 48)),
@@ -132,6 +143,11 @@ WEIGHTS: dict[str, Callable[[], nn.Module]] = {
     "standardised": lambda: Standardised(48, 48),
     "LoRA": lambda: LoRA(48),
     "matmul": lambda: Matmul(48, 48),
+    "cat": lambda: Joined(torch.cat),
+    "stack": lambda: Joined(lambda parts: torch.stack(parts, 1).flatten(0, 1)),
+    "cat of what was computed": lambda: Joined(lambda parts: torch.cat([2 * part.tanh() for part in parts])),
+    "qr": lambda: Joined(lambda parts: torch.linalg.qr(torch.cat(parts))[1]),
+    "einsum": lambda: Joined(lambda parts: torch.einsum("ak,bk,ck,dk->abcdk", *parts)[:3, :4, :2, :2].flatten(0, 3)),
 }
 
 
@@ -324,6 +340,51 @@ def test_transforms_of_torch_func_run_plainly() -> None:
     assert jacobian.shape == x.shape
     assert torch.autograd.graph.disable_saved_tensors_hooks is stock
     (before + after).backward()
+
+
+class Doubled(nn.Linear):
+    """Computes its weight from a parameter in every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 2, self.bias)
+
+
+def _twice(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.stack([parameter, 2 * parameter]) for name, parameter in parameters.items()}
+
+
+TRANSFORMS: dict[str, Callable[[Any, dict[str, Tensor], Tensor], Tensor]] = {
+    "vmap": lambda f, p, x: torch.func.vmap(f, (None, 0))(p, x[:, None]),
+    "vmap of weights": lambda f, p, x: torch.func.vmap(f, (0, None))(_twice(p), x),
+    "jvp": lambda f, p, x: torch.func.jvp(lambda x: f(p, x), (x,), (x.cos(),))[1],
+    "jacfwd": lambda f, p, x: torch.func.jacfwd(lambda row: f(p, row).square().sum())(x[0]),
+    "jacrev": lambda f, p, x: torch.func.jacrev(lambda row: f(p, row).square().sum())(x[0]),
+    "hessian": lambda f, p, x: torch.func.hessian(lambda row: f(p, row).square().sum())(x[0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:a transform of torch.func")
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kind", ["linear", "computed", "convolution"])
+def test_what_is_saved_inside_of_a_transform_is_whole(name: str, kind: str) -> None:
+    torch.manual_seed(0)
+    layer = {"linear": nn.Linear, "computed": Doubled}.get(kind, lambda *_: nn.Conv1d(1, 1, 3, padding=1))
+    model = nn.Sequential(
+        nn.Linear(48, 48), nn.ReLU(), nn.LayerNorm(48), nn.Unflatten(-1, (1, 48)), layer(48, 48), nn.GELU()
+    )
+    x = torch.randn(32, 48)
+
+    def outputs(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,))
+
+    def gradients(context: Any) -> list[Tensor]:
+        with context:
+            loss = TRANSFORMS[name](outputs, dict(model.named_parameters()), x).sum()
+        return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True))
+
+    plain, ours = gradients(nullcontext()), gradients(make_store(FOUR, model.parameters()))
+    assert any(bool(found.any()) for found in plain)
+    assert all(torch.equal(one, other) for one, other in zip(plain, ours, strict=True))
 
 
 def test_nothing_outlives_its_graph() -> None:
