@@ -109,6 +109,7 @@ class Watch(WatchingMode):
 def _in_transform(*_: Any, **__: Any) -> Rule:
     """Inside of a transform of :mod:`torch.func` tensors are wrapped, and what is saved has other axes than they."""
     transforms.tell()
+    saving.store.unusual = True
     return _as_it_is
 
 

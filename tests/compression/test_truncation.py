@@ -222,20 +222,28 @@ def test_second_derivatives_and_transforms_are_served() -> None:
         slope.square().sum().backward()
     assert not session.layers
 
-    session = session_of(model := network())
-    names = dict(model.named_parameters())
-
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(model, parameters, (x,)).square().mean()
 
-    for step in range(10):
-        with session.step():
-            value = model(smooth(step)).mean()
-            with warnings.catch_warnings():
+    def by_jvp(x: Tensor) -> Tensor:
+        return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1].mean()
+
+    def by_vmap(x: Tensor) -> Tensor:
+        return torch.func.vmap(model)(x[:, None]).mean()
+
+    def by_grad(x: Tensor) -> Tensor:
+        torch.func.grad(loss)({n: p.detach() for n, p in names.items()}, x)
+        return model(x).mean()
+
+    for run in (by_jvp, by_vmap, by_grad):
+        session = session_of(model := network())
+        names = dict(model.named_parameters())
+        for step in range(10):
+            with session.step(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                torch.func.grad(loss)({n: p.detach() for n, p in names.items()}, smooth(step))
-        value.backward()
-    assert not session.layers
+                value = run(smooth(step)) + model(smooth(step)).mean()
+            value.backward()
+        assert not session.layers
 
 
 def test_first_steps_may_be_unusable() -> None:
