@@ -142,8 +142,10 @@ def _stream(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     """A stream as a record: what its configuration says it is, and the medians over its experiences."""
     import yaml
 
-    written = path.with_name("config.yaml")
-    config: Any = yaml.safe_load(written.read_text(encoding="utf-8")) if written.is_file() else {}
+    from lightning_lance.cli.saving import saved_config
+
+    written = saved_config(path.parent)
+    config: Any = {} if written is None else yaml.safe_load(written.read_text(encoding="utf-8"))
     records = [_json(each) for each in sorted((path.parent / "records").glob("experience_*.json"))]
     model = (config.get("model") or {}).get("init_args") or {}
     lance = config.get("lance") or {}

@@ -24,9 +24,8 @@ def save_config(folder: Path, text: str) -> None:
     """Leave the options in a folder; a file that was not written by this function, or was edited, stays."""
     content = _with_head(text.encode())
     for path in (folder / CONFIG, folder / CONFIG_BESIDE):
-        found = path.read_bytes() if path.exists() else None
-        if found is None or found == _with_head(found.partition(b"\n")[2]):
-            if found != content:
+        if not path.exists() or _is_as_written(path):
+            if not path.exists() or path.read_bytes() != content:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(path, content)
             return
@@ -36,6 +35,17 @@ def save_config(folder: Path, text: str) -> None:
         LanceWarning,
         stacklevel=2,
     )
+
+
+def saved_config(folder: Path) -> Path | None:
+    """The file with the options of the run in a folder; where none is as it was written, the user's."""
+    paths = [path for path in (folder / CONFIG, folder / CONFIG_BESIDE) if path.is_file()]
+    return next(filter(_is_as_written, paths), paths[0] if paths else None)
+
+
+def _is_as_written(path: Path) -> bool:
+    found = path.read_bytes()
+    return found == _with_head(found.partition(b"\n")[2])
 
 
 def _with_head(text: bytes) -> bytes:

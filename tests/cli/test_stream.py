@@ -16,6 +16,7 @@ import yaml
 
 from lightning_lance import ContinualCallback, LanceWarning
 from lightning_lance.cli import main
+from lightning_lance.cli.saving import saved_config
 from lightning_lance.cli.stream import StreamCLI
 from lightning_lance.streams import AvalancheDataModule, StreamRunner
 from tests.avalanche.runs import KillAt
@@ -182,6 +183,7 @@ class TestConfigFile:
         path = cwd / "run" / "config.yaml"
         content, changed = path.read_bytes(), path.stat().st_mtime_ns
         assert yaml.safe_load(content)["lance"]["threshold"] == 0.9
+        assert saved_config(path.parent) == path
         main(["stream", "--config", str(path)])
         assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, changed)
         main(["stream", "--config", str(path), "--lance.threshold=0.8", "--stream.restart=true"])
@@ -198,6 +200,7 @@ class TestConfigFile:
         beside = yaml.safe_load((cwd / "run" / "config_as_run.yaml").read_bytes())
         assert beside["data"]["batch_size"] == 8
         assert beside["lance"]["threshold"] == "auto"  # defaults too
+        assert saved_config(own.parent) == own.with_name("config_as_run.yaml")
 
     @pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "edited"])
     def test_a_damaged_or_edited_one_does_not_stop_the_stream(self, config: Path, cwd: Path, damage: str) -> None:
@@ -215,6 +218,7 @@ class TestConfigFile:
         main(["stream", "--config", str(config)])
         assert path.read_bytes() == left
         assert yaml.safe_load((cwd / "run" / "config_as_run.yaml").read_bytes())["seed_everything"] == 3
+        assert saved_config(path.parent) == path.with_name("config_as_run.yaml")
 
     def test_where_both_are_the_users_it_is_said(self, config: Path, cwd: Path) -> None:
         (cwd / "run").mkdir()
