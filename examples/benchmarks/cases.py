@@ -64,6 +64,12 @@ def swin_t() -> nn.Module:
     return swin_t()
 
 
+def mlp() -> nn.Module:
+    """For images of 16 x 16 pixels."""
+    layers = [nn.Linear(3 * 16 * 16, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 @dataclass(frozen=True)
 class Network:
     """How to build a network and where its parts are.
@@ -99,6 +105,7 @@ NETWORKS = {
     "vit_b_16": Network(vit_b_16, "encoder", ("encoder.layers",)),
     "vit_tiny": Network(vit_tiny, "blocks", ("blocks",)),
     "swin_t": Network(swin_t, "features", ("features",)),
+    "mlp": Network(mlp, "", ()),
 }
 
 KINDS: dict[str, Callable[[nn.Module], bool]] = {

@@ -193,6 +193,8 @@ def _times(before: float, after: float) -> str:
 
 
 def _change(before: int, after: int) -> str:
+    if after == before:
+        return f"{format_bytes(before)}, as plain training keeps"
     return f"{format_bytes(before)} -> {format_bytes(after)} ({_times(before, after)} less)"
 
 

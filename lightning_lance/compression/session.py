@@ -16,10 +16,11 @@ from lightning_lance.compression.allocator import hold, let_go
 from lightning_lance.compression.calibration import Calibration, calibrate, eager
 from lightning_lance.compression.config import BITS, LanceConfig
 from lightning_lance.compression.frozen_norms import FrozenNorms
-from lightning_lance.compression.ledger import Ledger
+from lightning_lance.compression.ledger import RESTING, Ledger
 from lightning_lance.compression.operators import Watch
 from lightning_lance.compression.processes import Processes
 from lightning_lance.compression.report import Report
+from lightning_lance.compression.saved_bytes import SavedBytes
 from lightning_lance.compression.steps import Steps
 from lightning_lance.compression.store import Store
 from lightning_lance.compression.surgery import (
@@ -62,8 +63,6 @@ Pass = Callable[[], Any]
 LITTLE = 1_000_000
 """Bytes that plain training keeps of a step, below which nothing is rounded unasked: the process peaks higher by what
 that itself takes, and each step takes longer."""
-
-EXACT = BITS[None]
 
 
 class Stage(Enum):
@@ -133,6 +132,7 @@ class LanceSession(Steps):
         self._dropped: dict[str, LeftAlone] = {}
         self._observing: Calibration | None = None
         self._trainable: list[bool] = []
+        self._trained: list[bool] = []
         self._automatic: dict[str, Planned] = {}
         self._looked = False
         self._chosen: set[str] = set()
@@ -174,7 +174,7 @@ class LanceSession(Steps):
         self._observing = None
         self._reported = self._little = False
         self._most = 0
-        self._trainable = self._flags()
+        self._trainable = self._trained = self._flags()
         self._automatic, self._looked = {}, False
         self._consider(made)
         self._store.unusual = False
@@ -213,6 +213,7 @@ class LanceSession(Steps):
         if flags == self._trainable:
             return []
         self._trainable = flags
+        self._notice(flags)
         try:
             made = plan(self.model, self.config, self.heads)
         except PlanError:  # nothing is trainable now, or nothing that the patterns name
@@ -229,11 +230,15 @@ class LanceSession(Steps):
 
     def _consider(self, made: Plan) -> None:
         """Layers for the next step to say whether they are worth to be looked at."""
-        new = {entry.name: entry for entry in made.automatic}
-        if not new.keys() <= self._automatic.keys():
+        self._automatic = {entry.name: entry for entry in made.automatic}
+
+    def _notice(self, flags: list[bool]) -> None:
+        """What trains that never did before makes the next step as good as a first one."""
+        before = self._trained if len(self._trained) == len(flags) else [False] * len(flags)
+        self._trained = [one or other for one, other in zip(before, flags, strict=True)]
+        if self._trained != before:
             self._looked = self._reported = self._little = False
             self._most = 0
-        self._automatic = new
 
     def _install(self, names: set[str]) -> None:
         """Swap layers that may be truncated, to be observed."""
@@ -287,12 +292,9 @@ class LanceSession(Steps):
         if self.stage is Stage.IDLE:
             raise StateError("a step before start(), or after stop(): call start() first.")
         self._prepare()
-        looks = not self.steps % WATCH or not self.steps & (self.steps - 1)  # 1, 2, 4, ... and every 50
-        if self._little and self._reported and not looks:
-            self._inside = ExitStack()
-            return
         store = self._store
-        store.bits = FIRST_BITS if self._first_bits else EXACT if self._little else self.config.kept_bits
+        store.bits = FIRST_BITS if self._first_bits else self.config.kept_bits
+        store.counting = self._little
         self._protect()
         with ExitStack() as inside:
             if self._observing is not None:
@@ -300,7 +302,7 @@ class LanceSession(Steps):
                 inside.callback(self._observing.stop)
                 inside.enter_context(eager())  # a compiled graph would hold the observers
                 self.observed += 1
-            if not self._reported or self._little or (self._observing is not None and self.config.budget is not None):
+            if not self._reported or (self._observing is not None and self.config.budget is not None):
                 self._ledger = Ledger(self)
                 inside.enter_context(self._ledger.open())
                 if self._ledger.energies:
@@ -321,11 +323,7 @@ class LanceSession(Steps):
             return
         inside.close()
         self.steps += 1
-        if self._ledger is not None:
-            self._most = max(self._most, self._ledger.plain)
-            rested, self._little = self._little, self._is_little()
-            if rested and not self._little:
-                self._reported, self._ledger = False, None  # the next step says what is kept
+        self._weigh(self._store.counted if self._little else 0 if self._ledger is None else self._ledger.plain)
         chosen, self._chosen = self._chosen, set()
         if chosen and not self._little:
             self._install(chosen)
@@ -349,11 +347,15 @@ class LanceSession(Steps):
             self._reported = self.report is not None and steady
             self._ledger = None
 
-    def _is_little(self) -> bool:
-        """Whether steps run plainly, for nobody asks for more and no step has shown that there is much to gain."""
+    def _weigh(self, plain: int) -> None:
+        """Whether the next steps run plainly, for nobody asks for more and no step has kept enough to gain from."""
+        self._most = max(self._most, plain)
+        if self._little and self._most >= LITTLE:
+            self._looked = self._reported = False  # the next step is as good as a first one
         config = self.config
         asked = config.bits != "auto" or config.rank not in ("auto", None) or config.budget is not None
-        return self.may_rest and not asked and 0 < self._most < LITTLE and not self.layers
+        alone = self.processes.count == 1  # others may keep more, and what is resumed from is of one alone
+        self._little = self.may_rest and alone and not asked and 0 < self._most < LITTLE and not self.layers
 
     def _protect(self) -> None:
         self._store.protect(_tensors(self.model))
@@ -457,7 +459,7 @@ class LanceSession(Steps):
     def _ledger_of_pass(self, run: Pass) -> Ledger:
         """Run a pass with gradients, and look at what it keeps."""
         ledger = Ledger(self)
-        self._store.bits = self.config.kept_bits
+        self._store.bits, self._store.counting = self.config.kept_bits, False
         self._protect()
         with ledger.open():
             with torch.enable_grad(), self._store:
@@ -581,6 +583,7 @@ class LanceSession(Steps):
             "draws": self._store.draws,
             "looked": self._looked,
             "most": self._most,
+            "trained": "".join("01"[flag] for flag in self._trained),
             "fixed": self._fixed,
             "evidence": list(self._evidence),
             "observing": None
@@ -609,8 +612,10 @@ class LanceSession(Steps):
             )
             self.config = config
             self.start()
+        self._looked, self._most = stored.looked, stored.most
+        self._trained = [flag == "1" for flag in stored.trained]
+        self._notice(self._flags())
         self.join()
-        self._looked = stored.looked
         found = (stored.subspaces.keys() | (stored.observing or {}).keys()) & self._automatic.keys()
         if found:
             self._install(found)
@@ -638,8 +643,10 @@ class LanceSession(Steps):
                     statistics.load_state_dict(observed[name], observing.layers[name].weight.device)
         self.observed, self.steps = stored.observed, stored.steps
         self._store.draws, self._fixed, self._evidence = stored.draws, stored.fixed, stored.evidence
-        self._most = stored.most
-        self._little = self._is_little()
+        self._weigh(0)
+        if self._little:
+            plain = SavedBytes(self._most, [])
+            self.report, self._reported = Report([], [], plain, plain, None, [RESTING]), True
 
     def _checked(self, state: Any) -> tuple[StoredRun, LanceConfig]:
         """A stored state that is whole and fits the model, and the options that it asks for; nothing is changed."""

@@ -90,6 +90,8 @@ class Store:
         names: says which module runs, while a ledger is written.
         unusual: whether second derivatives or transforms were seen, which layers that keep a core refuse.
         recipes: of tensors that are computed from what is kept of others.
+        counting: everything is kept as it is, and only counted.
+        counted: bytes of it since a backward pass last read any.
     """
 
     def __init__(self, bits: Bits) -> None:
@@ -105,6 +107,10 @@ class Store:
         self.recipes = Recipes()
         self.on_backward: Any = None
         self.mode: Any = nullcontext()
+        self.counting = False
+        self.counted = 0
+        self._counts: set[int] = set()
+        self._read = False
         self._contexts = threading.local()
         self._asked: int | None = None
 
@@ -123,9 +129,10 @@ class Store:
 
     def _open(self) -> None:
         saving.store, saving.rule, saving.arguments = self, None, ()
-        hooks = self._contexts.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-        hooks.__enter__()
-        self.mode.__enter__()
+        self._contexts.pack = self.count if self.counting else self.pack
+        self._enter_hooks()
+        if not self.counting:
+            self.mode.__enter__()
         transforms.allow(self)
 
     def _close(self) -> None:
@@ -133,15 +140,20 @@ class Store:
         self.recipes.clear()
         transforms.refuse(self)
         saving.store = None
-        self.mode.__exit__(None, None, None)
+        if not self.counting:
+            self.mode.__exit__(None, None, None)
         self._contexts.hooks.__exit__(None, None, None)
+
+    def _enter_hooks(self) -> None:
+        hooks = self._contexts.hooks = torch.autograd.graph.saved_tensors_hooks(self._contexts.pack, self.unpack)
+        hooks.__enter__()
 
     def is_on_top(self) -> bool:
         """Whether hooks of nobody else lie on ours in this thread."""
         find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
         if find is not None:
             top = find(False)
-            return top is not None and top[0] == self.pack
+            return top is not None and top[0] == self._contexts.pack
         # Before torch 2.7 nobody can tell: save something, and see whose hook is called. Checkpointed segments count.
         if any(name == "torch.utils.checkpoint" for name in _callers()):
             return False
@@ -164,8 +176,7 @@ class Store:
             yield
         finally:
             saving.store = self
-            hooks = self._contexts.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-            hooks.__enter__()
+            self._enter_hooks()
 
     def protect(self, tensors: Iterable[Tensor]) -> None:
         """Leave these tensors, and views of them, as they are: parameters, buffers, factors of subspaces."""
@@ -201,6 +212,21 @@ class Store:
                 return self._note(tensor, kept, name, False, getattr(saving.rule, "for_weight", False))
             return kept
 
+    def count(self, tensor: Tensor) -> Tensor:
+        """The hook in the place of :meth:`pack` that keeps each tensor as it is."""
+        if self._asked == threading.get_ident():
+            self._asked = None
+            return tensor.detach()
+        if self._read:
+            self._counts, self.counted, self._read = set(), 0, False
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or self.is_weight(tensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._counts:
+            self._counts.add(storage._cdata)
+            self.counted += storage.nbytes()
+        return tensor.detach()  # an output would keep its own node alive
+
     def pack_ours(self, tensor: Tensor, rounds: bool, operator: str) -> Any:
         """Keep what an operator of ours saves, which plain training would not run.
 
@@ -217,6 +243,7 @@ class Store:
 
     def unpack(self, kept: Any) -> Tensor:
         """The hook that autograd calls for each saved tensor that a backward pass reads."""
+        self._read = True
         if self.on_backward is not None and not saving.looking:
             self.on_backward()
         if torch.is_grad_enabled() and not saving.looking:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
+from lightning_lance import LanceConfig, LanceSession, StateError, measure_saved_bytes
 from lightning_lance.compression.session import LITTLE
 from lightning_lance.compression.truncation import WATCH
 
@@ -90,8 +91,7 @@ def test_steps_that_grow_are_rounded_again() -> None:
     session = session_of(model)
     train(model, session, [FEW] * 3)
     first = session.report
-    rows = [MANY] * (WATCH + 2)
-    train(model, session, rows, 3)
+    train(model, session, [MANY] * 2, 3)
     report = session.report
     assert report is not first
     assert report is not None
@@ -106,57 +106,163 @@ def test_steps_that_grow_are_rounded_again() -> None:
     assert session.report is report  # what was once worth its while stays rounded
 
 
-def test_networks_that_train_in_turn() -> None:
-    """The first step is of a small part, as where two losses are optimised batch by batch."""
-    small, large = nn.Linear(64, 8), network()
-    model = nn.ModuleDict({"small": small, "large": large})
+@pytest.mark.parametrize(("period", "index"), [(2, 1), (3, 2), (4, 3), (7, 0), (16, 15), (23, 5)])
+def test_large_steps_now_and_then_are_rounded_from_the_second_on(period: int, index: int) -> None:
+    model = network()
     session = session_of(model)
-    for step in range(9):
-        second = step % 3 == 2
+    rows = [MANY if step % period == index else FEW for step in range(3 * period)]
+    train(model, session, rows)
+    large = [step for step, count in enumerate(rows) if count == MANY]
+    twin = network()
+    twin.load_state_dict(model.state_dict())
+    [ours], [plain] = train(model, session, [MANY], large[-1]), train(twin, None, [MANY], large[-1])
+    assert not torch.equal(ours, plain)
+
+
+def test_what_several_steps_keep_for_one_backward_pass_counts_together() -> None:
+    model, rows = network(), MANY // 8
+    session = session_of(model)
+    total = torch.zeros(())
+    for step in range(40):
+        with session.step():
+            total = total + model(batch(step, rows)).square().mean()
+    total.backward()
+    ours = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    torch.stack([model(batch(step, rows)).square().mean() for step in range(40)]).sum().backward()
+    assert not any(torch.equal(one, p.grad) for one, p in zip(ours[:1], model.parameters(), strict=False))
+    assert session.report is not None
+    assert session.report.ratio > 5
+    # One by one they are small.
+    session = session_of(network())
+    train(session.model, session, [rows] * 40)
+    assert session.report is not None
+    assert session.report.ratio == 1
+
+
+def test_two_that_train_in_turn_rest() -> None:
+    """Flags that go to and fro, as in adversarial training."""
+    model = nn.ModuleDict({"one": network(), "other": network(1)})
+    session = session_of(model)
+    reports = set()
+    for step in range(12):
+        turn, rest = ("one", "other") if step % 2 else ("other", "one")
+        model[turn].requires_grad_(True)
+        model[rest].requires_grad_(False)
+        twin = copy.deepcopy(model[turn])
+        twin.load_state_dict(model[turn].state_dict())
         model.zero_grad()
         with session.step():
-            loss = (large if second else small)(batch(step, MANY if second else FEW)).square().mean()
+            loss = model[turn](batch(step, FEW)).square().mean()
         loss.backward()
-    twin = network()
-    twin.load_state_dict(large.state_dict())
-    twin(batch(8, MANY)).square().mean().backward()
-    assert not all(torch.equal(p.grad, q.grad) for p, q in zip(large.parameters(), twin.parameters(), strict=True))
+        reports.add(id(session.report))
+        if step > 2:
+            twin(batch(step, FEW)).square().mean().backward()
+            for ours, plain in zip(model[turn].parameters(), twin.parameters(), strict=True):
+                assert torch.equal(ours.grad, plain.grad)
+    assert len(reports) <= 3
 
 
-def test_layers_that_train_later_are_looked_at_at_once() -> None:
+@pytest.mark.parametrize("rank", ["auto", None])
+@pytest.mark.parametrize("what", ["weights", "biases"])
+def test_whatever_trains_later_is_looked_at_at_once(rank: Any, what: str) -> None:
     model = network()
     model.requires_grad_(False)
     model[4].requires_grad_(True)
-    session = session_of(model)
-    train_last = [MANY // 4] * 2
+    session = session_of(model, rank=rank)
+    train_last = [FEW] * 3
     for step, count in enumerate(train_last):
         with session.step():
             loss = model(batch(step, count)).square().mean()
         loss.backward()
     assert session.report is not None
     assert session.report.ratio == 1
-    model.requires_grad_(True)
-    train(model, session, [MANY], 2)
-    assert session.report.ratio > 5
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(what == "weights" or name.endswith("bias"))
+    with session.step():
+        loss = model(batch(3, MANY)).square().mean()
+    loss.backward()
+    assert session.report.ratio > 2
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, WATCH, WATCH + 1, WATCH + 2, WATCH + 5])
-def test_resume_is_bit_equal(stop: int) -> None:
-    rows = [FEW] * WATCH + [MANY] * 8
-    whole = session_of(model := network())
-    expected = train(model, whole, rows)
-    first = session_of(model := network())
-    train(model, first, rows[:stop])
+def test_a_step_inside_of_a_step_is_an_error() -> None:
+    sessions = [session_of(network()) for _ in range(2)]
+    for session in sessions:
+        train(session.model, session, [FEW] * 3)
+    with sessions[0].step(), pytest.raises(StateError, match="inside of another"), sessions[1].step():
+        pass
+
+
+def test_a_compiled_network_is_compiled_a_few_times() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = network()
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    session = session_of(model)
+    for step in range(2 * WATCH + 2):
+        with session.step():
+            loss = run(batch(step, FEW)).square().mean()
+        loss.backward()
+    assert len(graphs) <= 3
+    torch._dynamo.reset()
+
+
+def ragged(kind: str) -> list[int]:
+    return {
+        "grows": [FEW] * 6 + [MANY] * 6,
+        "once": [FEW] * 6 + [MANY] + [FEW] * 5,
+        "small": [FEW, 3 * FEW] * 6,
+        "large": [MANY] * 4 + [FEW] * 8,
+        "from the second on": [FEW] + [MANY] * 11,
+    }[kind]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 5, 6, 7, 9])
+@pytest.mark.parametrize("kind", ["grows", "once", "small", "large", "from the second on"])
+@pytest.mark.parametrize("unfreezes", [None, 6])
+def test_resume_is_bit_equal(stop: int, kind: str, unfreezes: int | None) -> None:
+    rows = ragged(kind)
+
+    def flags(model: nn.Sequential, step: int) -> None:
+        model[0].requires_grad_(unfreezes is None or step >= unfreezes)
+
+    def steps(model: nn.Sequential, session: LanceSession, first: int, last: int) -> list[Tensor]:
+        found = []
+        for step in range(first, last):
+            flags(model, step)
+            model.zero_grad()
+            with session.step():
+                loss = model(batch(step, rows[step])).square().mean()
+            loss.backward()
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.01 * parameter.grad
+        return found
+
+    whole, first, resumed = network(), network(), network(1)
+    flags(whole, 0)
+    expected = steps(whole, session_of(whole), 0, len(rows))
+    flags(first, 0)
+    session = session_of(first)
+    steps(first, session, 0, stop)
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "lance": first.state_dict()}, file)
+    torch.save({"model": first.state_dict(), "lance": session.state_dict()}, file)
     file.seek(0)
     stored = torch.load(file, weights_only=True)
-    resumed = network(1)
     resumed.load_state_dict(stored["model"])
+    flags(resumed, stop)
     session = session_of(resumed)
     session.load_state_dict(stored["lance"])
-    found = train(resumed, session, rows[stop:], stop)
+    found = steps(resumed, session, stop, len(rows))
     assert all(torch.equal(one, other) for one, other in zip(expected[stop:], found, strict=True))
+    assert session.report is not None
 
 
 def test_a_step_without_a_graph_says_nothing() -> None:
