@@ -67,7 +67,7 @@ def swin_t() -> nn.Module:
 def mlp() -> nn.Module:
     """For images of 16 x 16 pixels."""
     layers = [nn.Linear(3 * 16 * 16, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
-    return nn.Sequential(nn.Flatten(), *layers)
+    return nn.Sequential(nn.Flatten(), nn.Sequential(*layers))
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ NETWORKS = {
     "vit_b_16": Network(vit_b_16, "encoder", ("encoder.layers",)),
     "vit_tiny": Network(vit_tiny, "blocks", ("blocks",)),
     "swin_t": Network(swin_t, "features", ("features",)),
-    "mlp": Network(mlp, "", ()),
+    "mlp": Network(mlp, "", ("1",)),
 }
 
 KINDS: dict[str, Callable[[nn.Module], bool]] = {
