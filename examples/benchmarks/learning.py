@@ -340,7 +340,8 @@ def rows(results: dict[Item, Result]) -> list[Row]:
             runs, held, plain = learned(task, setting), memory.get(setting, empty), memory.get("plain", empty)
             if not runs:
                 continue
-            ratios = [r.step / base[seed].step for seed, r in runs.items() if seed in base]  # type: ignore[operator]
+            timed = [(r.step, base[seed].step) for seed, r in runs.items() if seed in base]
+            ratios = [ours / theirs for ours, theirs in timed if ours and theirs]
             scores, reference = ({seed: r.score or 0.0 for seed, r in kind.items()} for kind in (runs, base))
             step = statistics.median(ratios) if ratios else None
             sizes = (held.kept, plain.kept, held.peak, plain.peak)
@@ -378,9 +379,9 @@ Small trainings that need no download; `python -m examples.benchmarks.learning` 
 seeds too, and `--write docs/learning.md` writes this page of what is. *Score* is the mean over seeds, in per cent,
 *to plain* its difference to plain training with the same seeds, in points, with its standard error; *kept* is what
 autograd keeps of a step, *peak* that of the process above the idle model, *step* the time of a step next to plain
-training's, roughly: several runs share the machine. Peaks are those of short runs of small networks, in which the
-method's own scratch memory shows. Checkpointing recomputes every block, and ends with the weights of plain training,
-bit for bit.
+training's, roughly, for several runs share the machine, and left out where it was under another load. Peaks are those
+of short runs of small networks, in which the method's own scratch memory shows. Checkpointing recomputes every block,
+and ends with the weights of plain training, bit for bit.
 
 A ✗ marks a loss of more than .3 point, or than the standard error of plain training where that is larger; for `compact`
 one of more than .5 point where a trained network is fine-tuned. Where it would save little, as in all tasks but the two
