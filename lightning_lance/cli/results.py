@@ -145,7 +145,10 @@ def _stream(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     from lightning_lance.cli.saving import saved_config
 
     written = saved_config(path.parent)
-    config: Any = {} if written is None else yaml.safe_load(written.read_text(encoding="utf-8"))
+    try:
+        config: Any = (None if written is None else yaml.safe_load(written.read_text(encoding="utf-8"))) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StateError(f"{written} cannot be read ({' '.join(str(error).split())}). Remove or mend it.") from error
     records = [_json(each) for each in sorted((path.parent / "records").glob("experience_*.json"))]
     model = (config.get("model") or {}).get("init_args") or {}
     lance = config.get("lance") or {}

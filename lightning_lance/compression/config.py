@@ -50,9 +50,10 @@ class LanceConfig:
             modes ``batch``, ``channel`` (or ``feature``) and ``spatial`` (or ``token``), each an int, an energy,
             ``"compact"`` or ``"full"``, which is that of modes not named; it is done whatever it saves. Or a mapping
             layer pattern -> any of these.
-        bits: of each element of what is kept: ``"auto"`` (4, and 8 where an operator is sensitive; nothing where plain
-            training keeps less than 1 MB of a step, unless a rank or budget is given), 8, 4, 2 (for what gradients of
-            weights alone need; 4 for the rest), or ``None``: nothing is rounded, and gradients are exact.
+        bits: of each element of what is kept: ``"auto"`` (4, and 8 where an operator is sensitive; nothing after a
+            first step of which plain training keeps less than 1 MB, unless a rank or budget is given), 8, 4, 2 (for
+            what gradients of weights alone need; 4 for the rest), or ``None``: nothing is rounded, and gradients are
+            exact.
         batch: ``"unbiased"`` weights sums over random groups of samples so that the weight gradient has no bias
             from the batch mode; ``"projected"`` leaves the weights out; ``"learned"`` is the published one: a factor
             from the singular vectors of the batch positions of what defines the subspaces, for batches of that size,

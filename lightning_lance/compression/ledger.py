@@ -24,9 +24,6 @@ OWN = 1 / 16
 """Where no more than this part of an input is kept for one layer alone, it is computed from what others keep."""
 
 
-RESTING = "little to gain: less than 1 MB a step trains plainly from here on, which is faster; bits=4 rounds it"
-
-
 class Ledger:
     """What one step keeps: written by the store, read where that is most, before a backward pass or at the end.
 
@@ -138,7 +135,7 @@ class Ledger:
             return None
         session, (plain, kept) = self.session, self._found
         if resting:
-            return Report([], [], plain, plain, None, [RESTING])
+            return Report.of_little(plain)
         measured = kept.by_module()
         rows = []
         for name, layer in session.layers.items():

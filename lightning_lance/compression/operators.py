@@ -72,7 +72,7 @@ class Watch(WatchingMode):
         weights = False
         if torch._C._are_functorch_transforms_active():
             make = _in_transform
-        elif args and self._from_weights(args):
+        elif args and self._from_weights((*args, *kwargs.values()) if kwargs else args):
             make, weights = _whole_of_weights, True
         if saving.pending is not None and func not in _SMOOTH and getattr(func, "__name__", "") != "__get__":
             self.store.settle()
@@ -103,7 +103,12 @@ class Watch(WatchingMode):
             return len(args) > 1 and self._from_weights(args[1:])
         elif type(first) is not nn.Parameter:
             return False
-        return all(self.store.is_weight(other) for other in args[1:] if isinstance(other, Tensor))
+        return all(map(self._is_no_activation, args[1:]))
+
+    def _is_no_activation(self, argument: Any) -> bool:
+        if isinstance(argument, Tensor):
+            return self.store.is_weight(argument)
+        return type(argument) not in (list, tuple) or all(map(self._is_no_activation, argument))
 
 
 def _in_transform(*_: Any, **__: Any) -> Rule:

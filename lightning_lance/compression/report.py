@@ -11,6 +11,10 @@ from lightning_lance.compression.saved_bytes import SavedBytes
 from lightning_lance.compression.surgery import LeftAlone
 from lightning_lance.tensors.units import format_bytes
 
+LITTLE = 1_000_000
+"""Bytes that plain training keeps of a step, below which nothing is rounded unasked: the process peaks higher by what
+that itself takes, and each step takes longer."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -66,6 +70,12 @@ class Report:
     compressed: SavedBytes | None = None
     captured_energy: float | None = None
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_little(cls, plain: SavedBytes) -> Report:
+        """Of steps that keep less than :data:`LITTLE`, and run plainly."""
+        note = f"less than {format_bytes(LITTLE)} a step trains plainly from here on, which is faster; bits=4 rounds it"
+        return cls([], [], plain, plain, notes=[f"little to gain: {note}"])
 
     @property
     def ratio(self) -> float | None:

@@ -16,10 +16,10 @@ from lightning_lance.compression.allocator import hold, let_go
 from lightning_lance.compression.calibration import Calibration, calibrate, eager
 from lightning_lance.compression.config import BITS, LanceConfig
 from lightning_lance.compression.frozen_norms import FrozenNorms
-from lightning_lance.compression.ledger import RESTING, Ledger
+from lightning_lance.compression.ledger import Ledger
 from lightning_lance.compression.operators import Watch
 from lightning_lance.compression.processes import Processes
-from lightning_lance.compression.report import Report
+from lightning_lance.compression.report import LITTLE, Report
 from lightning_lance.compression.saved_bytes import SavedBytes
 from lightning_lance.compression.steps import Steps
 from lightning_lance.compression.store import Store
@@ -58,11 +58,6 @@ FIRST_BITS = BITS[2]
 
 Pass = Callable[[], Any]
 """Runs one forward pass in training mode and returns the loss or the outputs."""
-
-
-LITTLE = 1_000_000
-"""Bytes that plain training keeps of a step, below which nothing is rounded unasked: the process peaks higher by what
-that itself takes, and each step takes longer."""
 
 
 class Stage(Enum):
@@ -323,7 +318,7 @@ class LanceSession(Steps):
             return
         inside.close()
         self.steps += 1
-        self._weigh(self._store.counted if self._little else 0 if self._ledger is None else self._ledger.plain)
+        self._weigh(self._store.most if self._ledger is None else self._ledger.plain)
         chosen, self._chosen = self._chosen, set()
         if chosen and not self._little:
             self._install(chosen)
@@ -583,7 +578,7 @@ class LanceSession(Steps):
             "draws": self._store.draws,
             "looked": self._looked,
             "most": self._most,
-            "trained": "".join("01"[flag] for flag in self._trained),
+            "trained": list(self._trained),
             "fixed": self._fixed,
             "evidence": list(self._evidence),
             "observing": None
@@ -612,8 +607,8 @@ class LanceSession(Steps):
             )
             self.config = config
             self.start()
-        self._looked, self._most = stored.looked, stored.most
-        self._trained = [flag == "1" for flag in stored.trained]
+        self._looked, self._most, self._trained = stored.looked, stored.most, stored.trained
+        self._reported = self._little = False
         self._notice(self._flags())
         self.join()
         found = (stored.subspaces.keys() | (stored.observing or {}).keys()) & self._automatic.keys()
@@ -645,8 +640,7 @@ class LanceSession(Steps):
         self._store.draws, self._fixed, self._evidence = stored.draws, stored.fixed, stored.evidence
         self._weigh(0)
         if self._little:
-            plain = SavedBytes(self._most, [])
-            self.report, self._reported = Report([], [], plain, plain, None, [RESTING]), True
+            self.report, self._reported = Report.of_little(SavedBytes(self._most, [])), True
 
     def _checked(self, state: Any) -> tuple[StoredRun, LanceConfig]:
         """A stored state that is whole and fits the model, and the options that it asks for; nothing is changed."""

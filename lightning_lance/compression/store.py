@@ -91,7 +91,7 @@ class Store:
         unusual: whether second derivatives or transforms were seen, which layers that keep a core refuse.
         recipes: of tensors that are computed from what is kept of others.
         counting: everything is kept as it is, and only counted.
-        counted: bytes of it since a backward pass last read any.
+        most: bytes that were kept so at a time in the last step, with those of steps before that no backward pass read.
     """
 
     def __init__(self, bits: Bits) -> None:
@@ -108,8 +108,8 @@ class Store:
         self.on_backward: Any = None
         self.mode: Any = nullcontext()
         self.counting = False
-        self.counted = 0
-        self._counts: set[int] = set()
+        self.most = self._counted = 0
+        self._counts: dict[int, Any] = {}
         self._read = False
         self._contexts = threading.local()
         self._asked: int | None = None
@@ -130,9 +130,10 @@ class Store:
     def _open(self) -> None:
         saving.store, saving.rule, saving.arguments = self, None, ()
         self._contexts.pack = self.count if self.counting else self.pack
+        self._contexts.mode = nullcontext() if self.counting else self.mode
+        self.most = 0
         self._enter_hooks()
-        if not self.counting:
-            self.mode.__enter__()
+        self._contexts.mode.__enter__()
         transforms.allow(self)
 
     def _close(self) -> None:
@@ -140,8 +141,7 @@ class Store:
         self.recipes.clear()
         transforms.refuse(self)
         saving.store = None
-        if not self.counting:
-            self.mode.__exit__(None, None, None)
+        self._contexts.mode.__exit__(None, None, None)
         self._contexts.hooks.__exit__(None, None, None)
 
     def _enter_hooks(self) -> None:
@@ -218,13 +218,15 @@ class Store:
             self._asked = None
             return tensor.detach()
         if self._read:
-            self._counts, self.counted, self._read = set(), 0, False
+            self._counts, self._counted, self._read = {}, 0, False
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or self.is_weight(tensor):
             return tensor
         storage = tensor.untyped_storage()
         if storage._cdata not in self._counts:
-            self._counts.add(storage._cdata)
-            self.counted += storage.nbytes()
+            # A weak reference, so that no other storage gets this address.
+            self._counts[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._counted += storage.nbytes()
+            self.most = max(self.most, self._counted)
         return tensor.detach()  # an output would keep its own node alive
 
     def pack_ours(self, tensor: Tensor, rounds: bool, operator: str) -> Any:

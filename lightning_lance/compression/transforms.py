@@ -1,7 +1,7 @@
-"""Transforms of :mod:`torch.func` inside of a step: they refuse saved-tensor hooks, and run without ours.
+"""Transforms of :mod:`torch.func` inside of a step: nothing is rounded in them.
 
-They say so through :func:`torch.autograd.graph.disable_saved_tensors_hooks`, which raises where hooks are on. While a
-store is open, ours are taken off before it is asked.
+Those that refuse saved-tensor hooks say so through :func:`torch.autograd.graph.disable_saved_tensors_hooks`, which
+raises where hooks are on. While a store is open, ours are taken off before it is asked.
 """
 
 from __future__ import annotations

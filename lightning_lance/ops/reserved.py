@@ -356,11 +356,13 @@ def transformable_weight(parts: Parts, form: Form) -> Tensor:
         parts: tensors of the parametrisation.
         form: static part of it.
     """
+    trained, basis, anchor, mask = parts
     if not form.steady:
-        return effective_weight(parts, form)
-    fixed = parts.trained.detach()
-    # Nothing is added, and the derivative of it has no part in M.
-    return fixed + trained_grad(parts.trained - fixed, parts.basis, form, parts.mask).to(fixed.dtype)
+        return effective_weight(Parts(trained, basis, None if anchor is None else anchor.detach(), mask), form)
+    fixed = trained.detach()
+    # Nothing is added, and the derivative of it has no part in M. In float64, of which autocast keeps its hands off.
+    added = trained - fixed if fixed.device.type == "mps" else (trained - fixed).double()
+    return fixed + trained_grad(added, basis.to(added.dtype), form, mask).to(fixed.dtype)
 
 
 def reserved_linear(input: Tensor, parts: Parts, bias: Tensor | None, form: Form, factors: Factors | None) -> Tensor:

@@ -26,7 +26,7 @@ class StoredRun:
         draws: tensors rounded with dither so far.
         looked: whether a step has said which layers ``rank="auto"`` looks at.
         most: bytes that plain training would have kept of the largest step that was looked at.
-        trained: of each parameter "1" where it has trained, else "0".
+        trained: of each parameter whether it has trained.
         fixed: bytes that the steps of the running observation kept whatever the ranks.
         evidence: of the last step that was observed: layers that projecting saves nothing of, bytes that it could make
             smaller, and of all that was kept.
@@ -42,7 +42,7 @@ class StoredRun:
     draws: int
     looked: bool
     most: int
-    trained: str
+    trained: list[bool]
     fixed: int
     evidence: tuple[list[str], int, int]
     observing: dict[str, Any] | None
@@ -103,5 +103,5 @@ def check_session_state(
     counts = observed.integer(0), steps.integer(0), draws.integer(0)
     names, inputs, total = evidence.items(3)
     found_then = [item.text() for item in names.items()], inputs.integer(0), total.integer(0)
-    shown = looked.flag(), most.integer(0), trained.text()
-    return StoredRun(options, factors, drawn, left, *counts, *shown, fixed.integer(0), found_then, seen)
+    sizes = most.integer(0), [item.flag() for item in trained.items()], fixed.integer(0)
+    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), *sizes, found_then, seen)

@@ -305,6 +305,19 @@ def test_gradient_penalty() -> None:
         assert cosine(plain, ours) > 0.999, activation
 
 
+def test_a_parameter_among_activations_makes_no_weight_of_the_result() -> None:
+    query, x = nn.Parameter(torch.randn(8, 64, 32)), torch.randn(8, 64, 32, requires_grad=True)
+    calls = {
+        "by keyword": lambda: F.scaled_dot_product_attention(query, key=x, value=x),
+        "by place": lambda: F.scaled_dot_product_attention(query, x, x),
+        "in a list": lambda: (query * 1).index_put((torch.arange(8),), x),
+        "einsum": lambda: torch.einsum("abc,abc->abc", query, x),
+    }
+    for name, call in calls.items():
+        plain, ours = kept(lambda _, call=call: call().square().sum(), x, FOUR)
+        assert ours < plain / 3, name
+
+
 def test_several_backward_passes_and_a_step_between() -> None:
     x = torch.randn(64, 64)
     layer = nn.Linear(64, 8)

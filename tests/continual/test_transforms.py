@@ -92,15 +92,37 @@ def test_gradients_are_those_of_a_backward_pass(padding_mode: str, optimizer: st
         assert relative_error(plain[name], found[name]) > 0.01
 
 
+def test_autocast_does_not_round_what_is_left_out() -> None:
+    model = network()
+    session = second_experience(model, "sgd", torch.float32)
+    x = images(1)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.func.functional_call(model, parameters, (x,)).float().square().mean()
+
+    with session.step(), torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.grad(loss)(parameters)
+    for name in ("0", "6"):
+        basis = session.memories[name].protected[0].double()
+        rows = found[f"{name}.weight"].flatten(1).double()
+        assert basis.shape[0] == rows.shape[1]
+        assert float((rows @ basis).norm() / rows.norm()) < 1e-5
+
+
 @pytest.mark.parametrize("reserved", [0.9, 4])
 def test_a_smaller_parameter_is_differentiated_too(reserved: Any) -> None:
     model = network()
     session = second_experience(model, "sgd", torch.float32, reserved=reserved)
     x = images(1)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
     with session.step():
         value, slope = torch.func.jvp(lambda x: model(x).square().mean(), (x,), (x,))
         ours = model(x).square().mean()
+        found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().mean())(parameters)
     assert value == ours
+    assert not found["0.weight"].any()  # what is trained is smaller, and no parameter of the module
     h = 1e-3
     with torch.no_grad():
         difference = (model(x * (1 + h)).square().mean() - model(x * (1 - h)).square().mean()) / (2 * h)
