@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lance import LanceSession
+from lightning_lance import LanceConfig, LanceSession
 from tests.trainers import Classifier, fit, lance, seeded, small_net
 
 pytestmark = [
@@ -34,7 +34,7 @@ def test_ragged_steps(steps: int) -> None:
     """Batches of every size and images of three, an empty batch now and then."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-    session = LanceSession(net)
+    session = LanceSession(net, LanceConfig(bits=4))
     session.start()
     sizes = (6, 8, 12)
     session.calibrate([lambda n=n: net(torch.randn(16, 3, n, n)) for n in sizes])
