@@ -154,7 +154,8 @@ def test_no_optimiser_moves_what_is_protected(name: str, reserved: Any, feature_
             view = side(module, session)
             change = (view.rows(module.weight.detach()) - view.rows(old)).double()
             leak, size = float((change @ protected[layer].double()).norm()), float(change.norm())
-            assert leak <= 1e-5 * size, f"{layer}: {leak / size:.1e}"
+            rounded = 2e-7 * float(old.norm())  # by steps that end in float32
+            assert leak <= 1e-5 * size + rounded, f"{layer}: {leak / size:.1e}"
             moved += size > 1e-3 * float(old.norm())
             inputs, outputs = probes[layer]
             assert relative_error(apply(module, inputs, view), outputs) < 1e-4
