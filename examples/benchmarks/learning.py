@@ -385,8 +385,7 @@ and ends with the weights of plain training, bit for bit.
 
 A ✗ marks a loss of more than .3 point, or than the standard error of plain training where that is larger; for `compact`
 one of more than .5 point where a trained network is fine-tuned. Where it would save little, as in all tasks but the two
-that train the last 4 layers, it is `bits=4` but for a first step in fewer bits; so is the default, but that it leaves
-the MLP, which keeps less than 1 MB of a step, as it is after the first one. One seed says little about a point.
+that train the last 4 layers, it is the default but for a first step in fewer bits. One seed says little about a point.
 """
 
 

@@ -51,7 +51,7 @@ class LanceConfig:
             ``"compact"`` or ``"full"``, which is that of modes not named; it is done whatever it saves. Or a mapping
             layer pattern -> any of these.
         bits: of each element of what is kept: ``"auto"`` (4, and 8 where an operator is sensitive; nothing after a
-            first step of which plain training keeps less than 1 MB, unless a rank or budget is given), 8, 4, 2 (for
+            first step of which plain training keeps less than 250 KB, unless a rank or budget is given), 8, 4, 2 (for
             what gradients of weights alone need; 4 for the rest), or ``None``: nothing is rounded, and gradients are
             exact.
         batch: ``"unbiased"`` weights sums over random groups of samples so that the weight gradient has no bias

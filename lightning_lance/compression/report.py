@@ -11,7 +11,7 @@ from lightning_lance.compression.saved_bytes import SavedBytes
 from lightning_lance.compression.surgery import LeftAlone
 from lightning_lance.tensors.units import format_bytes
 
-LITTLE = 1_000_000
+LITTLE = 250_000
 """Bytes that plain training keeps of a step, below which nothing is rounded unasked: the process peaks higher by what
 that itself takes, and each step takes longer."""
 

@@ -75,7 +75,7 @@ class LanceSession(Steps):
     of linear layers and convolutions are projected before: those of the first steps, which are ordinary ones but for
     their fewer bits, define the subspaces. With ``rank="auto"`` the first step says whether any are worth to be looked
     at, and layers whose inputs leave their subspaces later are looked at again. Where plain training keeps less than
-    1 MB of a step, and neither ``bits`` nor a rank or budget was given, steps after the first one run plainly.
+    250 KB of a step, and neither ``bits`` nor a rank or budget was given, steps after the first one run plainly.
 
     Args:
         model: the model to train.

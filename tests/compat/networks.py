@@ -270,7 +270,7 @@ NETWORKS: dict[str, Case] = {
     "mixer_s32_224": Case(_timm("mixer_s32_224", img_size=64), slow=True),
     "MCUNet-in1": Case(_mcunet, (3, 96, 96)),
     # plain
-    "MLP": Case(mlp, (3, 16, 16)),
+    "MLP": Case(mlp, (3, 16, 16), less="so little that it is left as it is after the first step"),
     "Conv1d audio": Case(audio, (1, 1024)),
     "U-Net": Case(UNet, (3, 32, 32)),
     "nn.TransformerEncoder": Case(Encoder, (24,), tokens=50),
@@ -280,7 +280,7 @@ NETWORKS: dict[str, Case] = {
     "LSTM": Case(
         Recurrent, (24,), tokens=50, less="torch keeps what an LSTM computes in one stretch of bytes, not numbers"
     ),
-    "weight tying": Case(Tied, (24,), tokens=50, less="the indices of tokens stay whole: a sixth of what is kept"),
+    "weight tying": Case(Tied, (24,), tokens=50, less="so little that it is left as it is after the first step"),
     "shared modules": Case(SharedModule, (3, 16, 16)),
     "spectral_norm": Case(normed(nn.utils.parametrizations.spectral_norm), (3, 16, 16), computes_weights=True),
     "weight_norm": Case(normed(nn.utils.parametrizations.weight_norm), (3, 16, 16), computes_weights=True),

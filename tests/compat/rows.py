@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lance import LanceCallback, LanceConfig, LanceSession, Report
 from lightning_lance.compression.isolation import isolated
+from lightning_lance.compression.report import LITTLE
 from tests.compat.networks import CLASSES, Case
 from tests.trainers import Recorder, assert_restored, make_trainer, snapshot
 
@@ -128,7 +129,7 @@ def check_fit(module: Any, before: dict[str, Any], callback: LanceCallback, reco
     assert report.left == [] or report.layers
     assert report.plain is not None
     assert report.compressed is not None
-    assert report.compressed.total < report.plain.total
+    assert report.compressed.total < report.plain.total or report.plain.total < LITTLE
     for layer in report.layers:
         assert (layer.measured_bytes or 0) <= max(layer.plain_bytes, layer.formula_bytes) * 1.05 + 4096, layer
 

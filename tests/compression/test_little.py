@@ -120,7 +120,7 @@ def test_large_steps_now_and_then_are_rounded_from_the_second_on(period: int, in
 
 
 def test_what_several_steps_keep_for_one_backward_pass_counts_together() -> None:
-    model, rows = network(), MANY // 8
+    model, rows = network(), MANY // 32
     session = session_of(model)
     total = torch.zeros(())
     for step in range(40):
