@@ -350,7 +350,8 @@ class LanceSession(Steps):
         config = self.config
         asked = config.bits != "auto" or config.rank not in ("auto", None) or config.budget is not None
         alone = self.processes.count == 1  # others may keep more, and what is resumed from is of one alone
-        self._little = self.may_rest and alone and not asked and 0 < self._most < LITTLE and not self.layers
+        little = self.may_rest and alone and not asked and 0 < self._most < LITTLE
+        self._little = little and (self._little or not self.layers)
 
     def _protect(self) -> None:
         self._store.protect(_tensors(self.model))
@@ -394,7 +395,7 @@ class LanceSession(Steps):
             self._norms.apply()
         if self._observing is not None and self.observed >= self.config.batches:
             self.refresh()
-        if self.uncalibrated:
+        if not self._little and self.uncalibrated:  # where little is kept no layer is projected
             if self.config.calibration == "eval" and not self.steps:
                 raise StateError(
                     "the first step before calibrate(): calibration='eval' defines the subspaces before training. Call "
