@@ -137,7 +137,8 @@ def document(rows: Sequence[Row]) -> str:
         f"{torch.__version__.partition('+')[0]}, lightning {lightning.__version__}, on the CPU, random weights, crops "
         "of photographs as colour images, "
         "`LanceCallback()` as it comes, everything trainable. In every row two epochs are trained, the loss stays "
-        "finite, fewer bytes are kept than by plain training, and the model comes back as it was.",
+        "finite, fewer bytes are kept than by plain training (but of networks that keep less than 250 KB), and the "
+        "model comes back as it was.",
         f"*plain keeps* and *kept* are all that autograd holds for one batch of {TESTED}, measured with saved-tensor "
         "hooks. *cosine* is that of the gradient of all parameters to plain training's, in training mode and from the "
         "same random state, *2 bits* that with `bits=2`, *bf16* that of autocast to bfloat16 in its place. Weights are "
