@@ -26,6 +26,7 @@ from lightning_lance.compression.recipes import NormInput, Recipes
 from lightning_lance.errors import StateError
 from lightning_lance.ops.saving import saving
 from lightning_lance.tensors.rounding import FEWEST, group_size, round_to_bits
+from lightning_lance.tensors.tracing import recorded
 
 STATISTICS = 8
 """So much smaller than the largest argument of its operator, a tensor holds row statistics, and stays whole."""
@@ -206,6 +207,9 @@ class Store:
             self._asked = None
             return tensor.detach()
         with torch._C.DisableTorchFunction():
+            if recorded():
+                transforms.tell()
+                return tensor.detach()
             kept = self._keep(tensor)
             if self.ledger is not None and kept is not tensor and not self.is_weight(tensor):
                 name = saving.name or (tensor.grad_fn.name() if tensor.grad_fn is not None else "")
@@ -334,7 +338,7 @@ class Store:
 
     def rounded(self, tensor: Tensor, bits: int | None) -> Any:
         """Keep a tensor in few bits, in the stretch of memory that others save too."""
-        if bits is None:
+        if bits is None or recorded():
             return self.whole(tensor)
         storage = tensor.untyped_storage()
         size = storage.nbytes() // tensor.element_size()

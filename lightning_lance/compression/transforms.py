@@ -1,4 +1,4 @@
-"""Transforms of :mod:`torch.func` inside of a step: nothing is rounded in them.
+"""Transforms of :mod:`torch.func`, and tracers, inside of a step: nothing is rounded in them.
 
 Those that refuse saved-tensor hooks say so through :func:`torch.autograd.graph.disable_saved_tensors_hooks`, which
 raises where hooks are on. While a store is open, ours are taken off before it is asked.
@@ -41,8 +41,8 @@ def tell() -> None:
     if not _told:
         _told.append(True)
         warnings.warn(
-            "a transform of torch.func ran in a training step: what is saved inside of it is kept as plain training "
-            "keeps it.",
+            "a transform of torch.func, or a tracer of torch.fx, ran in a training step: what is saved inside of it is "
+            "kept as plain training keeps it.",
             LanceWarning,
             stacklevel=5,
         )

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_core: Any = torch._C
 
 
 def traced() -> bool:
     """Whether operators make stand-ins for their results, for a compiler or an exporter."""
     return torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
+
+
+def recorded() -> bool:
+    """Whether a tracer writes down every operator, as ``make_fx`` and ``torch.func.linearize`` do.
+
+    What depends on the values of a tensor cannot be written down.
+    """
+    if not _core._len_torch_dispatch_stack():
+        return False
+    return _core._get_dispatch_mode(_core._TorchDispatchModeKey.PROXY) is not None

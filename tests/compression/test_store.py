@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -398,6 +399,41 @@ def test_what_is_saved_inside_of_a_transform_is_whole(name: str, kind: str) -> N
     plain, ours = gradients(nullcontext()), gradients(make_store(FOUR, model.parameters()))
     assert any(bool(found.any()) for found in plain)
     assert all(torch.equal(one, other) for one, other in zip(plain, ours, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:a transform of torch.func")
+@pytest.mark.parametrize("how", ["linearize", "make_fx"])
+def test_what_a_tracer_writes_down_is_whole(how: str) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(48)  # keeps its input until the next operator is known, which the tracer sees
+    first = nn.Sequential(nn.Linear(48, 48), norm)
+    second = nn.Sequential(nn.ReLU(), nn.Linear(48, 48), nn.GELU(), nn.LayerNorm(48), nn.Hardtanh(), nn.Linear(48, 4))
+    x, direction = torch.randn(64, 48), torch.randn(64, 48)
+
+    def traced(context: Any) -> tuple[Tensor, list[Tensor]]:
+        norm.reset_running_stats()
+        with context:
+            hidden = first(x)
+            if how == "linearize":
+                found = torch.func.linearize(second, hidden.detach())[1](direction)
+            else:
+                found = make_fx(lambda h: torch.autograd.grad(second(h).sum(), h)[0])(hidden.detach().requires_grad_())(
+                    direction
+                )
+            loss = second(hidden).square().mean()
+        loss.backward()
+        return found, [parameter.grad for parameter in first.parameters()]
+
+    plain, _ = traced(nullcontext())
+    store = make_store(FOUR, [*first.parameters(), *second.parameters()])
+    for _ in range(2):
+        ours, gradients = traced(store)
+        assert torch.equal(plain, ours)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    with store:
+        loss = second(x).square().mean()
+    assert store._stretches  # it rounds again
+    loss.backward()
 
 
 def test_nothing_outlives_its_graph() -> None:
