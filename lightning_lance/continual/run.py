@@ -104,6 +104,7 @@ class Run:
                 state = optimizer.state.pop(weight, None)
                 if keep_state and state is not None:
                     optimizer.state[update] = state
+                _forget_sizes(optimizer, keep_state)
                 self._replaced.append((optimizer, weight, update))
                 found = True
         if not found:
@@ -123,6 +124,7 @@ class Run:
         for optimizer, weight, update in self._replaced:
             _substitute(optimizer, update, weight)
             optimizer.state.pop(update, None)
+            _forget_sizes(optimizer)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         for norm in self._in_training:
@@ -143,6 +145,14 @@ def _substitute(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
                 _give_state(optimizer, group, new)
                 return True
     return False
+
+
+def _forget_sizes(optimizer: torch.optim.Optimizer, keep_state: bool = False) -> None:
+    """For an optimiser with one state for all parameters together, which counts their elements once."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer._numel_cache = None
+        if not keep_state:
+            optimizer.state.clear()
 
 
 def _give_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> None:
