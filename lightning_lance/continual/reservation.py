@@ -77,10 +77,12 @@ class Reservation:
         self._fine = whole and known and weight.dtype == memory.dtype
         steady = steady and self._fine and not memory.scaled
         self.flat = whole and not steady and (flat or self._fine)
-        stored = whole and memory.rounded and memory.importance is None  # as it is: not twice in memory
+        stored = whole and memory.has_columns and memory.importance is None  # as it is: not twice in memory
         damped = memory.steps.shape[1] if stored and memory.steps is not None else 0
-        passes = EXACT_PASSES if memory.dtype == torch.float64 else passes_along(memory.stored.dtype)
-        self.form = Form(side, weight.shape, whole, steady or self.flat, passes if stored else 1, damped)
+        passes = 1
+        if stored and memory.rounded:
+            passes = EXACT_PASSES if memory.dtype == torch.float64 else passes_along(memory.stored.dtype)
+        self.form = Form(side, weight.shape, whole, steady or self.flat, passes, damped)
         self._looks = 0
         self.steps: list[int] = []
         self._label = memory.label

@@ -302,7 +302,7 @@ class ContinualSession(Steps):
         layers: dict[str, Any] = {}
         for name, layer in run.layers.items():
             memory = self.memories[name]
-            steps = memory.steps if memory.rounded and memory.reserved is None else None
+            steps = memory.steps if memory.has_columns and memory.reserved is None else None
             layers[name] = {
                 "opened": memory.opened,
                 "reserved": None if memory.reserved is None else memory.reserved.detach().cpu(),

@@ -231,8 +231,8 @@ def read_experience(state: Any, experience: int, memories: Mapping[str, LayerMem
             opened[name] = read_columns(columns, memory.counts)
         sizes = None
         if steps.value is not None:
-            if memory is None or not memory.rounded or directions is not None:
-                steps.refuse("None for a layer that stores no directions beside a rounded basis")
+            if memory is None or not memory.has_columns or directions is not None:
+                steps.refuse("None for a layer that stores no directions beside its basis")
             sizes = steps.tensor((memory.groups, memory.beside), (memory.dtype,))
             if bool(((sizes < 0.0) | (sizes > 1.0)).any()):
                 steps.refuse("sizes from 0 to 1", f"a tensor from {float(sizes.min()):.3g} to {float(sizes.max()):.3g}")

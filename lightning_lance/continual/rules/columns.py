@@ -80,8 +80,6 @@ class Columns(Threshold):
         return LayerMemory(side.width, side.groups, label, dtype, device, not own, STORED_BASIS if own else None)
 
     def damped(self, layer: Layer, now: Now) -> tuple[float, int | None]:
-        if now.own is None:
-            return super().damped(layer, now)
         return UNDAMPED * (1.0 - self.threshold(now)), round(DAMPED * layer.memory.width)
 
     def needs_moments(self, now: Now) -> bool:
