@@ -55,11 +55,18 @@ WAYS = {
     "checkpointing": Way("checkpointing by block", checkpointing=True),
     "compile": Way(f"torch.compile, memory budget {COMPILED_BUDGET}", compiled=COMPILED_BUDGET, settling=2),
     "bf16": Way("bf16 autocast", autocast=True),
+    "bf16-half": Way("bf16, micro-batches of 1/2", parts=2, autocast=True),
+    "bf16-quarter": Way("bf16, micro-batches of 1/4", parts=4, autocast=True),
+    "bf16-eighth": Way("bf16, micro-batches of 1/8", parts=8, autocast=True),
     "default": Way("ours", {}),
     "two-bits": Way("ours, 2 bits", {"bits": 2}),
     "ours-half": Way("ours, micro-batches of 1/2", {}, parts=2),
     "ours-quarter": Way("ours, micro-batches of 1/4", {}, parts=4),
     "ours-eighth": Way("ours, micro-batches of 1/8", {}, parts=8),
+    "ours-bf16": Way("ours and bf16", {}, autocast=True),
+    "ours-bf16-half": Way("ours and bf16, micro-batches of 1/2", {}, parts=2, autocast=True),
+    "ours-bf16-quarter": Way("ours and bf16, micro-batches of 1/4", {}, parts=4, autocast=True),
+    "ours-bf16-eighth": Way("ours and bf16, micro-batches of 1/8", {}, parts=8, autocast=True),
     "ours-checkpointing": Way("ours and checkpointing", {}, checkpointing=True),
 }
 
