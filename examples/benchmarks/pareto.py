@@ -319,8 +319,9 @@ FAMILIES = (
     ("plain", ("plain", "half", "quarter", "eighth"), "#5f6b7a", "o"),
     ("checkpointing", ("checkpointing",), "#b07a00", "s"),
     ("torch.compile", ("compile",), "#7a4fb5", "D"),
-    ("bf16", ("bf16",), "#2a8f5a", "^"),
+    ("bf16", ("bf16", "bf16-half", "bf16-quarter", "bf16-eighth"), "#2a8f5a", "^"),
     ("ours", ("default", "ours-half", "ours-quarter", "ours-eighth"), "#c8102e", "o"),
+    ("ours and bf16", ("ours-bf16", "ours-bf16-half", "ours-bf16-quarter", "ours-bf16-eighth"), "#c8102e", "^"),
     ("ours, 2 bits", ("two-bits",), "#c8102e", "v"),
     ("ours and checkpointing", ("ours-checkpointing",), "#c8102e", "s"),
 )
@@ -330,7 +331,7 @@ LONGEST = 3.0  # times plain's step; what is beyond is drawn at the edge
 
 def legend(title: str, methods: Sequence[str], measured: set[str]) -> str:
     """Name of a family of points, with the micro-batches among its methods that were measured."""
-    names = [method.removeprefix("ours-") for method in methods if method in measured]
+    names = [method.rpartition("-")[2] for method in methods if method in measured]
     parts = [PARTS[name] for name in names if name in PARTS]
     return f"{title}, and micro-batches of {', '.join(parts)}" if parts else title
 

@@ -109,14 +109,22 @@ class View(Kept):
 
 
 class Flags(Kept):
-    """One bit an element, and the two values that stand for it in the backward kernel."""
+    """One bit an element, and the two values that stand for it in the backward kernel.
+
+    Args:
+        bits: of what lies in memory as ``like`` does, without gaps.
+        like: of the shape, strides and dtype of the tensor; other strides where that has gaps.
+        own_stride: strides of the tensor.
+        off: value where a bit is not set.
+        on: value where it is.
+    """
 
     __slots__ = ("bits", "dtype", "off", "on", "own_stride", "reference", "shape", "stride", "whole")
 
-    def __init__(self, flags: Tensor, own_stride: tuple[int, ...], dtype: torch.dtype, off: float, on: float) -> None:
-        self.shape, self.stride, self.own_stride = flags.shape, flags.stride(), own_stride
-        self.bits: Tensor | None = pack_bits(flags)
-        self.dtype, self.off, self.on = dtype, off, on
+    def __init__(self, bits: Tensor, like: Tensor, own_stride: tuple[int, ...], off: float, on: float) -> None:
+        self.shape, self.stride, self.own_stride, self.dtype = like.shape, like.stride(), own_stride, like.dtype
+        self.bits: Tensor | None = bits
+        self.off, self.on = off, on
         self.whole: Tensor | None = None
         self.reference: Any = None  # weak; while it lives, no other storage has the same address
 
@@ -145,6 +153,9 @@ class Booleans(Flags):
 
     __slots__ = ()
 
+    def __init__(self, tensor: Tensor, own_stride: tuple[int, ...]) -> None:
+        super().__init__(pack_bits(tensor), tensor, own_stride, 0, 1)
+
     def restore(self) -> Tensor:
         assert self.bits is not None
         return expand_bits(self.bits, self.shape, self.stride, 0, 1, torch.bool)
@@ -153,14 +164,15 @@ class Booleans(Flags):
 class Signs(Kept):
     """-1, 0 or 1 for an element: two bits."""
 
-    __slots__ = ("negative", "positive")
+    __slots__ = ("dtype", "negative", "positive")
 
     def __init__(self, positive: Tensor, negative: Tensor, own_stride: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.positive = Flags(positive, own_stride, dtype, 0, 1)
-        self.negative = Flags(negative, own_stride, dtype, 0, 1)
+        self.positive, self.negative = (Booleans(found, own_stride) for found in (positive, negative))
+        self.dtype = dtype
 
     def restore(self) -> Tensor:
-        return self.positive.restore().sub_(self.negative.restore())
+        positive, negative = (found.restore().to(self.dtype) for found in (self.positive, self.negative))
+        return positive.sub_(negative)
 
     def parts(self) -> list[tuple[int, int]]:
         return [*self.positive.parts(), *self.negative.parts()]
@@ -193,7 +205,7 @@ class Extremes(Kept):
 
     def __init__(self, tensor: Tensor, extreme: Tensor) -> None:
         self.extreme = extreme
-        self.flags = Flags(tensor == extreme, tensor.stride(), torch.bool, 0, 1)
+        self.flags = Booleans(tensor == extreme, tensor.stride())
 
     def restore(self) -> Tensor:
         return torch.where(self.flags.restore(), self.extreme, torch.nan)

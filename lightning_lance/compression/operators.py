@@ -159,16 +159,33 @@ def _relu(input: Tensor, inplace: bool = False) -> Rule | None:
 
 
 def _positive(output: Tensor, store: Store) -> Any:
-    return store.flags(output, output.bool(), 0, 1)  # positive or NaN: several times as fast as a comparison
+    return store.flags(output, _nonzero, 0, 1)  # positive or NaN: several times as fast as a comparison
 
 
-def _derivative(backward: Any, input: Tensor, *arguments: Any) -> Tensor:
-    """Where the kernel of the backward pass, asked with a gradient of one, has a derivative other than zero.
+def _nonzero(stretch: Tensor, flags: Tensor) -> None:
+    flags.copy_(stretch)
+
+
+class _Derivative:
+    """Where the kernel of a backward pass, asked with a gradient of one, has a derivative other than zero.
 
     One pass; of torch's comparisons on the CPU each takes several times as long.
     """
-    one = torch.ones((), dtype=input.dtype, device=input.device).expand(input.shape)
-    return backward(one, input.detach(), *arguments).bool()  # type: ignore[no-any-return]
+
+    __slots__ = ("arguments", "backward", "found", "one")
+
+    def __init__(self, backward: Any, *arguments: Any) -> None:
+        self.backward, self.arguments = backward.grad_input, arguments
+        self.found: Tensor | None = None
+
+    def __call__(self, stretch: Tensor, flags: Tensor) -> None:
+        if self.found is None:
+            self.found = torch.empty_like(stretch)
+            self.one = torch.ones((), dtype=stretch.dtype, device=stretch.device)
+        count = stretch.numel()
+        found = self.found[:count]
+        self.backward(self.one.expand(count), stretch, *self.arguments, grad_input=found)
+        flags.copy_(found)
 
 
 @_keeps(F.leaky_relu, F.leaky_relu_)
@@ -177,12 +194,12 @@ def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fal
 
 
 def _sign(input: Tensor, store: Store) -> Any:
-    return store.flags(input, _derivative(torch.ops.aten.leaky_relu_backward, input, 0.0, False), -1, 1)
+    return store.flags(input, _Derivative(torch.ops.aten.leaky_relu_backward, 0.0, False), -1, 1)
 
 
 @_always(F.hardsigmoid)
 def _between_threes(input: Tensor, store: Store) -> Any:
-    return store.flags(input, _derivative(torch.ops.aten.hardsigmoid_backward, input), 4, 0)
+    return store.flags(input, _Derivative(torch.ops.aten.hardsigmoid_backward), 4, 0)
 
 
 @_keeps(F.relu6)
@@ -201,7 +218,7 @@ def _clamped(input: Tensor, low: float, high: float) -> Rule | None:
         return None
 
     def rule(input: Tensor, store: Store) -> Any:
-        return store.flags(input, _derivative(torch.ops.aten.hardtanh_backward, input, low, high), low, inside)
+        return store.flags(input, _Derivative(torch.ops.aten.hardtanh_backward, low, high), low, inside)
 
     return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high))
 
@@ -218,9 +235,16 @@ def _clamp(input: Tensor, min: Any = None, max: Any = None, **_: Any) -> Rule | 
     if inside is None:
         return _whole
 
+    def within(stretch: Tensor, flags: Tensor) -> None:
+        if low is None:
+            flags.fill_(True)
+        else:
+            flags.copy_(_above(stretch, low))
+        if high is not None:
+            flags.logical_and_(_above(-stretch, -high))
+
     def rule(saved: Tensor, store: Store) -> Any:
-        flags = torch.ones_like(saved, dtype=torch.bool) if low is None else _above(saved, low)
-        return store.flags(saved, flags if high is None else flags.logical_and_(_above(-saved, -high)), outside, inside)
+        return store.flags(saved, within, outside, inside)
 
     return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high))
 
@@ -263,7 +287,10 @@ _FAR = 1e4
 
 @_keeps(F.hardshrink, F.softshrink, Tensor.hardshrink)
 def _shrink(input: Tensor, lambd: float = 0.5) -> Rule | None:
-    return lambda saved, store: store.flags(saved, saved.detach().abs() > lambd, 0, 2 * lambd + 1)
+    def beyond(stretch: Tensor, flags: Tensor) -> None:
+        torch.gt(stretch.abs(), lambd, out=flags)
+
+    return lambda saved, store: store.flags(saved, beyond, 0, 2 * lambd + 1)
 
 
 def _whole(saved: Tensor, store: Store) -> Any:
@@ -493,7 +520,7 @@ class _Dropout(FinishedRule):
             return NotImplemented
         # The stock operator divides ones by 1 - p in the dtype of the input.
         on = float(torch.ones((), dtype=noise.dtype).div_(1 - self.p))
-        self.kept = store.flags(noise, noise.bool(), 0, on)
+        self.kept = store.flags(noise, _nonzero, 0, on)
         return self.kept
 
     def finish(self, result: Tensor, store: Store) -> None:

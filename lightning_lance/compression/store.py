@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from lightning_lance.compression.kept import Booleans, Flags, Kept, Stretch, Vie
 from lightning_lance.compression.recipes import NormInput, Recipes
 from lightning_lance.errors import StateError
 from lightning_lance.ops.saving import saving
+from lightning_lance.tensors.bits import pack_bits_of
 from lightning_lance.tensors.rounding import FEWEST, group_size, round_to_bits
 from lightning_lance.tensors.tracing import recorded
 
@@ -318,20 +319,21 @@ class Store:
 
     def booleans(self, tensor: Tensor) -> Any:
         """Keep a tensor of booleans."""
-        return Booleans(tensor.clone(), tensor.stride(), torch.bool, 0, 1)
+        return Booleans(tensor.clone(), tensor.stride())
 
-    def flags(self, tensor: Tensor, flags: Tensor, off: float, on: float) -> Any:
+    def flags(self, tensor: Tensor, find: Callable[[Tensor, Tensor], object], off: float, on: float) -> Any:
         """Keep one bit an element of a tensor.
 
         Args:
             tensor: as it was saved.
-            flags: new tensor of booleans of its shape.
+            find: see :func:`~lightning_lance.tensors.bits.pack_bits_of`.
             off: value that the backward kernel gets where the flag is not set.
             on: value where it is.
         """
-        key = _key(tensor)
-        kept = Flags(flags, tensor.stride(), tensor.dtype, off, on)
+        plain = tensor.detach() if dense(tensor) else tensor.detach().clone()
+        kept = Flags(pack_bits_of(plain, find), plain, tensor.stride(), off, on)
         if self.bits.other is None:
+            key = _key(tensor)
             kept.reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             self._flags[key] = weakref.ref(kept, lambda _: self._flags.pop(key, None))
         return kept

@@ -9,6 +9,7 @@ each, do the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ _GATHER = 0x8040201008040201 - (1 << 64)
 _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
 _FEW_THREADS = 2  # so many of torch's are no faster than the one of NumPy
 _FEW_FLAGS = 1 << 16  # nor are more, on so few
+
+
+STRETCH = 1 << 18
+"""Elements that are worked on at a time on the CPU: what is made on the way stays in its cache."""
 
 
 def _one_pass(count: int, device: torch.device) -> bool:
@@ -54,6 +59,34 @@ def pack_bits(flags: Tensor) -> Tensor:
         shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=flags.device)
         return (flat.view(-1, 8).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
     return flat.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def pack_bits_of(tensor: Tensor, find: Callable[[Tensor, Tensor], object]) -> Tensor:
+    """Eight flags in a byte, in memory order; on the CPU they are found for a stretch at a time.
+
+    Blocks of the tensor's own size, which the system would have to clear first, are not needed.
+
+    Args:
+        tensor: any shape, without gaps or overlaps in memory.
+        find: ``find(stretch, flags)`` writes the flags of a stretch, both of one axis; only the last may be shorter.
+
+    Returns:
+        As :func:`pack_bits`.
+    """
+    count = tensor.numel()
+    flat = tensor.as_strided((count,), (1,))
+    size = min(count, STRETCH) if tensor.is_cpu else count
+    flags = torch.empty(size, dtype=torch.bool, device=tensor.device)
+    if size == count:
+        find(flat, flags)
+        return pack_bits(flags)
+    packed = torch.empty(-(-count // 8), dtype=torch.uint8)
+    for start in range(0, count, size):
+        stretch = flat[start : start + size]
+        found = flags[: stretch.numel()]
+        find(stretch, found)
+        packed[start // 8 : (start + size) // 8] = pack_bits(found)
+    return packed
 
 
 def expand_bits(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lance.tensors.bits import STRETCH
 from lightning_lance.tensors.cached import constant
 from lightning_lance.tensors.codes import pack_codes, unpack_codes, unpacking_table
 
@@ -135,7 +136,6 @@ def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int
     count = flat.numel()
     if bits == 16:
         return Rounded(flat.bfloat16(), None, None, count, bits)
-    flat = flat.float()
     missing = -count % group
     if missing:  # filled with the last element, so that the range of its group stays as it is
         flat = torch.cat([flat, flat[-1:].expand(missing)])
@@ -144,6 +144,7 @@ def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int
         kernels = _kernels(bits)
         if kernels is not None:
             return _rows(groups, count, bits, kernels[0])
+    groups = groups.float()
     low, high = _ends(groups, bits)
     if not bool((high - low).isfinite().all()):
         return None
@@ -216,7 +217,7 @@ def _kernels(bits: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], 
 
 def _rows(groups: Tensor, count: int, bits: int, pack: Callable[[Tensor], Tensor]) -> Rounded | None:
     """Each group as a row of torch's kernels, scaled where their float16 cannot hold a range."""
-    rows = pack(groups)
+    rows = pack(groups) if groups.dtype is torch.float32 else _by_stretches(groups, pack)
     if bits == 8:  # float32, but 1e-8 is added to the spread
         step = rows[:, -8:].contiguous().view(torch.float32)[:, 0].amax().item()
         fits = 1e-5 < step < math.inf
@@ -237,7 +238,15 @@ def _rows(groups: Tensor, count: int, bits: int, pack: Callable[[Tensor], Tensor
     if size == 0.0:
         return Rounded(rows, None, None, count, bits, groups.shape[1])
     scale = 2.0 ** (4 - max(math.frexp(size)[1], -110))
-    return Rounded(pack(groups * scale), None, None, count, bits, groups.shape[1], scale)
+    return Rounded(pack(groups.float() * scale), None, None, count, bits, groups.shape[1], scale)
+
+
+def _by_stretches(groups: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows of groups in another precision, of which a stretch at a time is in float32."""
+    count = max(1, STRETCH // groups.shape[1])
+    some = torch.empty(min(count, groups.shape[0]), groups.shape[1])
+    parts = [pack(some[: part.shape[0]].copy_(part)) for part in torch.split(groups, count)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def expand(rounded: Rounded, dtype: torch.dtype) -> Tensor:
@@ -256,6 +265,8 @@ def expand(rounded: Rounded, dtype: torch.dtype) -> Tensor:
     if low is None or step is None:
         kernels = _kernels(bits)
         assert kernels is not None
+        if dtype is not torch.float32:
+            return _expanded(codes, dtype, kernels[1], scale)[:count]
         flat = kernels[1](codes).view(-1)
         if scale != 1.0:
             flat.mul_(1 / scale)
@@ -263,6 +274,22 @@ def expand(rounded: Rounded, dtype: torch.dtype) -> Tensor:
         levels = unpack_codes(codes, _levels(bits, codes.device))[: low.numel() * group].view(-1, group)
         flat = levels.mul_(step).add_(low).view(-1)
     return flat[:count].to(dtype)
+
+
+def _expanded(codes: Tensor, dtype: torch.dtype, unpack: Callable[[Tensor], Tensor], scale: float) -> Tensor:
+    """The values of rows in another precision than float32, in which a stretch at a time is."""
+    found: Tensor | None = None
+    done = 0
+    for part in torch.split(codes, max(1, STRETCH // codes.shape[1])):
+        values = unpack(part)
+        if scale != 1.0:
+            values.mul_(1 / scale)
+        if found is None:
+            found = torch.empty(codes.shape[0], values.shape[1], dtype=dtype)
+        found[done : done + part.shape[0]] = values
+        done += part.shape[0]
+    assert found is not None
+    return found.view(-1)
 
 
 @constant
