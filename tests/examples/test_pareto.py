@@ -21,7 +21,10 @@ from examples.benchmarks.workloads import LARGE, WORKLOADS, characters
 TEXT = WORKLOADS["text"].scaled(8, 16)
 
 
-@pytest.mark.parametrize("name", [name for name in WAYS if name != "compile"])  # minutes on a slow machine
+SLOW = {"compile", *(name for name in WAYS if "bf16" in name and WAYS[name].parts > 2)}  # without a kernel for bfloat16
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in SLOW])
 def test_every_way_computes_the_gradient_of_plain_training_as_well_as_it_should(name: str) -> None:
     training = Training(TEXT, WAYS[name])
     batches = training.batches(2)
@@ -42,7 +45,9 @@ def test_every_way_computes_the_gradient_of_plain_training_as_well_as_it_should(
     assert kept > 0
     if name not in ("plain", "bf16"):
         plain = Training(TEXT, WAYS["plain"])
-        assert kept < 0.7 * plain.kept(batches[0])
+        weights = sum(p.numel() for p in training.model.parameters() if p.dim() > 1)
+        casts = 2 * weights if WAYS[name].autocast else 0  # of so few tokens they are the most
+        assert kept - casts < 0.7 * plain.kept(batches[0])
     training.step(batches[0])
     assert all(parameter.isfinite().all() for parameter in training.model.parameters())
 
