@@ -159,11 +159,7 @@ def _relu(input: Tensor, inplace: bool = False) -> Rule | None:
 
 
 def _positive(output: Tensor, store: Store) -> Any:
-    return store.flags(output, _nonzero, 0, 1)  # positive or NaN: several times as fast as a comparison
-
-
-def _nonzero(stretch: Tensor, flags: Tensor) -> None:
-    flags.copy_(stretch)
+    return store.flags(output, Tensor.bool, 0, 1)  # positive or NaN: several times as fast as a comparison
 
 
 class _Derivative:
@@ -178,14 +174,14 @@ class _Derivative:
         self.backward, self.arguments = backward.grad_input, arguments
         self.found: Tensor | None = None
 
-    def __call__(self, stretch: Tensor, flags: Tensor) -> None:
+    def __call__(self, stretch: Tensor) -> Tensor:
         if self.found is None:
             self.found = torch.empty_like(stretch)
             self.one = torch.ones((), dtype=stretch.dtype, device=stretch.device)
         count = stretch.numel()
         found = self.found[:count]
         self.backward(self.one.expand(count), stretch, *self.arguments, grad_input=found)
-        flags.copy_(found)
+        return found.bool()
 
 
 @_keeps(F.leaky_relu, F.leaky_relu_)
@@ -235,13 +231,9 @@ def _clamp(input: Tensor, min: Any = None, max: Any = None, **_: Any) -> Rule | 
     if inside is None:
         return _whole
 
-    def within(stretch: Tensor, flags: Tensor) -> None:
-        if low is None:
-            flags.fill_(True)
-        else:
-            flags.copy_(_above(stretch, low))
-        if high is not None:
-            flags.logical_and_(_above(-stretch, -high))
+    def within(x: Tensor) -> Tensor:
+        flags = torch.ones_like(x, dtype=torch.bool) if low is None else _above(x, low)
+        return flags if high is None else flags.logical_and_(_above(-x, -high))
 
     def rule(saved: Tensor, store: Store) -> Any:
         return store.flags(saved, within, outside, inside)
@@ -287,10 +279,7 @@ _FAR = 1e4
 
 @_keeps(F.hardshrink, F.softshrink, Tensor.hardshrink)
 def _shrink(input: Tensor, lambd: float = 0.5) -> Rule | None:
-    def beyond(stretch: Tensor, flags: Tensor) -> None:
-        torch.gt(stretch.abs(), lambd, out=flags)
-
-    return lambda saved, store: store.flags(saved, beyond, 0, 2 * lambd + 1)
+    return lambda saved, store: store.flags(saved, lambda x: x.abs() > lambd, 0, 2 * lambd + 1)
 
 
 def _whole(saved: Tensor, store: Store) -> Any:
@@ -520,7 +509,7 @@ class _Dropout(FinishedRule):
             return NotImplemented
         # The stock operator divides ones by 1 - p in the dtype of the input.
         on = float(torch.ones((), dtype=noise.dtype).div_(1 - self.p))
-        self.kept = store.flags(noise, _nonzero, 0, on)
+        self.kept = store.flags(noise, Tensor.bool, 0, on)
         return self.kept
 
     def finish(self, result: Tensor, store: Store) -> None:

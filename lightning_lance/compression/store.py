@@ -321,12 +321,12 @@ class Store:
         """Keep a tensor of booleans."""
         return Booleans(tensor.clone(), tensor.stride())
 
-    def flags(self, tensor: Tensor, find: Callable[[Tensor, Tensor], object], off: float, on: float) -> Any:
+    def flags(self, tensor: Tensor, find: Callable[[Tensor], Tensor], off: float, on: float) -> Any:
         """Keep one bit an element of a tensor.
 
         Args:
             tensor: as it was saved.
-            find: see :func:`~lightning_lance.tensors.bits.pack_bits_of`.
+            find: makes a new tensor of booleans of some elements of it, on one axis.
             off: value that the backward kernel gets where the flag is not set.
             on: value where it is.
         """

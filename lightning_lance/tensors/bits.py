@@ -61,14 +61,14 @@ def pack_bits(flags: Tensor) -> Tensor:
     return flat.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
-def pack_bits_of(tensor: Tensor, find: Callable[[Tensor, Tensor], object]) -> Tensor:
+def pack_bits_of(tensor: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
     """Eight flags in a byte, in memory order; on the CPU they are found for a stretch at a time.
 
     Blocks of the tensor's own size, which the system would have to clear first, are not needed.
 
     Args:
         tensor: any shape, without gaps or overlaps in memory.
-        find: ``find(stretch, flags)`` writes the flags of a stretch, both of one axis; only the last may be shorter.
+        find: makes a new tensor of the flags of a stretch, which has one axis; only the last one may be shorter.
 
     Returns:
         As :func:`pack_bits`.
@@ -76,16 +76,12 @@ def pack_bits_of(tensor: Tensor, find: Callable[[Tensor, Tensor], object]) -> Te
     count = tensor.numel()
     flat = tensor.as_strided((count,), (1,))
     size = min(count, STRETCH) if tensor.is_cpu else count
-    flags = torch.empty(size, dtype=torch.bool, device=tensor.device)
     if size == count:
-        find(flat, flags)
-        return pack_bits(flags)
+        return pack_bits(find(flat))
     packed = torch.empty(-(-count // 8), dtype=torch.uint8)
     for start in range(0, count, size):
-        stretch = flat[start : start + size]
-        found = flags[: stretch.numel()]
-        find(stretch, found)
-        packed[start // 8 : (start + size) // 8] = pack_bits(found)
+        end = min(start + size, count)
+        packed[start // 8 : -(-end // 8)] = pack_bits(find(flat[start:end]))
     return packed
 
 

@@ -232,13 +232,14 @@ def _rows(groups: Tensor, count: int, bits: int, pack: Callable[[Tensor], Tensor
         fits = _SMALLEST <= largest < _INFINITY
     if fits:
         return Rounded(rows, None, None, count, bits, groups.shape[1])
+    groups = groups.float()
     size = groups.abs().amax().item()
     if not math.isfinite(size):
         return None
     if size == 0.0:
         return Rounded(rows, None, None, count, bits, groups.shape[1])
     scale = 2.0 ** (4 - max(math.frexp(size)[1], -110))
-    return Rounded(pack(groups.float() * scale), None, None, count, bits, groups.shape[1], scale)
+    return Rounded(pack(groups * scale), None, None, count, bits, groups.shape[1], scale)
 
 
 def _by_stretches(groups: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lance.tensors import bits as mask
-from lightning_lance.tensors.bits import expand_bits, pack_bits
+from lightning_lance.tensors.bits import STRETCH, expand_bits, pack_bits, pack_bits_of
 
 
 @given(size=st.integers(0, 200), seed=st.integers(0, 2**16))
@@ -47,6 +47,19 @@ def test_memory_order_is_kept(permutation: tuple[int, ...]) -> None:
     back = expand_bits(pack_bits(flags), expected.shape, expected.stride(), 0, 1, torch.bool)
     assert back.stride() == expected.stride()
     assert torch.equal(back, expected)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 7, 8, STRETCH, STRETCH + 3])
+def test_stretch_by_stretch_is_the_same(more: int) -> None:
+    tensor = torch.randn(3, STRETCH + more)[1]  # begins behind others
+    sizes = []
+
+    def find(stretch: torch.Tensor) -> torch.Tensor:
+        sizes.append(stretch.numel())
+        return stretch > 0
+
+    assert torch.equal(pack_bits_of(tensor, find), pack_bits(tensor > 0))
+    assert max(sizes) <= STRETCH
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_lance.tensors import rounding as module
+from lightning_lance.tensors.bits import STRETCH
 from lightning_lance.tensors.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
 from lightning_lance.tensors.rounding import GROUP, expand, group_size, kept_bytes, round_to_bits
 from tests.oracles import relative_error
@@ -120,6 +121,24 @@ def test_what_no_range_holds_is_refused(way: str, bits: int, value: float) -> No
     values[200] = value
     assert round_to_bits(values, bits) is None
     assert round_to_bits(values, bits, 3) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_another_precision_is_rounded_as_float32_is(bits: int, dtype: torch.dtype) -> None:
+    flat = torch.randn(2 * STRETCH + 130).to(dtype)
+    rounded, expected = round_to_bits(flat, bits), round_to_bits(flat.float(), bits)
+    assert rounded is not None
+    assert expected is not None
+    assert torch.equal(rounded.codes, expected.codes)
+    back = expand(rounded, dtype)
+    assert back.dtype == dtype
+    assert torch.equal(back, expand(expected, torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_float32_cannot_hold_is_refused(bits: int) -> None:
+    assert round_to_bits(torch.linspace(-1e300, 1e300, 512, dtype=torch.float64), bits) is None
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
