@@ -208,7 +208,7 @@ class Store:
             self._asked = None
             return tensor.detach()
         with torch._C.DisableTorchFunction():
-            if recorded():
+            if _dispatch_modes() and recorded():
                 transforms.tell()
                 return tensor.detach()
             kept = self._keep(tensor)
@@ -340,7 +340,7 @@ class Store:
 
     def rounded(self, tensor: Tensor, bits: int | None) -> Any:
         """Keep a tensor in few bits, in the stretch of memory that others save too."""
-        if bits is None or recorded():
+        if bits is None or (_dispatch_modes() and recorded()):
             return self.whole(tensor)
         storage = tensor.untyped_storage()
         size = storage.nbytes() // tensor.element_size()
@@ -414,6 +414,7 @@ class Store:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+_dispatch_modes: Any = torch._C._len_torch_dispatch_stack
 
 
 def _key(tensor: Tensor) -> Any:

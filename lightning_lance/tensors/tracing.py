@@ -20,6 +20,4 @@ def recorded() -> bool:
 
     What depends on the values of a tensor cannot be written down.
     """
-    if not _core._len_torch_dispatch_stack():
-        return False
     return _core._get_dispatch_mode(_core._TorchDispatchModeKey.PROXY) is not None
