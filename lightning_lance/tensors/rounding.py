@@ -245,7 +245,7 @@ def _rows(groups: Tensor, count: int, bits: int, pack: Callable[[Tensor], Tensor
 def _by_stretches(groups: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
     """Rows of groups in another precision, of which a stretch at a time is in float32."""
     count = max(1, STRETCH // groups.shape[1])
-    some = torch.empty(min(count, groups.shape[0]), groups.shape[1])
+    some = torch.empty(min(count, groups.shape[0]), groups.shape[1], dtype=torch.float32)
     parts = [pack(some[: part.shape[0]].copy_(part)) for part in torch.split(groups, count)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
