@@ -19,8 +19,8 @@ help:  ## this list
 
 venv: $(STAMP)  ## .venv with the package and all its extras, editable
 
-# Installed again only when pyproject.toml changes.
-$(STAMP): pyproject.toml
+# Installed again only when one of these changes.
+$(STAMP): pyproject.toml setup.py lightning_lance/tensors/_native.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $@

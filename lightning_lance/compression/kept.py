@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_lance.tensors.bits import expand_bits, pack_bits
-from lightning_lance.tensors.rounding import Rounded, expand
+from lightning_lance.tensors.native import Affine
+from lightning_lance.tensors.rounding import Rounded, expand, expand_changed
 
 
 class Kept:
@@ -77,6 +78,12 @@ class Stretch:
             self._flat = Flat(flat)
         return flat
 
+    def changed(self, affine: Affine, bounds: tuple[float, float] | None) -> Tensor | None:
+        """All of it, changed by channel and clamped, on one axis; ``None`` where that is no single pass."""
+        if self._flat is not None and self._flat() is not None:
+            return None
+        return expand_changed(self.rounded, self.dtype, affine, bounds)
+
     def parts(self) -> list[tuple[int, int]]:
         """As those of a :class:`Kept`."""
         return [(id(self), self.rounded.nbytes)]
@@ -103,6 +110,14 @@ class View(Kept):
 
     def restore(self) -> Tensor:
         return self.stretch.restore().as_strided(self.shape, self.stride, self.offset)
+
+    def changed(self, factor: Tensor, term: Tensor, bounds: tuple[float, float] | None) -> Tensor | None:
+        """``x * factor[c] + term[c]`` of each channel, clamped; ``None`` where that is no single pass."""
+        stretch = self.stretch
+        if not isinstance(stretch, Stretch) or self.offset or self.shape.numel() != stretch.rounded.elements:
+            return None
+        flat = stretch.changed(Affine.of(factor, term, self.stride), bounds)
+        return None if flat is None else flat.as_strided(self.shape, self.stride)
 
     def parts(self) -> list[tuple[int, int]]:
         return self.stretch.parts()
@@ -132,10 +147,7 @@ class Flags(Kept):
         if self.bits is None:
             assert self.whole is not None
             return self.whole.as_strided(self.shape, self.own_stride)
-        if float(self.off).is_integer() and float(self.on).is_integer() and abs(self.off) < 128 and abs(self.on) < 128:
-            return expand_bits(self.bits, self.shape, self.stride, int(self.off), int(self.on), self.dtype)
-        one = expand_bits(self.bits, self.shape, self.stride, 0, 1, self.dtype)
-        return one.mul_(self.on - self.off).add_(self.off) if self.off else one.mul_(self.on)
+        return expand_bits(self.bits, self.shape, self.stride, self.off, self.on, self.dtype)
 
     def parts(self) -> list[tuple[int, int]]:
         if self.bits is not None:

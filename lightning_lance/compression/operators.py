@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lightning_lance.compression import transforms
 from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, Zeros
-from lightning_lance.compression.recipes import Dropped, Function, Normalisation, NormInput
+from lightning_lance.compression.recipes import Bounds, Dropped, Function, Normalisation, NormInput
 from lightning_lance.compression.store import STATISTICS, Store
-from lightning_lance.ops.saving import FinishedRule, Rule, reading, saving
+from lightning_lance.ops.saving import FinishedRule, Rule, saving
 from lightning_lance.ops.watching import WatchingMode
 from lightning_lance.tensors import places
 
@@ -94,7 +94,7 @@ class Watch(WatchingMode):
         """Whether all tensors among the arguments are weights."""
         first = args[0]
         if type(first) is Tensor:
-            if not self.store.is_derived(first):
+            if not self.store.derived or not self.store.is_derived(first):
                 return False
         elif type(first) in (list, tuple):
             if not first or not self._from_weights(first):
@@ -141,8 +141,10 @@ class _Activation(FinishedRule):
 
     __slots__ = ("recipe", "rule", "step")
 
-    def __init__(self, input: Any, rule: Rule, function: Callable[[Tensor, bool], Tensor]) -> None:
-        self.rule, self.step = rule, Function(function)
+    def __init__(
+        self, input: Any, rule: Rule, function: Callable[[Tensor, bool], Tensor], bounds: Bounds = None
+    ) -> None:
+        self.rule, self.step = rule, Function(function, bounds)
         self.recipe = saving.store.recipes.find(input)
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
@@ -153,13 +155,17 @@ class _Activation(FinishedRule):
             store.recipes.extend(self.recipe, result, self.step)
 
 
+_POSITIVE = (0.0, math.inf)
+_ABOVE_ZERO = (0.0, math.nan)
+
+
 @_keeps(F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_)
 def _relu(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _Activation(input, _positive, lambda x, own: torch.relu_(x) if own else torch.relu(x))
+    return _Activation(input, _positive, lambda x, own: torch.relu_(x) if own else torch.relu(x), _POSITIVE)
 
 
 def _positive(output: Tensor, store: Store) -> Any:
-    return store.flags(output, Tensor.bool, 0, 1)  # positive or NaN: several times as fast as a comparison
+    return store.flags(output, Tensor.bool, 0, 1, _ABOVE_ZERO)  # positive or NaN: several times as fast as a comparison
 
 
 class _Derivative:
@@ -214,9 +220,9 @@ def _clamped(input: Tensor, low: float, high: float) -> Rule | None:
         return None
 
     def rule(input: Tensor, store: Store) -> Any:
-        return store.flags(input, _Derivative(torch.ops.aten.hardtanh_backward, low, high), low, inside)
+        return store.flags(input, _Derivative(torch.ops.aten.hardtanh_backward, low, high), low, inside, (low, high))
 
-    return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high))
+    return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high), (low, high))
 
 
 @_keeps(
@@ -509,7 +515,7 @@ class _Dropout(FinishedRule):
             return NotImplemented
         # The stock operator divides ones by 1 - p in the dtype of the input.
         on = float(torch.ones((), dtype=noise.dtype).div_(1 - self.p))
-        self.kept = store.flags(noise, Tensor.bool, 0, on)
+        self.kept = store.flags(noise, Tensor.bool, 0, on, _ABOVE_ZERO)
         return self.kept
 
     def finish(self, result: Tensor, store: Store) -> None:
@@ -709,9 +715,12 @@ class _BatchNorm(FinishedRule):
         if self.mean is not None and self.var is not None:
             norm.mean, norm.invstd = self.mean, (self.var + self.eps).rsqrt()
         else:
-            with reading():
+            saving.looking = True
+            try:
                 norm.mean = getattr(result.grad_fn, "_saved_result1", None)
                 norm.invstd = getattr(result.grad_fn, "_saved_result2", None)
+            finally:
+                saving.looking = False
         saving.pending = norm
         if norm.mean is not None and norm.invstd is not None and norm.is_like(result):
             store.recipes.add(result, norm, (Normalisation(norm.mean, norm.invstd, self.weight, self.bias),))

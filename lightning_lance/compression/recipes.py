@@ -18,6 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_lance.compression.kept import Flat, Kept, View, Whole, dense, storage_part
 from lightning_lance.tensors.rounding import group_size
 
+Bounds = tuple[float, float] | None
+"""What values are clamped to; ``None``: they are not."""
+
 
 class Operator:
     """One elementwise operator of a computation; holds what it needs."""
@@ -28,9 +31,10 @@ class Operator:
         """The result, written over the tensor if that is our own."""
         raise NotImplementedError
 
-    def begin(self, base: Kept) -> Tensor:
-        """The result, where the operator is the first one."""
-        return self(base.restore(), False)
+    def begin(self, base: Kept, bounds: Bounds) -> Tensor:
+        """The result, clamped, where the operator is the first one."""
+        value = self(base.restore(), False)
+        return value if bounds is None else value.clamp_(*bounds)
 
     def parts(self) -> list[tuple[int, int]]:
         """What it holds in memory: identity and bytes."""
@@ -48,12 +52,17 @@ class Step:
 
 
 class Function(Operator, Step):
-    """An operator without state."""
+    """An operator without state.
 
-    __slots__ = ("function",)
+    Args:
+        function: the result, written over the tensor where the second argument says so.
+        bounds: for one that clamps.
+    """
 
-    def __init__(self, function: Callable[[Tensor, bool], Tensor]) -> None:
-        self.function = function
+    __slots__ = ("bounds", "function")
+
+    def __init__(self, function: Callable[[Tensor, bool], Tensor], bounds: Bounds = None) -> None:
+        self.function, self.bounds = function, bounds
 
     def operator(self) -> Operator:
         return self
@@ -117,10 +126,12 @@ class _Affine(Operator):
         self.factor, self.term = factor, term
 
     def __call__(self, tensor: Tensor, own: bool) -> Tensor:
-        return _affine(tensor, self.factor, self.term)
+        return affine(tensor, self.factor, self.term)
 
-    def begin(self, base: Kept) -> Tensor:
-        return base.scaled(self.factor, self.term) if isinstance(base, NormInput) else super().begin(base)
+    def begin(self, base: Kept, bounds: Bounds) -> Tensor:
+        if isinstance(base, NormInput):
+            return base.scaled(self.factor, self.term, bounds)
+        return super().begin(base, bounds)
 
     def parts(self) -> list[tuple[int, int]]:
         return [(id(self), self.factor.nbytes + self.term.nbytes)]
@@ -170,8 +181,9 @@ class NormInput(Kept):
                 axes = [axis for axis in range(tensor.dim()) if axis != 1]
                 deviation, self.mean = torch.std_mean(tensor.float(), axes, correction=0)
                 self.invstd = deviation.clamp_(min=torch.finfo(deviation.dtype).tiny).reciprocal_()
-            tensor = _affine(tensor, self.invstd, -self.mean * self.invstd)
-        kept = self.store.rounded(tensor, bits)
+            kept = self.store.rounded_changed(tensor, bits, self.invstd, -self.mean * self.invstd)
+        else:
+            kept = self.store.rounded(tensor, bits)
         self.kept, self.tensor = Whole(kept) if isinstance(kept, Tensor) else kept, None
 
     def restore(self) -> Tensor:
@@ -180,18 +192,28 @@ class NormInput(Kept):
         if self._cut:
             assert self.mean is not None
             assert self.invstd is not None
-            return _affine(self.kept.restore(), self.invstd.reciprocal(), self.mean)
+            return self._changed(self.invstd.reciprocal(), self.mean, None)
         return self.kept.restore()
 
-    def scaled(self, factor: Tensor, term: Tensor) -> Tensor:
-        """``input * factor + term`` of each channel, in one pass."""
+    def scaled(self, factor: Tensor, term: Tensor, bounds: Bounds) -> Tensor:
+        """``input * factor + term`` of each channel, clamped."""
         self.settle()
         assert self.kept is not None
         if self._cut:
             assert self.mean is not None
             assert self.invstd is not None
             factor, term = factor / self.invstd, term + factor * self.mean
-        return _affine(self.kept.restore(), factor, term)
+        return self._changed(factor, term, bounds)
+
+    def _changed(self, factor: Tensor, term: Tensor, bounds: Bounds) -> Tensor:
+        kept = self.kept
+        assert kept is not None
+        found = kept.changed(factor, term, bounds) if isinstance(kept, View) else None
+        if found is None:
+            found = affine(kept.restore(), factor, term)
+            if bounds is not None:
+                found.clamp_(*bounds)
+        return found
 
     def parts(self) -> list[tuple[int, int]]:
         self.settle()
@@ -202,7 +224,7 @@ class NormInput(Kept):
         return found
 
 
-def _affine(tensor: Tensor, factor: Tensor, term: Tensor) -> Tensor:
+def affine(tensor: Tensor, factor: Tensor, term: Tensor) -> Tensor:
     """``tensor * factor + term`` of each channel, in the dtype and layout of the tensor: one pass of a fixed norm."""
     zero, one = torch.zeros_like(factor), torch.ones_like(factor)
     return torch.batch_norm(tensor, factor, term, zero, one, False, 0.0, 0.0, False)
@@ -223,7 +245,9 @@ class Computed:
         if flat is None:
             with torch.no_grad():
                 first, *others = self.operators
-                value = first.begin(self.base)
+                bounds = others[0].bounds if others and isinstance(others[0], Function) else None
+                value = first.begin(self.base, bounds)
+                others = others if bounds is None else others[1:]
                 for operator in others:
                     value = operator(value, True)
                 flat = value.as_strided((value.numel(),), (1,))

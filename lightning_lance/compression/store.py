@@ -22,11 +22,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_lance.compression import transforms
 from lightning_lance.compression.kept import Booleans, Flags, Kept, Stretch, View, Whole, dense
-from lightning_lance.compression.recipes import NormInput, Recipes
+from lightning_lance.compression.recipes import NormInput, Recipes, affine
 from lightning_lance.errors import StateError
 from lightning_lance.ops.saving import saving
 from lightning_lance.tensors.bits import pack_bits_of
-from lightning_lance.tensors.rounding import FEWEST, group_size, round_to_bits
+from lightning_lance.tensors.native import Affine
+from lightning_lance.tensors.rounding import FEWEST, group_size, round_to_bits, rounds_in_one_pass
 from lightning_lance.tensors.tracing import recorded
 
 STATISTICS = 8
@@ -92,6 +93,7 @@ class Store:
         names: says which module runs, while a ledger is written.
         unusual: whether second derivatives or transforms were seen, which layers that keep a core refuse.
         recipes: of tensors that are computed from what is kept of others.
+        derived: storages of tensors that were computed from weights alone.
         counting: everything is kept as it is, and only counted.
         most: bytes that were kept so at a time in the last step, with those of steps before that no backward pass read.
     """
@@ -103,7 +105,7 @@ class Store:
         self.names: Any = None
         self.unusual = False
         self._weights: dict[int, Any] = {}
-        self._derived: dict[int, Any] = {}
+        self.derived: dict[int, Any] = {}
         self._stretches: dict[Any, Any] = {}
         self._flags: dict[Any, Any] = {}
         self.recipes = Recipes()
@@ -183,24 +185,24 @@ class Store:
     def protect(self, tensors: Iterable[Tensor]) -> None:
         """Leave these tensors, and views of them, as they are: parameters, buffers, factors of subspaces."""
         self._weights = {t.untyped_storage()._cdata: t for t in tensors if type(t) in _PLAIN}
-        self._derived = {}
+        self.derived = {}
 
     def derive(self, tensor: Tensor) -> None:
         """Leave a tensor that was computed from weights alone as it is, until :meth:`protect` is called again."""
         if type(tensor) is Tensor:
             reference: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-            self._derived[reference.cdata] = reference
+            self.derived[reference.cdata] = reference
 
     def is_derived(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from weights alone."""
-        return bool(self._derived) and tensor.untyped_storage()._cdata in self._derived
+        return bool(self.derived) and tensor.untyped_storage()._cdata in self.derived
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor is a weight, a view of one, or computed from weights alone."""
         if type(tensor) is nn.Parameter or tensor.layout is not torch.strided:
             return True
         key = tensor.untyped_storage()._cdata
-        return key in self._weights or key in self._derived
+        return key in self._weights or key in self.derived
 
     def pack(self, tensor: Tensor) -> Any:
         """The hook that autograd calls for each tensor it saves."""
@@ -280,13 +282,13 @@ class Store:
         return held
 
     def _keep(self, tensor: Tensor) -> Any:
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_meta:
             return tensor
         count = tensor.numel()
-        if self.is_weight(tensor):
-            return tensor.detach() if self.is_derived(tensor) else tensor
-        if count < FEWEST:
+        if count < FEWEST or self.is_derived(tensor):
             return tensor.detach()
+        if self.is_weight(tensor):
+            return tensor
         rule = saving.rule
         if rule is not None:
             kept = rule(tensor, self)
@@ -321,7 +323,14 @@ class Store:
         """Keep a tensor of booleans."""
         return Booleans(tensor.clone(), tensor.stride())
 
-    def flags(self, tensor: Tensor, find: Callable[[Tensor], Tensor], off: float, on: float) -> Any:
+    def flags(
+        self,
+        tensor: Tensor,
+        find: Callable[[Tensor], Tensor],
+        off: float,
+        on: float,
+        between: tuple[float, float] | None = None,
+    ) -> Any:
         """Keep one bit an element of a tensor.
 
         Args:
@@ -329,9 +338,11 @@ class Store:
             find: makes a new tensor of booleans of some elements of it, on one axis.
             off: value that the backward kernel gets where the flag is not set.
             on: value where it is.
+            between: two numbers, where a flag is set if neither ``x <= low`` nor ``x >= high``; NaN: no bound. The same
+                as ``find``, in one pass where there is one.
         """
         plain = tensor.detach() if dense(tensor) else tensor.detach().clone()
-        kept = Flags(pack_bits_of(plain, find), plain, tensor.stride(), off, on)
+        kept = Flags(pack_bits_of(plain, find, between), plain, tensor.stride(), off, on)
         if self.bits.other is None:
             key = _key(tensor)
             kept.reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
@@ -358,6 +369,16 @@ class Store:
         if rounded is None or rounded.nbytes >= storage.nbytes():
             return self.whole(tensor)
         return View(Stretch(rounded, bits, tensor.dtype, None), tensor.shape, _contiguous(tensor.shape), 0)
+
+    def rounded_changed(self, tensor: Tensor, bits: int | None, factor: Tensor, term: Tensor) -> Any:
+        """Keep ``tensor * factor[c] + term[c]`` of each channel in few bits."""
+        if bits is not None and rounds_in_one_pass(tensor, bits) and dense(tensor):
+            shape, stride = tensor.shape, tensor.stride()
+            flat, group = tensor.as_strided((tensor.numel(),), (1,)), group_size(shape, stride)
+            found = round_to_bits(flat, bits, None, group, Affine.of(factor, term, stride))
+            if found is not None and found.nbytes < tensor.nbytes:
+                return View(Stretch(found, bits, tensor.dtype, None), shape, stride, 0)
+        return self.rounded(affine(tensor, factor, term), bits)
 
     def relatively(self, tensor: Tensor) -> Any:
         """Keep a tensor whose small elements count as much as its large ones, since a gradient is divided by them."""

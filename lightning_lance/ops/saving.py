@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -47,13 +46,3 @@ class Saving(threading.local):
 
 
 saving = Saving()
-
-
-@contextmanager
-def reading() -> Iterator[None]:
-    """Inside the block this thread reads saved tensors outside of a backward pass."""
-    saving.looking = True
-    try:
-        yield
-    finally:
-        saving.looking = False

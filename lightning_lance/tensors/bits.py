@@ -3,7 +3,7 @@
 Flags are kept in the memory order of the tensor that they belong to, whatever its memory format; no pass reorders
 them. Packing reads eight bools as one 64-bit word and gathers their bits with one multiplication; unpacking copies
 one entry of a table of 256, eight values of a byte each, for every byte. On one or two cores NumPy's kernels, one pass
-each, do the same.
+each, do the same, and one pass in C where it was built (:mod:`lightning_lance.tensors.native`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lance.tensors import native
 from lightning_lance.tensors.cached import constant
 from lightning_lance.tensors.tracing import traced
 
@@ -61,7 +62,9 @@ def pack_bits(flags: Tensor) -> Tensor:
     return flat.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
-def pack_bits_of(tensor: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
+def pack_bits_of(
+    tensor: Tensor, find: Callable[[Tensor], Tensor], between: tuple[float, float] | None = None
+) -> Tensor:
     """Eight flags in a byte, in memory order; on the CPU they are found for a stretch at a time.
 
     Blocks of the tensor's own size, which the system would have to clear first, are not needed.
@@ -69,12 +72,16 @@ def pack_bits_of(tensor: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
     Args:
         tensor: any shape, without gaps or overlaps in memory.
         find: makes a new tensor of the flags of a stretch, which has one axis; only the last one may be shorter.
+        between: two numbers where a flag is set if neither ``x <= low`` nor ``x >= high``, one pass where there is one
+            for it (:mod:`lightning_lance.tensors.native`); NaN: no bound.
 
     Returns:
         As :func:`pack_bits`.
     """
     count = tensor.numel()
     flat = tensor.as_strided((count,), (1,))
+    if between is not None and native.takes(tensor):
+        return native.pack_flags(flat, *between)
     size = min(count, STRETCH) if tensor.is_cpu else count
     if size == count:
         return pack_bits(find(flat))
@@ -86,7 +93,7 @@ def pack_bits_of(tensor: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def expand_bits(
-    bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], off: int, on: int, dtype: torch.dtype
+    bits: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], off: float, on: float, dtype: torch.dtype
 ) -> Tensor:
     """A value for every flag.
 
@@ -94,7 +101,7 @@ def expand_bits(
         bits: what :func:`pack_bits` returned.
         shape: shape of the flags.
         stride: their strides.
-        off: value where the flag is not set, from -128 to 127.
+        off: value where the flag is not set.
         on: value where it is.
         dtype: dtype of the result; ``torch.bool`` for 0 and 1.
 
@@ -107,14 +114,24 @@ def expand_bits(
         if (off, on) != (0, 1):
             values = torch.tensor((off, on), dtype=dtype, device=bits.device)
             flat = torch.where(flat != 0, values[1], values[0])
+    elif native.makes_flags(bits, dtype):
+        flat = native.expand_flags(bits, math.prod(shape), off, on, dtype)
+    elif not _are_small(off, on):
+        flat = expand_bits(bits, shape, stride, 0, 1, dtype).as_strided((math.prod(shape),), (1,))
+        flat = flat.mul_(on - off).add_(off) if off else flat.mul_(on)
     else:
         count = math.prod(shape)
         if (off, on) == (0, 1) and _one_pass(count, bits.device):
             small = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(torch.int8)
         else:  # eight small values are copied as one word, and converted afterwards with vector instructions
-            small = _table(off, on, bits.device).index_select(0, bits.int()).view(torch.int8)
+            small = _table(int(off), int(on), bits.device).index_select(0, bits.int()).view(torch.int8)
         flat = small.view(torch.bool) if dtype == torch.bool else small.to(dtype)
     return flat.as_strided(shape, stride)
+
+
+def _are_small(off: float, on: float) -> bool:
+    """Whether both values are integers of a byte."""
+    return all(float(value).is_integer() and abs(value) < 128 for value in (off, on))
 
 
 @constant

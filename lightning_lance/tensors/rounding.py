@@ -8,8 +8,9 @@ that the mean is right between the ends. What is beyond them, as some values are
 eighth of normal numbers, whose mean is then off by some 0.4 deviations, and large values of a skewed group come out too
 small.
 
-On the CPU this is one pass of torch's kernels for the rows of embedding tables, a group being a row, where torch has
-them; elsewhere a dozen operators. Both weigh the same but for 2 bytes a group.
+On the CPU 4 and 8 bits to the nearest level are one pass in C (:mod:`lightning_lance.tensors.native`), or one of
+torch's kernels for the rows of embedding tables, a group being a row, which write the same bytes; elsewhere a dozen
+operators. All weigh the same but for 2 bytes a group.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lance.tensors import native
 from lightning_lance.tensors.bits import STRETCH
 from lightning_lance.tensors.cached import constant
 from lightning_lance.tensors.codes import pack_codes, unpack_codes, unpacking_table
@@ -36,6 +38,7 @@ FEWEST = 256
 
 _MAGNITUDE, _INFINITY, _SMALLEST = 0x7FFF, 0x7C00, 0x0800  # of a float16, without its sign; the last: 2 ** -13
 _ONE = 0x3C00
+_MAGNITUDE_SINGLE, _INFINITY_SINGLE, _SMALLEST_STEP = 0x7FFFFFFF, 0x7F800000, 0x3727C5AC  # of a float32; 1e-5
 _DITHERED, _DITHER_STARTS = 1 << 19, 1 << 14
 
 
@@ -120,7 +123,9 @@ def _group_size(inner: int, period: int) -> int:
     return next((group for group in sizes if period % group == 0), GROUP)
 
 
-def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int = GROUP) -> Rounded | None:
+def round_to_bits(
+    flat: Tensor, bits: int, dither: int | None = None, group: int = GROUP, affine: native.Affine | None = None
+) -> Rounded | None:
     """Round a stretch of memory.
 
     Args:
@@ -129,13 +134,25 @@ def round_to_bits(flat: Tensor, bits: int, dither: int | None = None, group: int
         dither: where to start in a table of random numbers, for rounding whose mean is right between the ends of a
             group; ``None``: to the nearest level.
         group: neighbours that share a range, an even number.
+        affine: changes elements on the way, where :func:`rounds_in_one_pass` says so.
 
     Returns:
-        ``None`` where an element is infinite, which no range holds. A NaN may become one of the levels.
+        ``None`` where an element is infinite, which no range holds, or where changed ones are far from one. A NaN may
+        become one of the levels.
     """
     count = flat.numel()
     if bits == 16:
         return Rounded(flat.bfloat16(), None, None, count, bits)
+    rows = native.pack_rows(flat, bits, group, 1.0, affine) if dither is None else None
+    if rows is not None:
+        if _fits(rows.largest, bits):
+            return Rounded(rows.codes, None, None, count, bits, group)
+        size = flat.abs().amax().item()
+        if affine is not None or not math.isfinite(size):
+            return None
+        scale = 1.0 if size == 0.0 else _scale(size)
+        rows = native.pack_rows(flat, bits, group, scale)
+        return None if rows is None else Rounded(rows.codes, None, None, count, bits, group, scale)
     missing = -count % group
     if missing:  # filled with the last element, so that the range of its group stays as it is
         flat = torch.cat([flat, flat[-1:].expand(missing)])
@@ -218,19 +235,17 @@ def _kernels(bits: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], 
 def _rows(groups: Tensor, count: int, bits: int, pack: Callable[[Tensor], Tensor]) -> Rounded | None:
     """Each group as a row of torch's kernels, scaled where their float16 cannot hold a range."""
     rows = pack(groups) if groups.dtype is torch.float32 else _by_stretches(groups, pack)
-    if bits == 8:  # float32, but 1e-8 is added to the spread
-        step = rows[:, -8:].contiguous().view(torch.float32)[:, 0].amax().item()
-        fits = 1e-5 < step < math.inf
+    if bits == 8:
+        largest = int(rows[:, -8:].contiguous().view(torch.int32)[:, 0].bitwise_and(_MAGNITUDE_SINGLE).amax().item())
     else:
         ends = rows[:, -4:]
         if rows.shape[1] % 2:
             ends = ends.contiguous()
         ranges = ends.view(torch.int16).bitwise_and(_MAGNITUDE)
-        largest = ranges.amax().item()
+        largest = int(ranges.amax().item())
         if largest == _ONE:  # the step of a group without a spread
-            largest = ranges.masked_fill_(ranges == _ONE, 0).amax().item()
-        fits = _SMALLEST <= largest < _INFINITY
-    if fits:
+            largest = int(ranges.masked_fill_(ranges == _ONE, 0).amax().item())
+    if _fits(largest, bits):
         return Rounded(rows, None, None, count, bits, groups.shape[1])
     groups = groups.float()
     size = groups.abs().amax().item()
@@ -238,8 +253,42 @@ def _rows(groups: Tensor, count: int, bits: int, pack: Callable[[Tensor], Tensor
         return None
     if size == 0.0:
         return Rounded(rows, None, None, count, bits, groups.shape[1])
-    scale = 2.0 ** (4 - max(math.frexp(size)[1], -110))
+    scale = _scale(size)
     return Rounded(pack(groups * scale), None, None, count, bits, groups.shape[1], scale)
+
+
+def _fits(largest: int, bits: int) -> bool:
+    """Whether ranges whose largest number is this, by the bits of a float, are held: with 8 bits steps alone count."""
+    if bits == 8:  # of a float32; 1e-8 is added to the spread
+        return _SMALLEST_STEP < largest < _INFINITY_SINGLE
+    return _SMALLEST <= largest < _INFINITY
+
+
+def _scale(size: float) -> float:
+    """What brings elements of this size near to one."""
+    return float(2.0 ** (4 - max(math.frexp(size)[1], -110)))
+
+
+def rounds_in_one_pass(tensor: Tensor, bits: int) -> bool:
+    """Whether elements may be changed by channel while they are rounded."""
+    return bits in (4, 8) and native.takes(tensor)
+
+
+def expand_changed(
+    rounded: Rounded, dtype: torch.dtype, affine: native.Affine, bounds: tuple[float, float] | None
+) -> Tensor | None:
+    """The value of every code, changed by channel and clamped in the same pass; ``None`` where there is no such.
+
+    Args:
+        rounded: what :func:`round_to_bits` returned.
+        dtype: dtype of the result, which is computed in float32.
+        affine: by channel.
+        bounds: what values are clamped to; ``None``: they are not.
+    """
+    codes, low, _, count, bits, group, scale = rounded
+    if bits == 16 or low is not None or group > native.LONGEST or not native.makes(codes, dtype):
+        return None
+    return native.expand_rows(codes, count, bits, group, dtype, 1 / scale, affine, bounds)
 
 
 def _by_stretches(groups: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
@@ -264,6 +313,8 @@ def expand(rounded: Rounded, dtype: torch.dtype) -> Tensor:
     if bits == 16:
         return codes.to(dtype)
     if low is None or step is None:
+        if group <= native.LONGEST and native.makes(codes, dtype):
+            return native.expand_rows(codes, count, bits, group, dtype, 1 / scale)
         kernels = _kernels(bits)
         assert kernels is not None
         if dtype is not torch.float32:

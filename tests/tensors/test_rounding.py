@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_lance.tensors import native
 from lightning_lance.tensors import rounding as module
 from lightning_lance.tensors.bits import STRETCH
 from lightning_lance.tensors.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
@@ -28,15 +29,25 @@ def test_codes_come_back(count: int, size: int, seed: int) -> None:
     assert torch.equal(unpack_codes(packed, unpacking_table(values, per_byte))[:size], values[codes.long()])
 
 
-@pytest.fixture(params=["kernels", "operators"])
+@pytest.fixture(params=["native", "kernels", "operators"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to the same number of bytes: torch's kernels for rows, and operators that every device has."""
+    """The ways to the same number of bytes: a pass in C, torch's kernels for rows, operators that every device has."""
     found: str = request.param
-    if found == "operators":
+    take(found, monkeypatch)
+    return found
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go one of the ways."""
+    if way == "native":
+        if native._native is None:
+            pytest.skip("nothing was compiled")
+        return
+    monkeypatch.setattr(native, "_native", None)
+    if way == "operators":
         monkeypatch.setattr(module, "_kernels", lambda bits: None)
     elif module._kernels(4) is None:
         pytest.skip("this build of torch has no vectorised kernels for rows")
-    return found
 
 
 def rounded(values: Tensor, bits: int, dither: int | None = None, group: int = GROUP) -> Tensor:
@@ -90,13 +101,13 @@ def test_no_element_is_further_off_than_its_level(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_both_ways_agree(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if module._kernels(bits) is None:
+    if module._kernels(bits) is None and native._native is None:
         pytest.skip("this build of torch has no vectorised kernels for rows")
     values = torch.randn(1500).relu_()
     values[300:600] = 0
     assert round_to_bits(values, bits).low is None  # type: ignore[union-attr]
     fused = rounded(values, bits)
-    monkeypatch.setattr(module, "_kernels", lambda bits: None)
+    take("operators", monkeypatch)
     assert round_to_bits(values, bits).low is not None  # type: ignore[union-attr]
     composed = rounded(values, bits)
     # The nearest level of either, or its neighbour.
@@ -125,7 +136,7 @@ def test_what_no_range_holds_is_refused(way: str, bits: int, value: float) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_another_precision_is_rounded_as_float32_is(bits: int, dtype: torch.dtype) -> None:
+def test_another_precision_is_rounded_as_float32_is(way: str, bits: int, dtype: torch.dtype) -> None:
     flat = torch.randn(2 * STRETCH + 130).to(dtype)
     before = torch.get_default_dtype()
     try:

@@ -1,0 +1,550 @@
+/* The passes over memory that a step makes for each activation: flags, rows of 4 or 8 bits, and the way back.
+
+   One pass each, in blocks that stay in the cache, written so that a compiler turns the inner loops into vector
+   instructions. lightning_lance/tensors/native.py says what goes in and comes out; without this module torch's kernels
+   and NumPy's do the same in several passes. */
+
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <immintrin.h>
+#define WIDE __attribute__((target("avx2,fma,f16c")))
+#endif
+
+/* Into their callers, which say what instructions there are. */
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+enum { SINGLE = 0, BRAIN = 1 }; /* float32, bfloat16 */
+enum { SHORTEST = 16, LONGEST = 256, BLOCK = 64 };
+
+static const uint64_t GATHER = UINT64_C(0x8040201008040201);
+
+/* How a tensor (B, C, ...) changes by channel: x * factor[c] + term[c], c = (place / inner) % channels. */
+typedef struct {
+    const float *factor, *term; /* NULL: not at all */
+    int64_t channels, inner;
+} Affine;
+
+typedef struct {
+    const void *input;
+    void *out;
+    int64_t count; /* elements */
+    int dtype, group, bits, cuts, itemsize;
+    float scale, low, high;
+    Affine affine;
+    const char *table;
+} Work;
+
+INLINE float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* To the nearest float16, ties to even. */
+INLINE uint16_t to_half(float value) {
+    const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
+    if (size >= 0x47800000) /* beyond, infinite or NaN */
+        return (uint16_t)(sign | (size > 0x7F800000 ? 0x7E00 : 0x7C00));
+    if (size < 0x38800000) /* subnormal: the sum leaves its last place where that of a half is */
+        return (uint16_t)(sign | (to_bits(from_bits(size) + 0.5f) - 0x3F000000));
+    return (uint16_t)(sign | ((size + 0xC8000FFF + (size >> 13 & 1)) >> 13));
+}
+
+INLINE float from_half(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7FFF;
+    if (size >= 0x7C00)
+        return from_bits(sign | 0x7F800000 | (size & 0x3FF) << 13);
+    if (size < 0x400)
+        return from_bits(sign | to_bits((float)size * 0x1p-24f));
+    return from_bits(sign | ((size << 13) + 0x38000000));
+}
+
+INLINE uint16_t to_brain(float value) {
+    const uint32_t bits = to_bits(value);
+    const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)(value != value ? 0x7FC0 : rounded);
+}
+
+/* Flags --------------------------------------------------------------------------------------------------------- */
+
+INLINE void flags_of_singles(
+    const float *restrict x, int64_t count, float low, float high, uint8_t *restrict out) {
+    uint8_t flags[BLOCK];
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        const int64_t left = count - start;
+        if (left >= BLOCK) {
+            for (int k = 0; k < BLOCK; k++)
+                flags[k] = (uint8_t)(!(x[start + k] <= low) & !(x[start + k] >= high));
+        } else {
+            memset(flags, 0, sizeof flags);
+            for (int k = 0; k < left; k++)
+                flags[k] = (uint8_t)(!(x[start + k] <= low) & !(x[start + k] >= high));
+        }
+        for (int k = 0; k < BLOCK && k < left; k += 8) {
+            uint64_t word;
+            memcpy(&word, flags + k, sizeof word);
+            out[(start + k) / 8] = (uint8_t)(word * GATHER >> 56);
+        }
+    }
+}
+
+INLINE void flags_of_brains(
+    const uint16_t *restrict x, int64_t count, float low, float high, uint8_t *restrict out) {
+    float block[BLOCK];
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        const int64_t left = count - start < BLOCK ? count - start : BLOCK;
+        for (int k = 0; k < left; k++)
+            block[k] = from_bits((uint32_t)x[start + k] << 16);
+        flags_of_singles(block, left, low, high, out + start / 8);
+    }
+}
+
+/* One entry of a table of 256 for every eight flags. */
+INLINE void values_of_flags(const uint8_t *flags, int64_t count, const char *table, int itemsize, char *out) {
+    const int size = 8 * itemsize;
+    for (int64_t i = 0; i < count / 8; i++)
+        memcpy(out + i * size, table + flags[i] * size, (size_t)size);
+    if (count % 8)
+        memcpy(out + count / 8 * size, table + flags[count / 8] * size, (size_t)(count % 8 * itemsize));
+}
+
+static uint32_t expand_flags(const Work *work, int64_t first, int64_t last) {
+    const int64_t start = first * BLOCK, end = last * BLOCK < work->count ? last * BLOCK : work->count;
+    const uint8_t *flags = (const uint8_t *)work->input + start / 8;
+    char *out = (char *)work->out + start * work->itemsize;
+    if (work->itemsize == 4) /* a constant size is copied by one instruction */
+        values_of_flags(flags, end - start, work->table, 4, out);
+    else if (work->itemsize == 2)
+        values_of_flags(flags, end - start, work->table, 2, out);
+    else
+        values_of_flags(flags, end - start, work->table, work->itemsize, out);
+    return 0;
+}
+
+/* Rows ---------------------------------------------------------------------------------------------------------- */
+
+/* In 32 bits where it fits, which is several times as fast. */
+INLINE int64_t quotient(int64_t place, int64_t size) {
+    return place >> 31 || size >> 31 ? place / size : (int64_t)((uint32_t)place / (uint32_t)size);
+}
+
+INLINE int64_t channel_of(int64_t place, const Affine *affine, int64_t *within) {
+    const int64_t map = affine->inner == 1 ? place : quotient(place, affine->inner);
+    *within = place - map * affine->inner;
+    return map - quotient(map, affine->channels) * affine->channels;
+}
+
+INLINE void change(float *restrict x, int count, int64_t channel, int64_t within, const Affine *affine) {
+    for (int done = 0; done < count;) {
+        const int last = affine->inner == 1; /* channels lie innermost */
+        const int64_t left = last ? affine->channels - channel : affine->inner - within;
+        const int end = left < count - done ? done + (int)left : count;
+        const float *restrict factor = affine->factor + channel, *restrict term = affine->term + channel;
+        if (last) {
+            for (int k = done; k < end; k++)
+                x[k] = x[k] * factor[k - done] + term[k - done];
+            channel = 0;
+        } else {
+            const float one_factor = *factor, one_term = *term;
+            for (int k = done; k < end; k++)
+                x[k] = x[k] * one_factor + one_term;
+            within = 0;
+            channel = channel + 1 == affine->channels ? 0 : channel + 1;
+        }
+        done = end;
+    }
+}
+
+INLINE void load(
+    const void *input, int dtype, int64_t place, int count, float scale, const Affine *affine, float *restrict x) {
+    if (dtype == BRAIN) {
+        const uint16_t *from = (const uint16_t *)input + place;
+        for (int k = 0; k < count; k++)
+            x[k] = from_bits((uint32_t)from[k] << 16);
+    } else
+        memcpy(x, (const float *)input + place, (size_t)count * sizeof *x);
+    if (scale != 1.0f)
+        for (int k = 0; k < count; k++)
+            x[k] *= scale;
+    if (affine->factor) {
+        int64_t within;
+        const int64_t channel = channel_of(place, affine, &within);
+        change(x, count, channel, within, affine);
+    }
+}
+
+INLINE void ends(const float *restrict x, int count, float *least, float *most) {
+    float low = x[0], high = x[0];
+    for (int k = 1; k < count; k++) {
+        low = x[k] < low ? x[k] : low;
+        high = x[k] > high ? x[k] : high;
+    }
+    *least = low;
+    *most = high;
+}
+
+/* To the nearest level, ties to even: the sum has no place behind the point. */
+INLINE int32_t level_of(float x, float low, float inverse, int32_t levels) {
+    int32_t level = (int32_t)to_bits((x - low) * inverse + 0x1.8p23f) - 0x4B400000;
+    level = level > 0 ? level : 0;
+    return level < levels ? level : levels;
+}
+
+INLINE void codes_of(const float *restrict x, int count, float low, float inverse, int bits, uint8_t *restrict out) {
+    if (bits == 8)
+        for (int k = 0; k < count; k++)
+            out[k] = (uint8_t)level_of(x[k], low, inverse, 255);
+    else
+        for (int k = 0; k < count; k += 2)
+            out[k / 2] = (uint8_t)(level_of(x[k], low, inverse, 15) | level_of(x[k + 1], low, inverse, 15) << 4);
+}
+
+INLINE void values_of(const uint8_t *restrict codes, int count, float step, float low, int bits, float *restrict out) {
+    if (bits == 8)
+        for (int k = 0; k < count; k++)
+            out[k] = (float)codes[k] * step + low;
+    else
+        for (int k = 0; k < count / 2; k++) {
+            out[2 * k] = (float)(codes[k] & 15) * step + low;
+            out[2 * k + 1] = (float)(codes[k] >> 4) * step + low;
+        }
+}
+
+#ifdef WIDE
+
+/* The same, sixteen elements at a time; the last ones are done twice where they are fewer. */
+#define EACH_SIXTEEN(k, count) \
+    for (int next = 0, k = 0; next < (count); next += 16, k = next + 16 <= (count) ? next : (count) - 16)
+
+WIDE static inline void ends_wide(const float *x, int count, float *least, float *most) {
+    __m256 low = _mm256_loadu_ps(x), high = low, low2 = _mm256_loadu_ps(x + 8), high2 = low2;
+    float lows[8], highs[8];
+    EACH_SIXTEEN(k, count) {
+        const __m256 first = _mm256_loadu_ps(x + k), second = _mm256_loadu_ps(x + k + 8);
+        low = _mm256_min_ps(low, first);
+        high = _mm256_max_ps(high, first);
+        low2 = _mm256_min_ps(low2, second);
+        high2 = _mm256_max_ps(high2, second);
+    }
+    _mm256_storeu_ps(lows, _mm256_min_ps(low, low2));
+    _mm256_storeu_ps(highs, _mm256_max_ps(high, high2));
+    ends(lows, 8, least, most);
+    ends(highs, 8, &highs[0], most);
+}
+
+WIDE static inline void codes_wide(const float *x, int count, float low, float inverse, int bits, uint8_t *out) {
+    const __m256 lows = _mm256_set1_ps(low), inverses = _mm256_set1_ps(inverse);
+    const __m256i levels = _mm256_set1_epi16(bits == 8 ? 255 : 15);
+    EACH_SIXTEEN(k, count) {
+        const __m256 first = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + k), lows), inverses);
+        const __m256 second = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + k + 8), lows), inverses);
+        const __m256i mixed = _mm256_packus_epi32(_mm256_cvtps_epi32(first), _mm256_cvtps_epi32(second));
+        const __m256i words = _mm256_min_epu16(_mm256_permute4x64_epi64(mixed, 0xD8), levels);
+        const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        if (bits == 8)
+            _mm_storeu_si128((__m128i *)(out + k), bytes);
+        else {
+            const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
+            _mm_storel_epi64((__m128i *)(out + k / 2), _mm_packus_epi16(pairs, pairs));
+        }
+    }
+}
+
+WIDE static inline void values_wide(const uint8_t *codes, int count, float step, float low, int bits, float *out) {
+    const __m256 steps = _mm256_set1_ps(step), lows = _mm256_set1_ps(low);
+    const __m128i fifteen = _mm_set1_epi8(15);
+    EACH_SIXTEEN(k, count) {
+        __m128i bytes;
+        if (bits == 8)
+            bytes = _mm_loadu_si128((const __m128i *)(codes + k));
+        else {
+            const __m128i pairs = _mm_loadl_epi64((const __m128i *)(codes + k / 2));
+            bytes = _mm_unpacklo_epi8(
+                _mm_and_si128(pairs, fifteen), _mm_and_si128(_mm_srli_epi16(pairs, 4), fifteen));
+        }
+        const __m256 first = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+        const __m256 second = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)));
+        _mm256_storeu_ps(out + k, _mm256_fmadd_ps(first, steps, lows));
+        _mm256_storeu_ps(out + k + 8, _mm256_fmadd_ps(second, steps, lows));
+    }
+}
+
+#else
+
+#define ends_wide ends
+#define codes_wide codes_of
+#define values_wide values_of
+
+#endif
+
+INLINE void cut(float *x, int count, float low, float high) {
+    for (int k = 0; k < count; k++) {
+        const float value = x[k] < low ? low : x[k];
+        x[k] = value > high ? high : value;
+    }
+}
+
+INLINE void store_brains(const float *restrict x, int count, uint16_t *restrict out) {
+    for (int k = 0; k < count; k++)
+        out[k] = to_brain(x[k]);
+}
+
+/* Rows first to last, as torch's embedding_bag_4bit_prepack and embedding_bag_byte_prepack write them. Returns the
+   largest number of a range: the bits of a float16 with 4 bits, of a float32, the step alone, with 8. */
+INLINE uint32_t pack_rows(const Work *work, int64_t first, int64_t last, int wide) {
+    const int group = work->group, bits = work->bits, size = group * bits / 8 + (bits == 8 ? 8 : 4);
+    uint8_t *row = (uint8_t *)work->out + first * size;
+    uint32_t largest = 0;
+    float block[LONGEST];
+    for (int64_t r = first; r < last; r++, row += size) {
+        const int64_t place = r * group, left = work->count - place;
+        const int count = left < group ? (int)left : group;
+        const float *x = block;
+        float low, high, inverse;
+        if (work->dtype == SINGLE && work->scale == 1.0f && !work->affine.factor && count == group)
+            x = (const float *)work->input + place;
+        else {
+            load(work->input, work->dtype, place, count, work->scale, &work->affine, block);
+            for (int k = count; k < group; k++)
+                block[k] = block[count - 1];
+        }
+        wide ? ends_wide(x, group, &low, &high) : ends(x, group, &low, &high);
+        if (bits == 8) {
+            const float step = (high - low) / 255.0f;
+            const uint32_t step_bits = to_bits(step) & 0x7FFFFFFF;
+            inverse = 255.0f / (high - low + 1e-8f);
+            memcpy(row + group, &step, sizeof step);
+            memcpy(row + group + 4, &low, sizeof low);
+            largest = step_bits > largest ? step_bits : largest;
+        } else {
+            const uint16_t low_half = to_half(low);
+            const float spread = high - from_half(low_half);
+            uint16_t step_half = to_half(spread / 15.0f);
+            if (from_half(step_half) == 0.0f)
+                step_half = 0x3C00; /* 1: of a group without a spread */
+            else
+                largest = (step_half & 0x7FFFu) > largest ? step_half & 0x7FFFu : largest;
+            largest = (low_half & 0x7FFFu) > largest ? low_half & 0x7FFFu : largest;
+            low = from_half(low_half);
+            inverse = 1.0f / from_half(step_half);
+            memcpy(row + group / 2, &step_half, sizeof step_half);
+            memcpy(row + group / 2 + 2, &low_half, sizeof low_half);
+        }
+        wide ? codes_wide(x, group, low, inverse, bits, row) : codes_of(x, group, low, inverse, bits, row);
+    }
+    return largest;
+}
+
+INLINE uint32_t expand_rows(const Work *work, int64_t first, int64_t last, int wide) {
+    const int group = work->group, bits = work->bits, size = group * bits / 8 + (bits == 8 ? 8 : 4);
+    const Affine *affine = &work->affine;
+    const uint8_t *row = (const uint8_t *)work->input + first * size;
+    float block[LONGEST];
+    for (int64_t r = first; r < last; r++, row += size) {
+        const int64_t place = r * group, left = work->count - place;
+        const int count = left < group ? (int)left : group;
+        float *x = work->dtype == SINGLE && count == group ? (float *)work->out + place : block;
+        int64_t within, channel;
+        int changes = affine->factor != NULL;
+        float step, low;
+        if (bits == 8) {
+            memcpy(&step, row + group, sizeof step);
+            memcpy(&low, row + group + 4, sizeof low);
+        } else {
+            uint16_t range[2];
+            memcpy(range, row + group / 2, sizeof range);
+            step = from_half(range[0]);
+            low = from_half(range[1]);
+        }
+        step *= work->scale;
+        low *= work->scale;
+        if (changes) {
+            channel = channel_of(place, affine, &within);
+            if (affine->inner > 1 && within + group <= affine->inner) { /* all of one channel */
+                step *= affine->factor[channel];
+                low = low * affine->factor[channel] + affine->term[channel];
+                changes = 0;
+            }
+        }
+        wide ? values_wide(row, group, step, low, bits, x) : values_of(row, group, step, low, bits, x);
+        if (changes)
+            change(x, count, channel, within, affine);
+        if (work->cuts)
+            cut(x, count, work->low, work->high);
+        if (work->dtype == BRAIN)
+            store_brains(x, count, (uint16_t *)work->out + place);
+        else if (x == block)
+            memcpy((float *)work->out + place, block, (size_t)count * sizeof *block);
+    }
+    return 0;
+}
+
+INLINE uint32_t pack_flags(const Work *work, int64_t first, int64_t last) {
+    const int64_t start = first * BLOCK, end = last * BLOCK < work->count ? last * BLOCK : work->count;
+    uint8_t *out = (uint8_t *)work->out + start / 8;
+    if (work->dtype == BRAIN)
+        flags_of_brains((const uint16_t *)work->input + start, end - start, work->low, work->high, out);
+    else
+        flags_of_singles((const float *)work->input + start, end - start, work->low, work->high, out);
+    return 0;
+}
+
+/* For the processor at hand ------------------------------------------------------------------------------------ */
+
+typedef uint32_t Pass(const Work *work, int64_t first, int64_t last);
+
+static uint32_t pack_rows_plain(const Work *work, int64_t first, int64_t last) { return pack_rows(work, first, last, 0); }
+static uint32_t expand_rows_plain(const Work *work, int64_t first, int64_t last) {
+    return expand_rows(work, first, last, 0);
+}
+static uint32_t pack_flags_plain(const Work *work, int64_t first, int64_t last) { return pack_flags(work, first, last); }
+
+#ifdef WIDE
+WIDE static uint32_t pack_rows_wide(const Work *work, int64_t first, int64_t last) {
+    return pack_rows(work, first, last, 1);
+}
+WIDE static uint32_t expand_rows_wide(const Work *work, int64_t first, int64_t last) {
+    return expand_rows(work, first, last, 1);
+}
+WIDE static uint32_t pack_flags_wide(const Work *work, int64_t first, int64_t last) {
+    return pack_flags(work, first, last);
+}
+#define CHOOSE(pass) (is_wide ? pass##_wide : pass##_plain)
+#else
+#define CHOOSE(pass) (pass##_plain)
+#endif
+
+static int is_wide = 0;
+
+/* Rows, or blocks of flags, on several threads. */
+static uint32_t run(Pass *pass, const Work *work, int64_t total, int threads) {
+    uint32_t largest = 0;
+    const int64_t part = (total + threads - 1) / threads;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest) if (threads > 1)
+#endif
+    for (int thread = 0; thread < threads; thread++) {
+        const int64_t first = thread * part, last = first + part < total ? first + part : total;
+        const uint32_t found = first < last ? pass(work, first, last) : 0;
+        largest = found > largest ? found : largest;
+    }
+    return largest;
+}
+
+/* Python -------------------------------------------------------------------------------------------------------- */
+
+static PyObject *py_pack_flags(PyObject *self, PyObject *args) {
+    unsigned long long input, out;
+    long long count;
+    int threads;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLiffKi", &input, &count, &work.dtype, &work.low, &work.high, &out, &threads))
+        return NULL;
+    work.input = (const void *)(uintptr_t)input;
+    work.out = (void *)(uintptr_t)out;
+    work.count = count;
+    Py_BEGIN_ALLOW_THREADS
+    run(CHOOSE(pack_flags), &work, (count + BLOCK - 1) / BLOCK, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_expand_flags(PyObject *self, PyObject *args) {
+    unsigned long long input, out, values;
+    long long count;
+    int itemsize, threads;
+    Work work = {0};
+    char table[256 * 8 * 8];
+    if (!PyArg_ParseTuple(args, "KLKiKi", &input, &count, &values, &itemsize, &out, &threads))
+        return NULL;
+    if (itemsize < 1 || itemsize > 8) {
+        PyErr_SetString(PyExc_ValueError, "values have 1 to 8 bytes");
+        return NULL;
+    }
+    work.input = (const void *)(uintptr_t)input;
+    work.out = (void *)(uintptr_t)out;
+    work.count = count;
+    work.table = table;
+    work.itemsize = itemsize;
+    Py_BEGIN_ALLOW_THREADS
+    const char *off = (const char *)(uintptr_t)values, *on = off + itemsize;
+    for (int entry = 0; entry < 256; entry++)
+        for (int k = 0; k < 8; k++)
+            memcpy(table + (entry * 8 + k) * itemsize, entry >> (7 - k) & 1 ? on : off, (size_t)itemsize);
+    run(expand_flags, &work, (count + BLOCK - 1) / BLOCK, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *rows(PyObject *args, Pass *pass) {
+    unsigned long long input, out, factor, term;
+    long long count, channels, inner;
+    int threads;
+    uint32_t largest;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLiiifKKLLiffKi", &input, &count, &work.dtype, &work.group, &work.bits, &work.scale,
+                          &factor, &term, &channels, &inner, &work.cuts, &work.low, &work.high, &out, &threads))
+        return NULL;
+    if (work.group > LONGEST || work.group < SHORTEST || work.group % 2 || (work.bits != 4 && work.bits != 8)) {
+        PyErr_SetString(PyExc_ValueError, "groups have an even number of 16 to 256 elements, of 4 or 8 bits");
+        return NULL;
+    }
+    work.input = (const void *)(uintptr_t)input;
+    work.out = (void *)(uintptr_t)out;
+    work.count = count;
+    work.affine.factor = (const float *)(uintptr_t)factor;
+    work.affine.term = (const float *)(uintptr_t)term;
+    work.affine.channels = channels;
+    work.affine.inner = inner;
+    Py_BEGIN_ALLOW_THREADS
+    largest = run(pass, &work, (count + work.group - 1) / work.group, threads);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLong(largest);
+}
+
+static PyObject *py_pack_rows(PyObject *self, PyObject *args) { return rows(args, CHOOSE(pack_rows)); }
+
+static PyObject *py_expand_rows(PyObject *self, PyObject *args) { return rows(args, CHOOSE(expand_rows)); }
+
+/* Whether the widest instructions are used from now on, where the processor has them; returns whether they were. */
+static PyObject *py_widen(PyObject *self, PyObject *args) {
+    int on, before = is_wide;
+    if (!PyArg_ParseTuple(args, "p", &on))
+        return NULL;
+#ifdef WIDE
+    is_wide = on && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return PyBool_FromLong(before);
+}
+
+static PyMethodDef METHODS[] = {
+    {"pack_flags", py_pack_flags, METH_VARARGS, NULL},
+    {"expand_flags", py_expand_flags, METH_VARARGS, NULL},
+    {"pack_rows", py_pack_rows, METH_VARARGS, NULL},
+    {"expand_rows", py_expand_rows, METH_VARARGS, NULL},
+    {"widen", py_widen, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", NULL, 0, METHODS, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) {
+#ifdef WIDE
+    is_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return PyModule_Create(&MODULE);
+}

@@ -1,0 +1,202 @@
+"""The passes over memory that a step makes for each activation, in C where a compiler was there to build them.
+
+One pass each, on as many threads as torch has: flags of one bit, rows of 4 or 8 bits in the format of torch's kernels
+for embedding tables, and the way back, with a normalisation and a clamp on the way. Where the module was not built, or
+the environment says ``LANCE_NATIVE=0``, or a tensor is none for it, the callers take torch's kernels and NumPy's, in
+several passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_core: Any = torch._C
+_native: Any = None
+if os.environ.get("LANCE_NATIVE") != "0":
+    with suppress(ImportError):  # it was not built
+        _native = importlib.import_module("lightning_lance.tensors._native")
+
+LONGEST = 256
+"""Elements of the longest row."""
+
+_FEW = 1 << 15  # elements that one thread is done with before another has begun
+_dispatch_modes: Any = _core._len_torch_dispatch_stack
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Affine(NamedTuple):
+    """``x * factor[c] + term[c]`` for each channel ``c`` of a tensor ``(B, C, ...)`` that fills a stretch of memory.
+
+    Attributes:
+        factor: ``(C,)`` float32.
+        term: ``(C,)`` float32.
+        inner: neighbours in memory of the same channel, which is the stride of channels.
+    """
+
+    factor: Tensor
+    term: Tensor
+    inner: int
+
+    @classmethod
+    def of(cls, factor: Tensor, term: Tensor, stride: tuple[int, ...]) -> Affine:
+        """For a tensor ``(B, C, ...)`` of these strides, whose elements fill a stretch of memory once."""
+        return cls(factor.float().contiguous(), term.float().contiguous(), max(1, stride[1]))
+
+
+class Rows(NamedTuple):
+    """Rows as torch's kernels for embedding tables write them.
+
+    Attributes:
+        codes: ``(rows, bytes)`` uint8, with the range of each at its end.
+        largest: number of all ranges: the bits of a float16 with 4 bits, of a float32 and of steps alone with 8.
+    """
+
+    codes: Tensor
+    largest: int
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether there is a pass in C over the elements of this tensor, which lies without gaps."""
+    return (
+        _native is not None
+        and tensor.is_cpu
+        and tensor.dtype in _DTYPES
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        and not _watched()
+    )
+
+
+def makes(codes: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there is a pass in C from these rows to elements of this dtype."""
+    return _native is not None and codes.is_cpu and dtype in _DTYPES and not _watched()
+
+
+def makes_flags(bits: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there is a pass in C from these bits to elements of this dtype."""
+    return _native is not None and bits.is_cpu and dtype.itemsize <= 8 and not _watched()
+
+
+def _watched() -> bool:
+    """Whether a compiler, or a mode that sees every operator, would miss what runs here."""
+    return _dispatch_modes() > 0 or torch.compiler.is_compiling()
+
+
+def pack_flags(flat: Tensor, low: float, high: float) -> Tensor:
+    """Eight flags in a byte, the first one in its highest bit: set where neither ``x <= low`` nor ``x >= high``.
+
+    Args:
+        flat: one axis, contiguous.
+        low: below all elements: no lower bound.
+        high: NaN: no upper bound.
+
+    Returns:
+        uint8 of shape ``(ceil(n / 8),)``; the unused bits of the last byte are 0.
+    """
+    count = flat.numel()
+    packed = torch.empty(-(-count // 8), dtype=torch.uint8)
+    _native.pack_flags(flat.data_ptr(), count, _DTYPES[flat.dtype], low, high, packed.data_ptr(), _threads(count))
+    return packed
+
+
+def expand_flags(bits: Tensor, count: int, off: float, on: float, dtype: torch.dtype) -> Tensor:
+    """One of two values for every flag.
+
+    Args:
+        bits: what :func:`pack_flags` returned.
+        count: how many.
+        off: value where a flag is not set.
+        on: value where it is.
+        dtype: dtype of the result, any.
+
+    Returns:
+        New tensor ``(count,)``.
+    """
+    values = _two(off, on, dtype)
+    found = torch.empty(count, dtype=dtype)
+    _native.expand_flags(
+        bits.data_ptr(), count, values.data_ptr(), values.element_size(), found.data_ptr(), _threads(count)
+    )
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _two(off: float, on: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor((off, on), dtype=dtype)
+
+
+def pack_rows(flat: Tensor, bits: int, group: int, scale: float = 1.0, affine: Affine | None = None) -> Rows | None:
+    """Round a stretch of memory, each group to a row; ``None`` where there is no pass for it.
+
+    Args:
+        flat: one axis, contiguous.
+        bits: of an element; there are passes for 4 and 8.
+        group: even number of elements of a row, from 16 to 256; the last row is filled up with the last element.
+        scale: every element is multiplied by it first.
+        affine: and changed by its channel after that.
+    """
+    if bits not in (4, 8) or group > LONGEST or not takes(flat):
+        return None
+    count = flat.numel()
+    rows = -(-count // group)
+    codes = torch.empty(rows, group * bits // 8 + (8 if bits == 8 else 4), dtype=torch.uint8)
+    largest = _native.pack_rows(
+        *(flat.data_ptr(), count, _DTYPES[flat.dtype], group, bits, scale),
+        *_pointers(affine),
+        *(0, 0.0, 0.0, codes.data_ptr(), _threads(count)),
+    )
+    return Rows(codes, largest)
+
+
+def expand_rows(
+    codes: Tensor,
+    count: int,
+    bits: int,
+    group: int,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    affine: Affine | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> Tensor:
+    """The value of every code.
+
+    Args:
+        codes: as :func:`pack_rows` returned them.
+        count: elements.
+        bits: of an element.
+        group: elements of a row.
+        dtype: float32 or bfloat16; all is computed in float32.
+        scale: every value is multiplied by it first.
+        affine: and changed by its channel after that.
+        bounds: and then clamped to these.
+
+    Returns:
+        New tensor ``(count,)``.
+    """
+    found = torch.empty(count, dtype=dtype)
+    low, high = bounds or (-math.inf, math.inf)
+    _native.expand_rows(
+        *(codes.data_ptr(), count, _DTYPES[dtype], group, bits, scale),
+        *_pointers(affine),
+        *(bounds is not None, low, high, found.data_ptr(), _threads(count)),
+    )
+    return found
+
+
+def _pointers(affine: Affine | None) -> tuple[int, int, int, int]:
+    if affine is None:
+        return 0, 0, 1, 1
+    return affine.factor.data_ptr(), affine.term.data_ptr(), affine.factor.numel(), affine.inner
+
+
+def _threads(count: int) -> int:
+    return torch.get_num_threads() if count > _FEW else 1

@@ -1,0 +1,229 @@
+"""The passes in C write the bytes that torch's kernels and NumPy's write, and what they change on the way is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_lance.tensors import native
+from lightning_lance.tensors.bits import expand_bits, pack_bits, pack_bits_of
+from lightning_lance.tensors.rounding import expand, expand_changed, group_size, round_to_bits
+
+pytestmark = [pytest.mark.skipif(native._native is None, reason="nothing was compiled")]
+
+drawn = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+GROUPS = st.sampled_from([64, 66, 98, 100, 112, 128, 196, 254, 256])
+NUMBERS = [0.0, -0.0, 1e-8, 1.0, -3.0, 6.0, 100.0, 1e4]
+
+
+@pytest.fixture(params=["wide", "plain"], autouse=True)
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The widest ones that the processor has, and those of any other."""
+    before = native._native.widen(request.param == "wide")
+    yield
+    native._native.widen(before)
+
+
+@pytest.fixture(params=[1, 3], autouse=True)
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are shared out among threads, also where they are few."""
+    monkeypatch.setattr(native, "_threads", lambda _: request.param)
+
+
+def values(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of several sizes, some of them equal."""
+    draw = torch.Generator().manual_seed(seed)
+    found = torch.randn(count, generator=draw) * 10 ** torch.randint(-2, 3, (count,), generator=draw)
+    special = torch.rand(count, generator=draw) < 0.2
+    found[special] = torch.tensor(NUMBERS)[torch.randint(0, len(NUMBERS), (int(special.sum()),), generator=draw)]
+    return found.to(dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@given(
+    count=st.integers(1, 1500), group=GROUPS, exponent=st.integers(-4, 0), half=st.booleans(), seed=st.integers(0, 99)
+)
+@drawn
+def test_rows_are_those_of_torch(bits: int, count: int, group: int, exponent: int, half: bool, seed: int) -> None:
+    pack = {4: torch.ops.quantized.embedding_bag_4bit_prepack, 8: torch.ops.quantized.embedding_bag_byte_prepack}[bits]
+    back = {4: torch.ops.quantized.embedding_bag_4bit_unpack, 8: torch.ops.quantized.embedding_bag_byte_unpack}[bits]
+    flat = (values(count, seed) * 10.0**exponent + 0.0).to(torch.bfloat16 if half else torch.float32)
+    found = native.pack_rows(flat, bits, group)
+    assert found is not None
+    rows = torch.cat([flat, flat[-1:].expand(-count % group)]).view(-1, group).float()
+    assert torch.equal(found.codes, pack(rows))
+    expected = back(found.codes).view(-1)[:count]
+    again = native.expand_rows(found.codes, count, bits, group, flat.dtype)
+    # One rounding less or more, where a product and a sum are one instruction.
+    close = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[flat.dtype]
+    size = float(expected.abs().max())
+    torch.testing.assert_close(again.float(), expected, rtol=close, atol=size * 1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@given(half=st.integers(0, 2**15 - 1))
+@drawn
+def test_ranges_are_float16s(bits: int, half: int) -> None:
+    """Every number of a float16, as both ends of a group, small and infinite ones too."""
+    number = torch.tensor([half], dtype=torch.int16).view(torch.float16).float()
+    flat = torch.stack([number, -number, number * (1 + 2**-11), number * (1 + 2**-12)], 1).view(-1).repeat(16)
+    expected = round_without(flat, bits)
+    found = round_to_bits(flat, bits, None, 64)
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert torch.equal(found.codes, expected.codes)
+        assert found.scale == expected.scale
+
+
+def round_without(flat: Tensor, bits: int) -> Any:
+    """By torch's kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_native", None)
+        return round_to_bits(flat, bits, None, 64)
+
+
+LAYOUTS = st.sampled_from([None, (0, 2, 3, 1), (0, 3, 1, 2), (1, 0, 2, 3)])
+
+
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 8), st.integers(1, 8)),
+    layout=LAYOUTS,
+    bits=st.sampled_from([4, 8]),
+    half=st.booleans(),
+    seed=st.integers(0, 99),
+    bounds=st.sampled_from([None, (0.0, math.inf), (0.0, 6.0), (-0.5, 0.25)]),
+)
+@drawn
+def test_changes_are_of_the_channel(
+    shape: tuple[int, ...], layout: Any, bits: int, half: bool, seed: int, bounds: Any
+) -> None:
+    dtype = torch.bfloat16 if half else torch.float32
+    draw = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(shape, generator=draw).to(dtype)
+    if layout is not None:  # the axes as they lie in memory
+        tensor = tensor.permute(layout).contiguous().permute([layout.index(axis) for axis in range(4)])
+    factor, term = torch.randn(2, shape[1], generator=draw)
+    affine = native.Affine.of(factor, term, tensor.stride())
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    by_channel = (slice(None), None, None)
+    expected = torch.empty_like(tensor, dtype=torch.float64)
+    expected.copy_(tensor.double() * factor.double()[by_channel] + term.double()[by_channel])
+    expected = expected.as_strided((tensor.numel(),), (1,))
+    group = group_size(shape, tensor.stride())
+
+    # On the way in ...
+    changed = round_to_bits(flat, bits, None, group, affine)
+    assert changed is not None
+    level = float(expected.max() - expected.min()) / (2**bits - 1)
+    slack = float(expected.abs().max()) * 2**-9 + 1e-6
+    back = expand(changed, torch.float32).double()
+    assert float((back - expected).abs().max()) <= 0.51 * level + slack
+
+    # ... and on the way out.
+    rounded = round_to_bits(flat, bits, None, group)
+    assert rounded is not None
+    plain = torch.empty_like(tensor, dtype=torch.float64)
+    plain.as_strided((tensor.numel(),), (1,)).copy_(expand(rounded, torch.float32))
+    expected = torch.empty_like(plain).copy_(plain * factor.double()[by_channel] + term.double()[by_channel])
+    expected = expected.as_strided((tensor.numel(),), (1,))
+    if bounds is not None:
+        expected = expected.clamp(*bounds)
+    found = expand_changed(rounded, dtype, affine, bounds)
+    assert found is not None
+    assert found.dtype == dtype
+    close = 2**-8 if half else 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=close, atol=1e-5)
+
+
+@given(
+    count=st.integers(0, 700),
+    bounds=st.sampled_from([(0.0, 6.0), (0.0, math.nan), (-1.0, 1.0), (math.nan, math.nan), (-math.inf, 0.0)]),
+    half=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@drawn
+def test_flags_are_those_of_numpy(count: int, bounds: tuple[float, float], half: bool, seed: int) -> None:
+    flat = values(count, seed, torch.bfloat16 if half else torch.float32)
+    for place, number in enumerate((math.nan, math.inf, -math.inf, *bounds)):
+        flat[place * 11 : place * 11 + 1] = number
+    low, high = bounds
+    expected = ~(flat <= low) & ~(flat >= high)
+    assert np.array_equal(native.pack_flags(flat, low, high).numpy(), np.packbits(expected.numpy()))
+
+
+@given(count=st.integers(0, 700), seed=st.integers(0, 99))
+@drawn
+def test_values_of_flags(count: int, seed: int) -> None:
+    flags = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
+    bits = pack_bits(flags.clone())
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8):
+        off, on = (0, 1) if dtype is torch.bool else (3, 200) if dtype is torch.uint8 else (-0.25, 1.7)
+        expected = torch.where(flags, torch.tensor(on, dtype=dtype), torch.tensor(off, dtype=dtype))
+        assert torch.equal(native.expand_flags(bits, count, off, on, dtype), expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "_native", None)
+            without = expand_bits(bits, (count,), (1,), off, on, dtype)
+        torch.testing.assert_close(without, expected)
+
+
+def test_flags_of_the_derivatives() -> None:
+    """The two ways to say where a ReLU or a hardtanh passes gradients on."""
+    flat = values(5000, 0)
+    relu = flat.relu()
+    assert torch.equal(pack_bits_of(relu, Tensor.bool, (0.0, math.nan)), pack_bits(relu.bool()))
+    inside = torch.ops.aten.hardtanh_backward(torch.ones(5000), flat, -1.0, 1.0).bool()
+    assert torch.equal(
+        pack_bits_of(flat, lambda _: pytest.fail("another way was there"), (-1.0, 1.0)), pack_bits(inside)
+    )
+
+
+def test_what_lies_otherwise_than_it_says_is_left_alone() -> None:
+    negative = torch.complex(torch.randn(600), torch.randn(600)).conj().imag
+    assert negative.is_neg()
+    assert not native.takes(negative)
+    assert not native.takes(torch._efficientzerotensor(600))
+    assert not native.takes(torch.randn(600, dtype=torch.float64))
+    assert not native.takes(torch.randn(600, device="meta"))
+    assert native.takes(nn.Parameter(torch.randn(600)))
+    found = round_to_bits(negative.resolve_neg(), 8)
+    assert found is not None
+    assert float((expand(found, torch.float32) - negative).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("group", [8, 63])
+def test_groups_that_are_too_short_are_refused(group: int) -> None:
+    with pytest.raises(ValueError, match="16 to 256 elements"):
+        native.pack_rows(torch.randn(1000), 4, group)
+
+
+def test_groups_that_no_buffer_holds_take_another_way() -> None:
+    flat = torch.randn(1000)
+    assert native.pack_rows(flat, 4, 258) is None
+    found = round_to_bits(flat, 4, None, 258)
+    assert found is not None
+    assert float((expand(found, torch.float32) - flat).abs().max()) < 0.5
+
+
+def test_a_mode_that_sees_operators_sees_them_all() -> None:
+    with FlopCounterMode(display=False):
+        assert not native.takes(torch.randn(600))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_not_a_number_does_not_reach_its_neighbours(bits: int) -> None:
+    flat = torch.randn(1280)
+    flat[300] = math.nan
+    found = round_to_bits(flat, bits)
+    if found is not None:
+        back = expand(found, torch.float32)
+        others = torch.arange(1280) != 300
+        assert float((back - flat)[others].abs().max()) < 0.5
