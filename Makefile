@@ -96,6 +96,7 @@ release: dist  ## build, check, install both in a fresh environment, and test wh
 	$(PYTHON) -m venv --clear build/release/venv
 	$(FRESH) -m pip install --quiet --disable-pip-version-check dist/*.whl
 	$(FRESH) -m pip check
+	cd build/release && venv/bin/python -c "import lightning_lance.tensors._native"
 	cp tests/five_lines.py build/release/five_lines.py
 	cd build/release && venv/bin/python five_lines.py && venv/bin/lightning-lance --version
 	$(FRESH) -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz
@@ -107,4 +108,4 @@ release: dist  ## build, check, install both in a fresh environment, and test wh
 	@echo "built and checked: $$(ls dist/* | tr '\n' ' ')"
 
 clean:  ## remove the virtual environment and what builds and tools left
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
+	rm -rf lightning_lance/tensors/_native.*.so $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs

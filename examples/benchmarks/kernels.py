@@ -22,14 +22,15 @@ from torch import Tensor
 from examples.benchmarks.batch_mode import seconds
 from examples.benchmarks.memory import RESULTS
 from examples.benchmarks.table import show
+from lightning_lance.compression.recipes import affine
 from lightning_lance.ops import conv
 from lightning_lance.ops.conv import conv_input_grad, conv_weight_grad, geometry
 from lightning_lance.ops.factors import Factors
 from lightning_lance.tensors import bits as mask
-from lightning_lance.tensors import linalg
-from lightning_lance.tensors import rounding as stretches
+from lightning_lance.tensors import linalg, native
 from lightning_lance.tensors.linalg import mode_products
-from lightning_lance.tensors.rounding import expand, round_to_bits
+from lightning_lance.tensors.native import Affine
+from lightning_lance.tensors.rounding import Rounded, expand, expand_changed, round_to_bits
 
 Pair = tuple[str, str, Callable[[], object], Callable[[], object]]
 MAPS = ((32, 100), (32, 32, 14, 14), (32, 64, 28, 28), (32, 64, 56, 56))
@@ -59,7 +60,7 @@ def without(function: Callable[[], object], module: Any, name: str, value: objec
 
 
 def rounding() -> Iterator[Pair]:
-    """Rounding a tensor and the way back: a dozen operators, and torch's kernels for rows."""
+    """Rounding a tensor and the way back: torch's kernels for rows, and a pass in C each."""
     for shape in MAPS:
         values = torch.randn(shape).relu_()
 
@@ -70,24 +71,47 @@ def rounding() -> Iterator[Pair]:
                 assert rounded is not None
                 return expand(rounded, values.dtype)
 
-            composed = without(there_and_back, stretches, "_kernels", lambda _: None)
-            yield f"rounding to {bits} bits and back", _sizes(shape), composed, there_and_back
+            yield f"rounding to {bits} bits and back", _sizes(shape), _without_c(there_and_back), there_and_back
+
+
+def computed() -> Iterator[Pair]:
+    """What a layer behind a batch norm and a ReLU reads, from what the norm keeps: in three passes, and in one."""
+    for shape in MAPS[1:]:
+        input, factor, term = torch.randn(shape), torch.rand(shape[1]), torch.rand(shape[1])
+        rounded = round_to_bits(input.view(-1), 4)
+        assert rounded is not None
+        by_channel = Affine.of(factor, term, input.stride())
+
+        def three(
+            rounded: Rounded = rounded, shape: tuple[int, ...] = shape, factor: Tensor = factor, term: Tensor = term
+        ) -> Tensor:
+            return affine(expand(rounded, torch.float32).view(shape), factor, term).clamp_(0.0, math.inf)
+
+        def one(rounded: Rounded = rounded, by_channel: Affine = by_channel) -> object:
+            return expand_changed(rounded, torch.float32, by_channel, (0.0, math.inf))
+
+        if one() is not None:
+            yield "norm and ReLU of what is kept", _sizes(shape), _without_c(three), one
 
 
 def flags() -> Iterator[Pair]:
-    """Eight flags in a byte and back: with torch's operators, and with NumPy's."""
+    """Eight flags in a byte and back: with NumPy's and torch's kernels, and in C."""
     for shape in MAPS:
-        positive = torch.randn(shape) > 0
-        bits = mask.pack_bits(positive.clone())
+        values = torch.randn(shape).relu_()
+        bits = mask.pack_bits(values.bool())
 
-        def pack(positive: Tensor = positive) -> Tensor:
-            return mask.pack_bits(positive.clone())  # one of the ways overwrites it
+        def pack(values: Tensor = values) -> Tensor:
+            return mask.pack_bits_of(values, Tensor.bool, (0.0, math.nan))
 
-        def expand(bits: Tensor = bits, positive: Tensor = positive) -> Tensor:
-            return mask.expand_bits(bits, tuple(positive.shape), positive.stride(), 0, 1, torch.float32)
+        def expand(bits: Tensor = bits, values: Tensor = values) -> Tensor:
+            return mask.expand_bits(bits, tuple(values.shape), values.stride(), 0, 1, torch.float32)
 
         for name, function in (("packing", pack), ("expanding", expand)):
-            yield f"{name} flags", _sizes(shape), without(function, mask, "_one_pass", lambda *_: False), function
+            yield f"{name} flags", _sizes(shape), _without_c(function), function
+
+
+def _without_c(function: Callable[[], object]) -> Callable[[], object]:
+    return without(function, native, "_native", None)
 
 
 def pointwise() -> Iterator[Pair]:
@@ -147,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     found: dict[str, dict[str, float]] = {}
-    for group in (rounding, flags, pointwise, small_maps):
+    for group in (rounding, computed, flags, pointwise, small_maps):
         for name, shape, other, ours in group():
             slow, fast = seconds([other, ours], options.repeats)
             found.setdefault(name, {})[shape] = slow / fast

@@ -4,10 +4,16 @@
    instructions. lightning_lance/tensors/native.py says what goes in and comes out; without this module torch's kernels
    and NumPy's do the same in several passes. */
 
+#ifndef Py_GIL_DISABLED /* which has no limited interface */
 #define Py_LIMITED_API 0x030A0000
+#endif
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+
+#ifdef _MSC_VER
+#define restrict __restrict
+#endif
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>
@@ -232,7 +238,7 @@ INLINE void values_of(const uint8_t *restrict codes, int count, float step, floa
 
 WIDE static inline void ends_wide(const float *x, int count, float *least, float *most) {
     __m256 low = _mm256_loadu_ps(x), high = low, low2 = _mm256_loadu_ps(x + 8), high2 = low2;
-    float lows[8], highs[8];
+    float lows[8], highs[8], highest_low;
     EACH_SIXTEEN(k, count) {
         const __m256 first = _mm256_loadu_ps(x + k), second = _mm256_loadu_ps(x + k + 8);
         low = _mm256_min_ps(low, first);
@@ -243,7 +249,7 @@ WIDE static inline void ends_wide(const float *x, int count, float *least, float
     _mm256_storeu_ps(lows, _mm256_min_ps(low, low2));
     _mm256_storeu_ps(highs, _mm256_max_ps(high, high2));
     ends(lows, 8, least, most);
-    ends(highs, 8, &highs[0], most);
+    ends(highs, 8, &highest_low, most);
 }
 
 WIDE static inline void codes_wide(const float *x, int count, float low, float inverse, int bits, uint8_t *out) {
@@ -546,5 +552,14 @@ PyMODINIT_FUNC PyInit__native(void) {
 #ifdef WIDE
     is_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-    return PyModule_Create(&MODULE);
+    PyObject *module = PyModule_Create(&MODULE);
+    if (module && PyModule_AddIntConstant(module, "INTERFACE", 1)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+#ifdef Py_GIL_DISABLED
+    if (module)
+        PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+    return module;
 }

@@ -12,6 +12,7 @@ import functools
 import importlib
 import math
 import os
+import sys
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -19,16 +20,19 @@ import torch
 from torch import Tensor, nn
 
 _core: Any = torch._C
+_INTERFACE = 1  # of the module that this one was written for: an older one may lie beside it
 _native: Any = None
-if os.environ.get("LANCE_NATIVE") != "0":
+if os.environ.get("LANCE_NATIVE") != "0" and sys.byteorder == "little":
     with suppress(ImportError):  # it was not built
-        _native = importlib.import_module("lightning_lance.tensors._native")
+        _found: Any = importlib.import_module("lightning_lance.tensors._native")
+        _native = _found if _found.INTERFACE == _INTERFACE else None
 
 LONGEST = 256
 """Elements of the longest row."""
 
 _FEW = 1 << 15  # elements that one thread is done with before another has begun
 _dispatch_modes: Any = _core._len_torch_dispatch_stack
+_transforms: Any = _core._are_functorch_transforms_active
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -70,9 +74,9 @@ def takes(tensor: Tensor) -> bool:
         and tensor.is_cpu
         and tensor.dtype in _DTYPES
         and type(tensor) in (Tensor, nn.Parameter)
+        and not _watched()
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
-        and not _watched()
     )
 
 
@@ -87,8 +91,8 @@ def makes_flags(bits: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _watched() -> bool:
-    """Whether a compiler, or a mode that sees every operator, would miss what runs here."""
-    return _dispatch_modes() > 0 or torch.compiler.is_compiling()
+    """Whether a compiler, a transform, or a mode that sees every operator would miss what runs here."""
+    return _dispatch_modes() > 0 or _transforms() or torch.compiler.is_compiling()
 
 
 def pack_flags(flat: Tensor, low: float, high: float) -> Tensor:
@@ -103,7 +107,7 @@ def pack_flags(flat: Tensor, low: float, high: float) -> Tensor:
         uint8 of shape ``(ceil(n / 8),)``; the unused bits of the last byte are 0.
     """
     count = flat.numel()
-    packed = torch.empty(-(-count // 8), dtype=torch.uint8)
+    packed = torch.empty(-(-count // 8), dtype=torch.uint8, device="cpu")
     _native.pack_flags(flat.data_ptr(), count, _DTYPES[flat.dtype], low, high, packed.data_ptr(), _threads(count))
     return packed
 
@@ -122,7 +126,7 @@ def expand_flags(bits: Tensor, count: int, off: float, on: float, dtype: torch.d
         New tensor ``(count,)``.
     """
     values = _two(off, on, dtype)
-    found = torch.empty(count, dtype=dtype)
+    found = torch.empty(count, dtype=dtype, device="cpu")
     _native.expand_flags(
         bits.data_ptr(), count, values.data_ptr(), values.element_size(), found.data_ptr(), _threads(count)
     )
@@ -131,7 +135,7 @@ def expand_flags(bits: Tensor, count: int, off: float, on: float, dtype: torch.d
 
 @functools.lru_cache(maxsize=256)
 def _two(off: float, on: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor((off, on), dtype=dtype)
+    return torch.tensor((off, on), dtype=dtype, device="cpu")
 
 
 def pack_rows(flat: Tensor, bits: int, group: int, scale: float = 1.0, affine: Affine | None = None) -> Rows | None:
@@ -148,7 +152,7 @@ def pack_rows(flat: Tensor, bits: int, group: int, scale: float = 1.0, affine: A
         return None
     count = flat.numel()
     rows = -(-count // group)
-    codes = torch.empty(rows, group * bits // 8 + (8 if bits == 8 else 4), dtype=torch.uint8)
+    codes = torch.empty(rows, group * bits // 8 + (8 if bits == 8 else 4), dtype=torch.uint8, device="cpu")
     largest = _native.pack_rows(
         *(flat.data_ptr(), count, _DTYPES[flat.dtype], group, bits, scale),
         *_pointers(affine),
@@ -182,7 +186,7 @@ def expand_rows(
     Returns:
         New tensor ``(count,)``.
     """
-    found = torch.empty(count, dtype=dtype)
+    found = torch.empty(count, dtype=dtype, device="cpu")
     low, high = bounds or (-math.inf, math.inf)
     _native.expand_rows(
         *(codes.data_ptr(), count, _DTYPES[dtype], group, bits, scale),

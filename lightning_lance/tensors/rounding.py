@@ -153,6 +153,8 @@ def round_to_bits(
         scale = 1.0 if size == 0.0 else _scale(size)
         rows = native.pack_rows(flat, bits, group, scale)
         return None if rows is None else Rounded(rows.codes, None, None, count, bits, group, scale)
+    if affine is not None:
+        return None
     missing = -count % group
     if missing:  # filled with the last element, so that the range of its group stays as it is
         flat = torch.cat([flat, flat[-1:].expand(missing)])
@@ -313,10 +315,11 @@ def expand(rounded: Rounded, dtype: torch.dtype) -> Tensor:
     if bits == 16:
         return codes.to(dtype)
     if low is None or step is None:
-        if group <= native.LONGEST and native.makes(codes, dtype):
-            return native.expand_rows(codes, count, bits, group, dtype, 1 / scale)
         kernels = _kernels(bits)
-        assert kernels is not None
+        # Without torch's kernels nobody but C can read what C has written, whoever watches.
+        if kernels is None or (group <= native.LONGEST and native.makes(codes, dtype)):
+            made = dtype if dtype is torch.bfloat16 else torch.float32
+            return native.expand_rows(codes, count, bits, group, made, 1 / scale).to(dtype)
         if dtype is not torch.float32:
             return _expanded(codes, dtype, kernels[1], scale)[:count]
         flat = kernels[1](codes).view(-1)

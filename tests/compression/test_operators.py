@@ -57,6 +57,20 @@ def test_activations_bit_for_bit(name: str, shape: tuple[int, ...], dtype: torch
     assert_same(ACTIVATIONS[name], numbers(name, *shape, dtype=dtype), special(*shape, dtype=dtype))
 
 
+@given(
+    low=st.floats(-300, 300, width=32),
+    spread=st.floats(0, 300, width=32) | st.floats(0, 1e-2, width=32),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_thresholds_bit_for_bit(low: float, spread: float, dtype: torch.dtype, seed: int) -> None:
+    """Kernels compare with them as they are, not as the dtype of the input rounds them."""
+    torch.manual_seed(seed)
+    x = (low + spread * torch.linspace(-1, 2, 400)).to(dtype)
+    assert_same(lambda x: F.hardtanh(x, low, low + spread), x, torch.randn(400).to(dtype))
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(16, 40), (4, 9, 5, 6), (2, 3, 4, 7, 6)])
 def test_activations_in_every_layout(name: str, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lance.tensors import native
+from lightning_lance.tensors import native, rounding
 from lightning_lance.tensors.bits import expand_bits, pack_bits, pack_bits_of
 from lightning_lance.tensors.rounding import expand, expand_changed, group_size, round_to_bits
 
@@ -211,6 +211,42 @@ def test_groups_that_no_buffer_holds_take_another_way() -> None:
     found = round_to_bits(flat, 4, None, 258)
     assert found is not None
     assert float((expand(found, torch.float32) - flat).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_is_not_asked(device: str) -> None:
+    flat = torch.randn(1000)
+    expected = native.pack_rows(flat, 4, 128)
+    assert expected is not None
+    native._two.cache_clear()
+    with torch.device(device):
+        found = native.pack_rows(flat, 4, 128)
+        assert found is not None
+        assert torch.equal(found.codes, expected.codes)
+        assert not native.expand_rows(found.codes, 1000, 4, 128, torch.float32).is_meta
+        flags = native.pack_flags(flat, 0.0, math.nan)
+        assert torch.equal(native.expand_flags(flags, 1000, 0.0, 1.0, torch.float32), (flat > 0).float())
+
+
+def test_what_was_written_can_be_read_whoever_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch has no kernels for rows, as on some processors."""
+    flat = torch.randn(1000)
+    found = round_to_bits(flat, 8)
+    assert found is not None
+    monkeypatch.setattr(rounding, "_kernels", lambda _: None)
+    with FlopCounterMode(display=False):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            back = expand(found, dtype)
+            assert back.dtype == dtype
+            assert float((back - flat).abs().max()) < 0.05
+
+
+def test_nothing_is_changed_by_channel_in_another_way() -> None:
+    """Those who ask for a change get it, or hear that it was not done."""
+    flat, affine = torch.randn(1000), native.Affine(torch.ones(4), torch.ones(4), 250)
+    with FlopCounterMode(display=False):
+        assert round_to_bits(flat, 4, None, 128, affine) is None
+    assert round_to_bits(flat, 2, None, 128, affine) is None
 
 
 def test_a_mode_that_sees_operators_sees_them_all() -> None:
