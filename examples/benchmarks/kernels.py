@@ -87,8 +87,11 @@ def computed() -> Iterator[Pair]:
         ) -> Tensor:
             return affine(expand(rounded, torch.float32).view(shape), factor, term).clamp_(0.0, math.inf)
 
-        def one(rounded: Rounded = rounded, by_channel: Affine = by_channel) -> object:
-            return expand_changed(rounded, torch.float32, by_channel, (0.0, math.inf))
+        def one(
+            rounded: Rounded = rounded, shape: tuple[int, ...] = shape, by_channel: Affine = by_channel
+        ) -> Tensor | None:
+            flat = expand_changed(rounded, torch.float32, by_channel, (0.0, math.inf))
+            return None if flat is None else flat.view(shape)
 
         if one() is not None:
             yield "norm and ReLU of what is kept", _sizes(shape), _without_c(three), one

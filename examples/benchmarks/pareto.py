@@ -284,7 +284,8 @@ Shaded: steps up to {slowest} times plain's; what takes longer than {longest:g} 
 - *bf16* is autocast to bfloat16; how fast it is depends on the processor.
 - Times are those of {threads} threads, and of memory that goes back to the system and is cleared when it is taken
   again, which costs what takes and frees much memory the most: [benchmarks.md](benchmarks.md) has steps of ours with
-  the C library's own settings. From run to run they differ by some percent.
+  the C library's own settings. On a shared machine they differ from run to run by ten to thirty percent, so that a row
+  near a limit may be on either side of it; peaks differ by one.
 """
 
 COMPILED = """\
@@ -293,9 +294,9 @@ COMPILED = """\
 """
 
 ADVICE = """\
-Where the processor has bfloat16, `precision="bf16-mixed"` comes first, and `LanceCallback()` with it: 19 to 45% of
-plain training's peak at .8 to 1.3 times its step. Without batch norms cut the batch into micro-batches before that
-(`accumulate_grad_batches`): exact, at 1.0 to 1.7 times the step. With batch norms in training mode, which see fewer
+Where the processor has bfloat16, `precision="bf16-mixed"` comes first, and `LanceCallback()` with it: 18 to 45% of
+plain training's peak at .7 to 1.2 times its step. Without batch norms cut the batch into micro-batches before that
+(`accumulate_grad_batches`): exact, at 1.0 to 1.8 times the step. With batch norms in training mode, which see fewer
 samples in a micro-batch, use `LanceCallback()` first. All three multiply."""
 
 
