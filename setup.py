@@ -29,6 +29,7 @@ setup(
         Extension(
             "lightning_lance.tensors._native",
             ["lightning_lance/tensors/_native.c"],
+            define_macros=[("Py_LIMITED_API", "0x030A0000")] if LIMITED else [],
             py_limited_api=LIMITED,
             optional=True,  # without a compiler, kernels of torch and NumPy do the same
         )

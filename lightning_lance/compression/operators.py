@@ -217,19 +217,24 @@ def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplac
 def _clamped(input: Tensor, low: float, high: float) -> Rule | None:
     if not (math.isfinite(low) and math.isfinite(high)):
         return None
-    outside, _ = _beside(low, high)
 
     def rule(input: Tensor, store: Store) -> Any:
-        # Kernels compare in float32, whatever the dtype: what stands for the flags is on its side of the bounds there.
-        numbers = torch.tensor((0.0, 1.0, (low + high) / 2), dtype=input.dtype).tolist()
-        inside = next((n for n in numbers if low < n < high), None)
-        if inside is None or not math.isfinite(float(torch.tensor(outside, dtype=input.dtype))):
+        outside, inside = _stand_ins(low, high, input.dtype)
+        if inside is None or not math.isfinite(outside):
             return _whole(input, store)
         return store.flags(
             input, _Derivative(torch.ops.aten.hardtanh_backward, low, high), outside, inside, (low, high)
         )
 
     return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high), (low, high))
+
+
+@cache
+def _stand_ins(low: float, high: float, dtype: torch.dtype) -> tuple[float, float | None]:
+    """Numbers of a dtype beyond and between bounds, with which kernels compare in float32 whatever the dtype."""
+    outside, _ = _beside(low, high)
+    far, *numbers = torch.tensor((outside, 0.0, 1.0, (low + high) / 2), dtype=dtype, device="cpu").tolist()
+    return far, next((n for n in numbers if low < n < high), None)
 
 
 @_keeps(

@@ -4,10 +4,7 @@
    instructions. lightning_lance/tensors/native.py says what goes in and comes out; without this module torch's kernels
    and NumPy's do the same in several passes. */
 
-#ifndef Py_GIL_DISABLED /* which has no limited interface */
-#define Py_LIMITED_API 0x030A0000
-#endif
-#include <Python.h>
+#include <Python.h> /* the limited interface, where setup.py says so */
 #include <stdint.h>
 #include <string.h>
 
