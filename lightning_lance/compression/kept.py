@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_lance.tensors import native
 from lightning_lance.tensors.bits import expand_bits, pack_bits
-from lightning_lance.tensors.native import Affine
 from lightning_lance.tensors.rounding import Rounded, expand, expand_changed
 
 
@@ -18,6 +18,9 @@ class Kept:
     """Stands in the graph for a saved tensor; alive as long as autograd keeps it."""
 
     __slots__ = ("__weakref__",)
+
+    lends = False
+    """Whether a backward pass of ours can read it as it is."""
 
     def restore(self) -> Tensor:
         """The tensor, or what the backward kernel takes for it."""
@@ -78,7 +81,7 @@ class Stretch:
             self._flat = Flat(flat)
         return flat
 
-    def changed(self, affine: Affine, bounds: tuple[float, float] | None) -> Tensor | None:
+    def changed(self, affine: native.Affine, bounds: tuple[float, float] | None) -> Tensor | None:
         """All of it, changed by channel and clamped, on one axis; ``None`` where that is no single pass."""
         if self._flat is not None and self._flat() is not None:
             return None
@@ -116,8 +119,16 @@ class View(Kept):
         stretch = self.stretch
         if not isinstance(stretch, Stretch) or self.offset or self.shape.numel() != stretch.rounded.elements:
             return None
-        flat = stretch.changed(Affine.of(factor, term, self.stride), bounds)
+        flat = stretch.changed(native.Affine.of(factor, term, self.stride), bounds)
         return None if flat is None else flat.as_strided(self.shape, self.stride)
+
+    def all_rows(self) -> Rounded | None:
+        """What the tensor was rounded to, where that is all of it and rows of a pass in C."""
+        stretch = self.stretch
+        if not isinstance(stretch, Stretch) or self.offset or self.shape.numel() != stretch.rounded.elements:
+            return None
+        rounded = stretch.rounded
+        return rounded if rounded.low is None and rounded.group <= native.LONGEST and rounded.bits < 16 else None
 
     def parts(self) -> list[tuple[int, int]]:
         return self.stretch.parts()
@@ -136,6 +147,8 @@ class Flags(Kept):
 
     __slots__ = ("bits", "dtype", "off", "on", "own_stride", "reference", "shape", "stride", "whole")
 
+    lends = True
+
     def __init__(self, bits: Tensor, like: Tensor, own_stride: tuple[int, ...], off: float, on: float) -> None:
         self.shape, self.stride, self.own_stride, self.dtype = like.shape, like.stride(), own_stride, like.dtype
         self.bits: Tensor | None = bits
@@ -148,6 +161,13 @@ class Flags(Kept):
             assert self.whole is not None
             return self.whole.as_strided(self.shape, self.own_stride)
         return expand_bits(self.bits, self.shape, self.stride, self.off, self.on, self.dtype)
+
+    def gate(self, grad: Tensor) -> Tensor | None:
+        """A gradient of the shape of the tensor where a flag is set, zero elsewhere; ``None`` if there is no pass."""
+        if self.bits is None or self.stride != self.own_stride or not native.gates(grad) or grad.dtype != self.dtype:
+            return None
+        flat = in_layout(grad, self.shape, self.stride)
+        return native.gate(self.bits, flat).as_strided(self.shape, self.stride)
 
     def parts(self) -> list[tuple[int, int]]:
         if self.bits is not None:
@@ -164,6 +184,8 @@ class Booleans(Flags):
     """A tensor of booleans."""
 
     __slots__ = ()
+
+    lends = False
 
     def __init__(self, tensor: Tensor, own_stride: tuple[int, ...]) -> None:
         super().__init__(pack_bits(tensor), tensor, own_stride, 0, 1)
@@ -246,6 +268,13 @@ def storage_part(tensor: Tensor) -> tuple[int, int]:
     """What identifies the memory of a tensor, and its bytes."""
     storage = tensor.untyped_storage()
     return storage._cdata, storage.nbytes()
+
+
+def in_layout(tensor: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """The elements of a tensor of this shape in the memory order of these strides without gaps, on one axis."""
+    if tensor.stride() != stride:
+        tensor = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def dense(tensor: Tensor) -> bool:

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from lightning_lance.compression import transforms
-from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, Zeros
+from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, Zeros, dense
 from lightning_lance.compression.recipes import Bounds, Dropped, Function, Normalisation, NormInput
 from lightning_lance.compression.store import STATISTICS, Store
+from lightning_lance.ops.gate import Gate
+from lightning_lance.ops.norm import BatchNorm
 from lightning_lance.ops.saving import FinishedRule, Rule, saving
 from lightning_lance.ops.watching import WatchingMode
-from lightning_lance.tensors import places
+from lightning_lance.tensors import native, places
 
 _RULES: dict[Any, Callable[..., Rule | None]] = {}
 """Torch function -> what makes a rule from the arguments of a call."""
@@ -79,8 +82,9 @@ class Watch(WatchingMode):
         before = saving.rule, saving.arguments, saving.name
         saving.rule = rule = None if make is None else _made(make, args, kwargs)
         saving.arguments, saving.name = args, getattr(func, "__name__", "")
+        run = getattr(rule, "run", None)
         try:
-            result = func(*args, **kwargs)
+            result = func(*args, **kwargs) if run is None else run()
         finally:
             saving.rule, saving.arguments, saving.name = before
         if isinstance(rule, FinishedRule) and type(result) is Tensor:
@@ -126,6 +130,30 @@ def _as_it_is(saved: Tensor, store: Store) -> Any:
     return saved.detach()
 
 
+LARGE = 1 << 15
+"""From so many elements on a backward pass of ours is worth what calling it from Python costs."""
+
+
+def _reads(input: Tensor, *weights: Tensor | None) -> bool:
+    """Whether an operator runs with a backward pass of ours, which reads what is kept as it is.
+
+    Not inside of checkpointed segments, which save the same tensors again when nobody looks.
+    """
+    store = saving.store
+    return (
+        type(input) is Tensor
+        and input.numel() >= LARGE
+        and store.bits.other in (4, 8)
+        and torch.is_grad_enabled()
+        and (input.requires_grad or any(w is not None and w.requires_grad for w in weights))
+        and all(w is None or type(w) in (Tensor, nn.Parameter) for w in weights)
+        and native.takes(input)
+        and dense(input)
+        and unpack_dual(input).tangent is None
+        and store.is_on_top()
+    )
+
+
 def _made(make: Callable[..., Rule | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rule | None:
     try:
         return make(*args, **kwargs)
@@ -139,12 +167,13 @@ def _made(make: Callable[..., Rule | None], args: tuple[Any, ...], kwargs: dict[
 class _Activation(FinishedRule):
     """Of an elementwise operator: its result is computed again from what its argument is computed from."""
 
-    __slots__ = ("recipe", "rule", "step")
+    __slots__ = ("recipe", "rule", "run", "step")
 
     def __init__(
         self, input: Any, rule: Rule, function: Callable[[Tensor, bool], Tensor], bounds: Bounds = None
     ) -> None:
         self.rule, self.step = rule, Function(function, bounds)
+        self.run: Callable[[], Tensor] | None = None
         self.recipe = saving.store.recipes.find(input)
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
@@ -155,13 +184,32 @@ class _Activation(FinishedRule):
             store.recipes.extend(self.recipe, result, self.step)
 
 
-_POSITIVE = (0.0, math.inf)
 _ABOVE_ZERO = (0.0, math.nan)
 
 
-@_keeps(F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_)
+@_keeps(F.relu, torch.relu, Tensor.relu)
 def _relu(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _Activation(input, _positive, lambda x, own: torch.relu_(x) if own else torch.relu(x), _POSITIVE)
+    return _gated(input, _positive, lambda x, own: torch.relu_(x) if own else torch.relu(x), inplace, 0.0, None)
+
+
+@_keeps(torch.relu_, Tensor.relu_)
+def _relu_(input: Tensor) -> Rule | None:
+    return _relu(input, True)
+
+
+def _gated(
+    input: Tensor,
+    rule: Rule,
+    function: Callable[[Tensor, bool], Tensor],
+    inplace: bool,
+    low: float,
+    high: float | None,
+) -> Rule:
+    made = _Activation(input, rule, function, (low, math.inf if high is None else high))
+    # What is written on must be a tensor of its own, whose other views nobody needs to be told of.
+    if _reads(input) and not (inplace and (input.is_leaf or input._is_view())):
+        made.run = lambda: Gate.apply(input, function, inplace, low, high)
+    return made
 
 
 def _positive(output: Tensor, store: Store) -> Any:
@@ -206,15 +254,20 @@ def _between_threes(input: Tensor, store: Store) -> Any:
 
 @_keeps(F.relu6)
 def _relu6(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _clamped(input, 0.0, 6.0)
+    return _clamped(input, 0.0, 6.0, inplace)
 
 
-@_keeps(F.hardtanh, F.hardtanh_)
+@_keeps(F.hardtanh)
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Rule | None:
-    return _clamped(input, float(min_val), float(max_val))
+    return _clamped(input, float(min_val), float(max_val), inplace)
 
 
-def _clamped(input: Tensor, low: float, high: float) -> Rule | None:
+@_keeps(F.hardtanh_)
+def _hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Rule | None:
+    return _clamped(input, float(min_val), float(max_val), True)
+
+
+def _clamped(input: Tensor, low: float, high: float, inplace: bool) -> Rule | None:
     if not (math.isfinite(low) and math.isfinite(high)):
         return None
 
@@ -226,7 +279,9 @@ def _clamped(input: Tensor, low: float, high: float) -> Rule | None:
             input, _Derivative(torch.ops.aten.hardtanh_backward, low, high), outside, inside, (low, high)
         )
 
-    return _Activation(input, rule, lambda x, own: x.clamp_(low, high) if own else x.clamp(low, high), (low, high))
+    return _gated(
+        input, rule, lambda x, own: (F.hardtanh_ if own else F.hardtanh)(x, low, high), inplace, low, high
+    )
 
 
 @cache
@@ -692,11 +747,18 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Rule | None:
-    return _BatchNorm(running_mean, running_var, weight, bias, training, eps)
+    rule = _BatchNorm(running_mean, running_var, weight, bias, training, eps)
+    per_channel = input.numel() > input.shape[1] and (training or None not in (running_mean, running_var))
+    if not rule.fixed and per_channel and eps > 0 and _reads(input, weight, bias):
+        statistics = rule.statistics  # not the rule: a circle would keep the input
+        rule.run = lambda: BatchNorm.apply(
+            input, weight, bias, running_mean, running_var, training, momentum, eps, statistics
+        )
+    return rule
 
 
 class _BatchNorm(FinishedRule):
-    __slots__ = ("bias", "eps", "fixed", "input", "mean", "var", "weight")
+    __slots__ = ("bias", "eps", "fixed", "input", "mean", "run", "statistics", "var", "weight")
 
     def __init__(
         self,
@@ -711,6 +773,8 @@ class _BatchNorm(FinishedRule):
         self.mean, self.var = (None, None) if training else (mean, var)
         self.input: Any = None
         self.fixed = self.mean is not None and (weight is None or not weight.requires_grad)
+        self.run: Callable[[], Tensor] | None = None
+        self.statistics: list[Tensor] = []
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
         if saved.dim() == 1:  # statistics
@@ -724,7 +788,9 @@ class _BatchNorm(FinishedRule):
         norm = self.input
         if not isinstance(norm, NormInput):
             return
-        if self.mean is not None and self.var is not None:
+        if self.statistics:
+            norm.mean, norm.invstd = self.statistics
+        elif self.mean is not None and self.var is not None:
             norm.mean, norm.invstd = self.mean, (self.var + self.eps).rsqrt()
         else:
             saving.looking = True

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_lance.compression.kept import Flat, Kept, View, Whole, dense, storage_part
+from lightning_lance.compression.kept import Flat, Kept, View, Whole, dense, in_layout, storage_part
+from lightning_lance.tensors import native
 from lightning_lance.tensors.rounding import group_size
 
 Bounds = tuple[float, float] | None
@@ -149,6 +150,8 @@ class NormInput(Kept):
 
     __slots__ = ("_cut", "invstd", "kept", "mean", "store", "tensor")
 
+    lends = True
+
     def __init__(self, tensor: Tensor, store: Any) -> None:
         self.tensor: Tensor | None = tensor.detach()
         self.store = store
@@ -214,6 +217,42 @@ class NormInput(Kept):
             if bounds is not None:
                 found.clamp_(*bounds)
         return found
+
+    def backward(
+        self, grad: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, fixed: bool, needs_input: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        """The backward pass of the normalisation, from the rows that it was rounded to; ``None`` where they are none.
+
+        Args:
+            grad: of the result.
+            weight: ``(C,)``, or ``None``.
+            mean: ``(C,)``, what was subtracted.
+            invstd: ``(C,)``, what was multiplied by.
+            fixed: whether both do not depend on the input.
+            needs_input: whether the gradient of the input is asked for.
+
+        Returns:
+            The gradients of input, weight and bias.
+        """
+        self.settle()
+        kept = self.kept
+        rounded = kept.all_rows() if isinstance(kept, View) else None
+        if rounded is None or not native.takes(grad):
+            return None
+        assert isinstance(kept, View)
+        mean, invstd = mean.float(), invstd.float()
+        change = None if self._cut else native.Affine.of(invstd, -mean * invstd, kept.stride)
+        flat = in_layout(grad, kept.shape, kept.stride)
+        factor = (invstd if weight is None else invstd * weight.detach().float()).contiguous()
+        found, sums = native.norm_backward(
+            *(rounded.codes, rounded.bits, rounded.group, 1 / rounded.scale, change, max(1, kept.stride[1]), flat),
+            *(factor,),
+            fixed=fixed,
+            needs_input=needs_input,
+        )
+        dtype = mean.dtype if weight is None else weight.dtype
+        shaped = None if found is None else found.as_strided(kept.shape, kept.stride)
+        return shaped, sums[1].to(dtype), sums[0].to(dtype)
 
     def parts(self) -> list[tuple[int, int]]:
         self.settle()

@@ -260,6 +260,9 @@ class Store:
         if isinstance(kept, Tensor):
             return kept
         with torch._C.DisableTorchFunction():
+            if saving.lent is not None and kept.lends:
+                saving.lent.append(kept)
+                return torch.empty(0)
             return kept.restore()  # type: ignore[no-any-return]
 
     def instead_of(self, input: Tensor, module: str) -> None:

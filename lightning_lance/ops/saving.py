@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Rule = Callable[[Tensor, Any], Any]
@@ -35,6 +36,7 @@ class Saving(threading.local):
         store: what looks at saved tensors in this thread; ``None``: nobody does.
         pending: the input of a normalisation, kept whole until the operator behind it is known.
         looking: saved tensors are read, and it is not a backward pass that reads them.
+        lent: what stands in the graph, for a backward pass that can read it as it is; ``None``: nobody asks.
     """
 
     rule: Rule | None = None
@@ -43,6 +45,24 @@ class Saving(threading.local):
     store: Any = None
     pending: Any = None
     looking: bool = False
+    lent: list[Any] | None = None
 
 
 saving = Saving()
+
+
+def lent(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What stands in the graph for the first saved tensor of an operator, and the tensors.
+
+    Returns:
+        ``None`` where it is a tensor, or a graph of the backward pass is asked for; else the first tensor has no
+        elements.
+    """
+    if torch.is_grad_enabled():
+        return None, ctx.saved_tensors
+    saving.lent = found = []
+    try:
+        tensors = ctx.saved_tensors
+    finally:
+        saving.lent = None
+    return (found[0] if found else None), tensors

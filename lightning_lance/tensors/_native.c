@@ -6,6 +6,7 @@
 
 #include <Python.h> /* the limited interface, where setup.py says so */
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef _MSC_VER
@@ -25,7 +26,7 @@
 #endif
 
 enum { SINGLE = 0, BRAIN = 1 }; /* float32, bfloat16 */
-enum { SHORTEST = 16, LONGEST = 256, BLOCK = 64 };
+enum { SHORTEST = 16, LONGEST = 256, BLOCK = 64, LANES = 16 };
 
 static const uint64_t GATHER = UINT64_C(0x8040201008040201);
 
@@ -43,6 +44,9 @@ typedef struct {
     float scale, low, high;
     Affine affine;
     const char *table;
+    const void *gradient;
+    double *sums; /* of each thread: 2 * channels */
+    const float *first, *second, *third; /* of each channel */
 } Work;
 
 INLINE float from_bits(uint32_t bits) {
@@ -125,7 +129,7 @@ INLINE void values_of_flags(const uint8_t *flags, int64_t count, const char *tab
         memcpy(out + count / 8 * size, table + flags[count / 8] * size, (size_t)(count % 8 * itemsize));
 }
 
-static uint32_t expand_flags(const Work *work, int64_t first, int64_t last) {
+static uint32_t expand_flags(const Work *work, int64_t first, int64_t last, int thread) {
     const int64_t start = first * BLOCK, end = last * BLOCK < work->count ? last * BLOCK : work->count;
     const uint8_t *flags = (const uint8_t *)work->input + start / 8;
     char *out = (char *)work->out + start * work->itemsize;
@@ -306,10 +310,12 @@ INLINE void store_brains(const float *restrict x, int count, uint16_t *restrict 
         out[k] = to_brain(x[k]);
 }
 
+INLINE int row_size(const Work *work) { return work->group * work->bits / 8 + (work->bits == 8 ? 8 : 4); }
+
 /* Rows first to last, as torch's embedding_bag_4bit_prepack and embedding_bag_byte_prepack write them. Returns the
    largest number of a range: the bits of a float16 with 4 bits, of a float32, the step alone, with 8. */
-INLINE uint32_t pack_rows(const Work *work, int64_t first, int64_t last, int wide) {
-    const int group = work->group, bits = work->bits, size = group * bits / 8 + (bits == 8 ? 8 : 4);
+INLINE uint32_t pack_rows(const Work *work, int64_t first, int64_t last, int thread, int wide) {
+    const int group = work->group, bits = work->bits, size = row_size(work);
     uint8_t *row = (uint8_t *)work->out + first * size;
     uint32_t largest = 0;
     float block[LONGEST];
@@ -352,40 +358,47 @@ INLINE uint32_t pack_rows(const Work *work, int64_t first, int64_t last, int wid
     return largest;
 }
 
-INLINE uint32_t expand_rows(const Work *work, int64_t first, int64_t last, int wide) {
-    const int group = work->group, bits = work->bits, size = group * bits / 8 + (bits == 8 ? 8 : 4);
+/* The values of row r, changed by channel; `row` is where its codes lie. */
+INLINE void values_of_row(const Work *work, const uint8_t *row, int64_t r, float *restrict x, int wide) {
+    const int group = work->group, bits = work->bits;
     const Affine *affine = &work->affine;
+    const int64_t place = r * group, left = work->count - place;
+    int64_t within, channel;
+    int changes = affine->factor != NULL;
+    float step, low;
+    if (bits == 8) {
+        memcpy(&step, row + group, sizeof step);
+        memcpy(&low, row + group + 4, sizeof low);
+    } else {
+        uint16_t range[2];
+        memcpy(range, row + group / 2, sizeof range);
+        step = from_half(range[0]);
+        low = from_half(range[1]);
+    }
+    step *= work->scale;
+    low *= work->scale;
+    if (changes) {
+        channel = channel_of(place, affine, &within);
+        if (affine->inner > 1 && within + group <= affine->inner) { /* all of one channel */
+            step *= affine->factor[channel];
+            low = low * affine->factor[channel] + affine->term[channel];
+            changes = 0;
+        }
+    }
+    wide ? values_wide(row, group, step, low, bits, x) : values_of(row, group, step, low, bits, x);
+    if (changes)
+        change(x, left < group ? (int)left : group, channel, within, affine);
+}
+
+INLINE uint32_t expand_rows(const Work *work, int64_t first, int64_t last, int thread, int wide) {
+    const int group = work->group, size = row_size(work);
     const uint8_t *row = (const uint8_t *)work->input + first * size;
     float block[LONGEST];
     for (int64_t r = first; r < last; r++, row += size) {
         const int64_t place = r * group, left = work->count - place;
         const int count = left < group ? (int)left : group;
         float *x = work->dtype == SINGLE && count == group ? (float *)work->out + place : block;
-        int64_t within, channel;
-        int changes = affine->factor != NULL;
-        float step, low;
-        if (bits == 8) {
-            memcpy(&step, row + group, sizeof step);
-            memcpy(&low, row + group + 4, sizeof low);
-        } else {
-            uint16_t range[2];
-            memcpy(range, row + group / 2, sizeof range);
-            step = from_half(range[0]);
-            low = from_half(range[1]);
-        }
-        step *= work->scale;
-        low *= work->scale;
-        if (changes) {
-            channel = channel_of(place, affine, &within);
-            if (affine->inner > 1 && within + group <= affine->inner) { /* all of one channel */
-                step *= affine->factor[channel];
-                low = low * affine->factor[channel] + affine->term[channel];
-                changes = 0;
-            }
-        }
-        wide ? values_wide(row, group, step, low, bits, x) : values_of(row, group, step, low, bits, x);
-        if (changes)
-            change(x, count, channel, within, affine);
+        values_of_row(work, row, r, x, wide);
         if (work->cuts)
             cut(x, count, work->low, work->high);
         if (work->dtype == BRAIN)
@@ -396,7 +409,207 @@ INLINE uint32_t expand_rows(const Work *work, int64_t first, int64_t last, int w
     return 0;
 }
 
-INLINE uint32_t pack_flags(const Work *work, int64_t first, int64_t last) {
+/* The backward pass of a normalisation of channels, whose normalised input lies in rows ------------------------- */
+
+INLINE const float *gradients(const Work *work, int64_t place, int count, float *restrict block) {
+    if (work->dtype == SINGLE)
+        return (const float *)work->gradient + place;
+    const uint16_t *from = (const uint16_t *)work->gradient + place;
+    for (int k = 0; k < count; k++)
+        block[k] = from_bits((uint32_t)from[k] << 16);
+    return block;
+}
+
+INLINE void sums_of(const float *restrict g, const float *restrict x, int count, double *sum, double *product) {
+    float sums[LANES] = {0}, products[LANES] = {0};
+    int k = 0;
+    for (; k + LANES <= count; k += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            sums[lane] += g[k + lane];
+            products[lane] += g[k + lane] * x[k + lane];
+        }
+    for (int lane = 0; k < count; k++, lane++) {
+        sums[lane] += g[k];
+        products[lane] += g[k] * x[k];
+    }
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) {
+            sums[lane] += sums[lane + half];
+            products[lane] += products[lane + half];
+        }
+    *sum += sums[0];
+    *product += products[0];
+}
+
+#ifdef WIDE
+WIDE static inline void sums_wide(const float *g, const float *x, int count, double *sum, double *product) {
+    __m256 sums = _mm256_setzero_ps(), sums2 = sums, products = sums, products2 = sums;
+    float lanes[16];
+    double rest = 0, rest_product = 0;
+    int k = 0;
+    for (; k + 16 <= count; k += 16) {
+        const __m256 first = _mm256_loadu_ps(g + k), second = _mm256_loadu_ps(g + k + 8);
+        sums = _mm256_add_ps(sums, first);
+        sums2 = _mm256_add_ps(sums2, second);
+        products = _mm256_fmadd_ps(first, _mm256_loadu_ps(x + k), products);
+        products2 = _mm256_fmadd_ps(second, _mm256_loadu_ps(x + k + 8), products2);
+    }
+    _mm256_storeu_ps(lanes, _mm256_add_ps(sums, sums2));
+    _mm256_storeu_ps(lanes + 8, _mm256_add_ps(products, products2));
+    for (; k < count; k++) {
+        rest += g[k];
+        rest_product += g[k] * x[k];
+    }
+    for (int lane = 0; lane < 8; lane++) {
+        rest += lanes[lane];
+        rest_product += lanes[lane + 8];
+    }
+    *sum += rest;
+    *product += rest_product;
+}
+
+#else
+#define sums_wide sums_of
+#endif
+
+/* Of each channel the sum of the gradients, and of their products with the input. */
+INLINE uint32_t sum_rows(const Work *work, int64_t first, int64_t last, int thread, int wide) {
+    const int group = work->group, size = row_size(work);
+    const Affine *affine = &work->affine;
+    const int64_t channels = affine->channels, inner = affine->inner;
+    const uint8_t *row = (const uint8_t *)work->input + first * size;
+    double *sums = work->sums + 2 * channels * thread, *products = sums + channels;
+    float x[LONGEST], block[LONGEST];
+    for (int64_t r = first; r < last; r++, row += size) {
+        const int64_t place = r * group, left = work->count - place;
+        const int count = left < group ? (int)left : group;
+        const float *g = gradients(work, place, count, block);
+        int64_t within, channel = channel_of(place, affine, &within);
+        values_of_row(work, row, r, x, wide);
+        for (int done = 0; done < count;) {
+            const int64_t rest = inner == 1 ? channels - channel : inner - within;
+            const int end = rest < count - done ? done + (int)rest : count;
+            if (inner == 1) {
+                double *restrict sum = sums + channel, *restrict product = products + channel;
+                for (int k = done; k < end; k++) {
+                    sum[k - done] += g[k];
+                    product[k - done] += g[k] * x[k];
+                }
+                channel = 0;
+            } else {
+                wide ? sums_wide(g + done, x + done, end - done, sums + channel, products + channel)
+                     : sums_of(g + done, x + done, end - done, sums + channel, products + channel);
+                within = 0;
+                channel = channel + 1 == channels ? 0 : channel + 1;
+            }
+            done = end;
+        }
+    }
+    return 0;
+}
+
+/* first[c] * gradient + second[c] * input + third[c]; without `second` the first product alone. */
+INLINE uint32_t combine_rows(const Work *work, int64_t first, int64_t last, int thread, int wide) {
+    const int group = work->group, size = row_size(work);
+    const Affine *affine = &work->affine;
+    const int64_t channels = affine->channels, inner = affine->inner;
+    const uint8_t *row = (const uint8_t *)work->input + first * size;
+    float x[LONGEST], block[LONGEST], results[LONGEST];
+    memset(x, 0, sizeof x);
+    for (int64_t r = first; r < last; r++, row += size) {
+        const int64_t place = r * group, left = work->count - place;
+        const int count = left < group ? (int)left : group;
+        const float *g = gradients(work, place, count, block);
+        float *restrict out = work->dtype == SINGLE ? (float *)work->out + place : results;
+        int64_t within, channel = channel_of(place, affine, &within);
+        if (work->cuts)
+            values_of_row(work, row, r, x, wide);
+        for (int done = 0; done < count;) {
+            const int64_t rest = inner == 1 ? channels - channel : inner - within;
+            const int end = rest < count - done ? done + (int)rest : count;
+            const float *restrict a = work->first + channel, *restrict b = work->second + channel;
+            const float *restrict c = work->third + channel;
+            if (inner == 1) {
+                for (int k = done; k < end; k++)
+                    out[k] = a[k - done] * g[k] + (b[k - done] * x[k] + c[k - done]);
+                channel = 0;
+            } else {
+                const float one_a = *a, one_b = *b, one_c = *c;
+                for (int k = done; k < end; k++)
+                    out[k] = one_a * g[k] + (one_b * x[k] + one_c);
+                within = 0;
+                channel = channel + 1 == channels ? 0 : channel + 1;
+            }
+            done = end;
+        }
+        if (work->dtype == BRAIN)
+            store_brains(results, count, (uint16_t *)work->out + place);
+    }
+    return 0;
+}
+
+/* A gradient where a flag is set, zero elsewhere. ---------------------------------------------------------------- */
+
+#define GATE(name, word)                                                                                               \
+    INLINE void name(const uint8_t *restrict flags, const word *restrict g, int64_t count, word *restrict out) {       \
+        int64_t i = 0;                                                                                                 \
+        for (; i + 8 <= count; i += 8)                                                                                 \
+            for (int k = 0; k < 8; k++)                                                                                \
+                out[i + k] = g[i + k] & (word)-(word)(flags[i / 8] >> (7 - k) & 1);                                    \
+        for (; i < count; i++)                                                                                         \
+            out[i] = g[i] & (word)-(word)(flags[i / 8] >> (7 - i % 8) & 1);                                            \
+    }
+GATE(gate_words, uint32_t)
+GATE(gate_halves, uint16_t)
+
+#ifdef WIDE
+WIDE static inline void gate_words_wide(const uint8_t *flags, const uint32_t *g, int64_t count, uint32_t *out) {
+    const __m256i places = _mm256_setr_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+    const int64_t whole = count / 8 * 8;
+    for (int64_t i = 0; i < whole; i += 8) {
+        const __m256i set = _mm256_and_si256(_mm256_set1_epi32(flags[i / 8]), places);
+        const __m256i mask = _mm256_cmpeq_epi32(set, places);
+        _mm256_storeu_si256(
+            (__m256i *)(out + i), _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(g + i)), mask));
+    }
+    if (count > whole)
+        gate_words(flags + whole / 8, g + whole, count - whole, out + whole);
+}
+
+WIDE static inline void gate_halves_wide(const uint8_t *flags, const uint16_t *g, int64_t count, uint16_t *out) {
+    const __m256i places = _mm256_setr_epi16(128, 64, 32, 16, 8, 4, 2, 1, 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11,
+                                             1 << 10, 1 << 9, 1 << 8);
+    const int64_t whole = count / 16 * 16;
+    for (int64_t i = 0; i < whole; i += 16) {
+        const __m256i both = _mm256_set1_epi16((int16_t)(flags[i / 8] | flags[i / 8 + 1] << 8));
+        const __m256i mask = _mm256_cmpeq_epi16(_mm256_and_si256(both, places), places);
+        _mm256_storeu_si256(
+            (__m256i *)(out + i), _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(g + i)), mask));
+    }
+    if (count > whole)
+        gate_halves(flags + whole / 8, g + whole, count - whole, out + whole);
+}
+#else
+#define gate_words_wide gate_words
+#define gate_halves_wide gate_halves
+#endif
+
+INLINE uint32_t gate(const Work *work, int64_t first, int64_t last, int thread, int wide) {
+    const int64_t start = first * BLOCK, end = last * BLOCK < work->count ? last * BLOCK : work->count;
+    const uint8_t *flags = (const uint8_t *)work->input + start / 8;
+    if (work->itemsize == 2) {
+        const uint16_t *g = (const uint16_t *)work->gradient + start;
+        uint16_t *out = (uint16_t *)work->out + start;
+        wide ? gate_halves_wide(flags, g, end - start, out) : gate_halves(flags, g, end - start, out);
+        return 0;
+    }
+    const uint32_t *g = (const uint32_t *)work->gradient + start;
+    uint32_t *out = (uint32_t *)work->out + start;
+    wide ? gate_words_wide(flags, g, end - start, out) : gate_words(flags, g, end - start, out);
+    return 0;
+}
+
+INLINE uint32_t pack_flags(const Work *work, int64_t first, int64_t last, int thread, int wide) {
     const int64_t start = first * BLOCK, end = last * BLOCK < work->count ? last * BLOCK : work->count;
     uint8_t *out = (uint8_t *)work->out + start / 8;
     if (work->dtype == BRAIN)
@@ -408,32 +621,34 @@ INLINE uint32_t pack_flags(const Work *work, int64_t first, int64_t last) {
 
 /* For the processor at hand ------------------------------------------------------------------------------------ */
 
-typedef uint32_t Pass(const Work *work, int64_t first, int64_t last);
+typedef uint32_t Pass(const Work *work, int64_t first, int64_t last, int thread);
 
-static uint32_t pack_rows_plain(const Work *work, int64_t first, int64_t last) { return pack_rows(work, first, last, 0); }
-static uint32_t expand_rows_plain(const Work *work, int64_t first, int64_t last) {
-    return expand_rows(work, first, last, 0);
-}
-static uint32_t pack_flags_plain(const Work *work, int64_t first, int64_t last) { return pack_flags(work, first, last); }
-
+#define PLAIN(pass)                                                                                                    \
+    static uint32_t pass##_plain(const Work *work, int64_t first, int64_t last, int thread) {                          \
+        return pass(work, first, last, thread, 0);                                                                     \
+    }
 #ifdef WIDE
-WIDE static uint32_t pack_rows_wide(const Work *work, int64_t first, int64_t last) {
-    return pack_rows(work, first, last, 1);
-}
-WIDE static uint32_t expand_rows_wide(const Work *work, int64_t first, int64_t last) {
-    return expand_rows(work, first, last, 1);
-}
-WIDE static uint32_t pack_flags_wide(const Work *work, int64_t first, int64_t last) {
-    return pack_flags(work, first, last);
-}
+#define BOTH(pass)                                                                                                     \
+    PLAIN(pass)                                                                                                        \
+    WIDE static uint32_t pass##_wide(const Work *work, int64_t first, int64_t last, int thread) {                      \
+        return pass(work, first, last, thread, 1);                                                                     \
+    }
 #define CHOOSE(pass) (is_wide ? pass##_wide : pass##_plain)
 #else
+#define BOTH(pass) PLAIN(pass)
 #define CHOOSE(pass) (pass##_plain)
 #endif
 
+BOTH(pack_flags)
+BOTH(gate)
+BOTH(pack_rows)
+BOTH(expand_rows)
+BOTH(sum_rows)
+BOTH(combine_rows)
+
 static int is_wide = 0;
 
-/* Rows, or blocks of flags, on several threads. */
+/* Rows, or blocks of flags, on several threads, each with a part of them. */
 static uint32_t run(Pass *pass, const Work *work, int64_t total, int threads) {
     uint32_t largest = 0;
     const int64_t part = (total + threads - 1) / threads;
@@ -442,7 +657,7 @@ static uint32_t run(Pass *pass, const Work *work, int64_t total, int threads) {
 #endif
     for (int thread = 0; thread < threads; thread++) {
         const int64_t first = thread * part, last = first + part < total ? first + part : total;
-        const uint32_t found = first < last ? pass(work, first, last) : 0;
+        const uint32_t found = first < last ? pass(work, first, last, thread) : 0;
         largest = found > largest ? found : largest;
     }
     return largest;
@@ -493,6 +708,14 @@ static PyObject *py_expand_flags(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static int refused(const Work *work) {
+    if (work->group >= SHORTEST && work->group <= LONGEST && work->group % 2 == 0 &&
+        (work->bits == 4 || work->bits == 8))
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "groups have an even number of 16 to 256 elements, of 4 or 8 bits");
+    return 1;
+}
+
 static PyObject *rows(PyObject *args, Pass *pass) {
     unsigned long long input, out, factor, term;
     long long count, channels, inner;
@@ -502,10 +725,8 @@ static PyObject *rows(PyObject *args, Pass *pass) {
     if (!PyArg_ParseTuple(args, "KLiiifKKLLiffKi", &input, &count, &work.dtype, &work.group, &work.bits, &work.scale,
                           &factor, &term, &channels, &inner, &work.cuts, &work.low, &work.high, &out, &threads))
         return NULL;
-    if (work.group > LONGEST || work.group < SHORTEST || work.group % 2 || (work.bits != 4 && work.bits != 8)) {
-        PyErr_SetString(PyExc_ValueError, "groups have an even number of 16 to 256 elements, of 4 or 8 bits");
+    if (refused(&work))
         return NULL;
-    }
     work.input = (const void *)(uintptr_t)input;
     work.out = (void *)(uintptr_t)out;
     work.count = count;
@@ -523,6 +744,81 @@ static PyObject *py_pack_rows(PyObject *self, PyObject *args) { return rows(args
 
 static PyObject *py_expand_rows(PyObject *self, PyObject *args) { return rows(args, CHOOSE(expand_rows)); }
 
+static PyObject *py_gate(PyObject *self, PyObject *args) {
+    unsigned long long input, gradient, out;
+    long long count;
+    int threads;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLKiKi", &input, &count, &gradient, &work.itemsize, &out, &threads))
+        return NULL;
+    if (work.itemsize != 2 && work.itemsize != 4) {
+        PyErr_SetString(PyExc_ValueError, "gradients have 2 or 4 bytes");
+        return NULL;
+    }
+    work.input = (const void *)(uintptr_t)input;
+    work.gradient = (const void *)(uintptr_t)gradient;
+    work.out = (void *)(uintptr_t)out;
+    work.count = count;
+    Py_BEGIN_ALLOW_THREADS
+    run(CHOOSE(gate), &work, (count + BLOCK - 1) / BLOCK, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+/* With the normalised input n and the gradient g of each channel's m elements, factor = weight / deviation:
+   sums of g, of g * n, and the gradient of the input, factor * (g - sum g / m - n * sum gn / m), or factor * g where
+   the statistics are fixed. */
+static PyObject *py_norm_backward(PyObject *self, PyObject *args) {
+    unsigned long long input, factor, term, gradient, scaled, sums, out;
+    long long count, channels, inner;
+    int fixed, threads;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLiiifKKLLKKiKKi", &input, &count, &work.dtype, &work.group, &work.bits, &work.scale,
+                          &factor, &term, &channels, &inner, &gradient, &scaled, &fixed, &sums, &out, &threads))
+        return NULL;
+    if (refused(&work))
+        return NULL;
+    float *coefficients = (float *)calloc((size_t)channels * 2, sizeof *coefficients);
+    double *partial = (double *)calloc((size_t)channels * 2 * (size_t)threads, sizeof *partial);
+    if (!coefficients || !partial) {
+        free(coefficients);
+        free(partial);
+        return PyErr_NoMemory();
+    }
+    work.input = (const void *)(uintptr_t)input;
+    work.gradient = (const void *)(uintptr_t)gradient;
+    work.out = (void *)(uintptr_t)out;
+    work.count = count;
+    work.affine.factor = (const float *)(uintptr_t)factor;
+    work.affine.term = (const float *)(uintptr_t)term;
+    work.affine.channels = channels;
+    work.affine.inner = inner;
+    work.sums = partial;
+    work.cuts = !fixed;
+    work.first = (const float *)(uintptr_t)scaled;
+    work.second = coefficients;
+    work.third = coefficients + channels;
+    Py_BEGIN_ALLOW_THREADS
+    const int64_t rows = (count + work.group - 1) / work.group;
+    float *found = (float *)(uintptr_t)sums;
+    run(CHOOSE(sum_rows), &work, rows, threads);
+    for (int64_t c = 0; c < 2 * channels; c++) {
+        double sum = 0;
+        for (int thread = 0; thread < threads; thread++)
+            sum += partial[thread * 2 * channels + c];
+        found[c] = (float)sum;
+        if (!fixed) /* the sum of products goes with the input, that of gradients stands alone */
+            coefficients[c < channels ? c + channels : c - channels] =
+                (float)(-sum * work.first[c % channels] * (double)channels / (double)count);
+    }
+    if (out)
+        run(CHOOSE(combine_rows), &work, rows, threads);
+    Py_END_ALLOW_THREADS
+    free(coefficients);
+    free(partial);
+    Py_RETURN_NONE;
+}
+
 /* Whether the widest instructions are used from now on, where the processor has them; returns whether they were. */
 static PyObject *py_widen(PyObject *self, PyObject *args) {
     int on, before = is_wide;
@@ -539,6 +835,8 @@ static PyMethodDef METHODS[] = {
     {"expand_flags", py_expand_flags, METH_VARARGS, NULL},
     {"pack_rows", py_pack_rows, METH_VARARGS, NULL},
     {"expand_rows", py_expand_rows, METH_VARARGS, NULL},
+    {"gate", py_gate, METH_VARARGS, NULL},
+    {"norm_backward", py_norm_backward, METH_VARARGS, NULL},
     {"widen", py_widen, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
@@ -550,7 +848,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     is_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     PyObject *module = PyModule_Create(&MODULE);
-    if (module && PyModule_AddIntConstant(module, "INTERFACE", 1)) {
+    if (module && PyModule_AddIntConstant(module, "INTERFACE", 2)) {
         Py_DECREF(module);
         return NULL;
     }

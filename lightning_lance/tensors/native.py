@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 _core: Any = torch._C
-_INTERFACE = 1  # of the module that this one was written for: an older one may lie beside it
+_INTERFACE = 2  # of the module that this one was written for: an older one may lie beside it
 _native: Any = None
 if os.environ.get("LANCE_NATIVE") != "0" and sys.byteorder == "little":
     with suppress(ImportError):  # it was not built
@@ -69,15 +69,7 @@ class Rows(NamedTuple):
 
 def takes(tensor: Tensor) -> bool:
     """Whether there is a pass in C over the elements of this tensor, which lies without gaps."""
-    return (
-        _native is not None
-        and tensor.is_cpu
-        and tensor.dtype in _DTYPES
-        and type(tensor) in (Tensor, nn.Parameter)
-        and not _watched()
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
-    )
+    return tensor.dtype in _DTYPES and _plain(tensor)
 
 
 def makes(codes: Tensor, dtype: torch.dtype) -> bool:
@@ -88,6 +80,22 @@ def makes(codes: Tensor, dtype: torch.dtype) -> bool:
 def makes_flags(bits: Tensor, dtype: torch.dtype) -> bool:
     """Whether there is a pass in C from these bits to elements of this dtype."""
     return _native is not None and bits.is_cpu and dtype.itemsize <= 8 and not _watched()
+
+
+def gates(gradient: Tensor) -> bool:
+    """Whether there is a pass in C over the elements of this gradient that reads flags."""
+    return gradient.element_size() in (2, 4) and _plain(gradient)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return (
+        _native is not None
+        and tensor.is_cpu
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not _watched()
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
 
 
 def _watched() -> bool:
@@ -136,6 +144,24 @@ def expand_flags(bits: Tensor, count: int, off: float, on: float, dtype: torch.d
 @functools.lru_cache(maxsize=256)
 def _two(off: float, on: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor((off, on), dtype=dtype, device="cpu")
+
+
+def gate(bits: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient where a flag is set, zero elsewhere.
+
+    Args:
+        bits: as :func:`pack_flags` returned them.
+        gradient: one axis, contiguous, of 2 or 4 bytes an element.
+
+    Returns:
+        New tensor of its shape.
+    """
+    found = torch.empty_like(gradient)
+    count = gradient.numel()
+    _native.gate(
+        bits.data_ptr(), count, gradient.data_ptr(), gradient.element_size(), found.data_ptr(), _threads(count)
+    )
+    return found
 
 
 def pack_rows(flat: Tensor, bits: int, group: int, scale: float = 1.0, affine: Affine | None = None) -> Rows | None:
@@ -194,6 +220,49 @@ def expand_rows(
         *(bounds is not None, low, high, found.data_ptr(), _threads(count)),
     )
     return found
+
+
+def norm_backward(
+    codes: Tensor,
+    bits: int,
+    group: int,
+    scale: float,
+    affine: Affine | None,
+    inner: int,
+    gradient: Tensor,
+    factor: Tensor,
+    *,
+    fixed: bool,
+    needs_input: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """The backward pass of a normalisation of channels, whose input lies in rows.
+
+    Args:
+        codes: as :func:`pack_rows` returned them.
+        bits: of an element.
+        group: elements of a row.
+        scale: every value is multiplied by it first.
+        affine: makes the normalised input of the values; ``None``: they are it.
+        inner: neighbours in memory of the same channel.
+        gradient: of the result, one axis, contiguous, in the memory order of the input, float32 or bfloat16.
+        factor: ``(C,)`` float32, what the normalised input is multiplied by over its deviation.
+        fixed: whether the statistics do not depend on the input.
+        needs_input: whether its gradient is asked for.
+
+    Returns:
+        The gradient of the input, as ``gradient``, and ``(2, C)`` float32: for each channel the sum of the gradients,
+        and of their products with the normalised input.
+    """
+    count, channels = gradient.numel(), factor.numel()
+    sums = torch.empty(2, channels, dtype=torch.float32, device="cpu")
+    found = torch.empty_like(gradient) if needs_input else None
+    first, term, *_ = _pointers(affine)
+    _native.norm_backward(
+        *(codes.data_ptr(), count, _DTYPES[gradient.dtype], group, bits, scale, first, term, channels, inner),
+        *(gradient.data_ptr(), factor.data_ptr(), fixed, sums.data_ptr()),
+        *(0 if found is None else found.data_ptr(), _threads(count)),
+    )
+    return found, sums
 
 
 def _pointers(affine: Affine | None) -> tuple[int, int, int, int]:
