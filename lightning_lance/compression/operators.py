@@ -25,6 +25,7 @@ from lightning_lance.compression.recipes import Bounds, Dropped, Function, Norma
 from lightning_lance.compression.store import STATISTICS, Store
 from lightning_lance.ops.gate import Gate
 from lightning_lance.ops.norm import BatchNorm
+from lightning_lance.ops.pool import MaxPool
 from lightning_lance.ops.saving import FinishedRule, Rule, saving
 from lightning_lance.ops.watching import WatchingMode
 from lightning_lance.tensors import native, places
@@ -149,7 +150,7 @@ def _reads(input: Tensor, *weights: Tensor | None) -> bool:
         and all(w is None or type(w) in (Tensor, nn.Parameter) for w in weights)
         and native.takes(input)
         and dense(input)
-        and unpack_dual(input).tangent is None
+        and unpack_dual(input).tangent is None  # type: ignore[no-untyped-call]
         and store.is_on_top()
     )
 
@@ -279,9 +280,7 @@ def _clamped(input: Tensor, low: float, high: float, inplace: bool) -> Rule | No
             input, _Derivative(torch.ops.aten.hardtanh_backward, low, high), outside, inside, (low, high)
         )
 
-    return _gated(
-        input, rule, lambda x, own: (F.hardtanh_ if own else F.hardtanh)(x, low, high), inplace, low, high
-    )
+    return _gated(input, rule, lambda x, own: (F.hardtanh_ if own else F.hardtanh)(x, low, high), inplace, low, high)
 
 
 @cache
@@ -603,32 +602,48 @@ def _max_pool(axes: int) -> Callable[..., Rule | None]:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Rule | None:
-        def rule(saved: Tensor, store: Store) -> Any:
-            if saved.is_floating_point():
-                return Shape(saved)
-            sizes = tuple(input.shape[-axes:])
-            window = places.window(axes, kernel_size, stride, padding, dilation)
-            if axes == 1:  # the stock operator adds an axis
-                sizes, window = (1, *sizes), window.with_axis()
-            return Places(saved, sizes, window)
-
-        return rule
+        if not isinstance(input, Tensor):
+            return None  # type: ignore[unreachable]
+        sizes = tuple(input.shape[-axes:])
+        window = places.window(axes, kernel_size, stride, padding, dilation)
+        found = _MaxPool(*((1, *sizes), window.with_axis()) if axes == 1 else (sizes, window))
+        # The stock operator adds an axis to one; of one or three axes it has the backward pass.
+        if axes == 2 and not return_indices and input.is_contiguous() and _reads(input):
+            found.run = lambda: MaxPool.apply(input, *window, ceil_mode)
+        return found
 
     return make
+
+
+class _MaxPool:
+    __slots__ = ("run", "sizes", "window")
+
+    def __init__(self, sizes: tuple[int, ...], window: places.Window) -> None:
+        self.sizes, self.window = sizes, window
+        self.run: Callable[[], Tensor] | None = None
+
+    def __call__(self, saved: Tensor, store: Store) -> Any:
+        return Shape(saved) if saved.is_floating_point() else Places(saved, self.sizes, self.window)
 
 
 class Places(Kept):
     """Indices of maxima, as places in their windows."""
 
-    __slots__ = ("codes", "device", "shape", "sizes", "stride", "window")
+    __slots__ = ("codes", "contiguous", "device", "shape", "sizes", "stride", "window")
+
+    lends = True
 
     def __init__(self, index: Tensor, sizes: tuple[int, ...], window: places.Window) -> None:
         self.shape, self.stride, self.device = index.shape, index.stride(), index.device
-        self.sizes, self.window = sizes, window
+        self.sizes, self.window, self.contiguous = sizes, window, index.is_contiguous()
         self.codes = places.pack(index, sizes, window)
 
     def restore(self) -> Tensor:
         return places.unpack(self.codes, self.shape, self.stride, self.sizes, self.window)
+
+    def scatter(self, grad: Tensor) -> Tensor | None:
+        """The gradient of what was pooled; ``None``: there is no pass for it."""
+        return places.scatter(self.codes, grad, self.sizes, self.window) if self.contiguous else None
 
     def parts(self) -> list[tuple[int, int]]:
         return [(id(self), self.codes.nbytes)]

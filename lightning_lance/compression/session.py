@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
@@ -253,7 +253,8 @@ class LanceSession(Steps):
             self._chosen = worth_looking(ledger, self._automatic.keys() - self.layers.keys())
 
     def _flags(self) -> list[bool]:
-        return [p.requires_grad for module in walk(self.model) for p in module._parameters.values() if p is not None]
+        owners = (module._parameters for module in walk(self.model) if module._parameters)
+        return [p.requires_grad for parameters in owners for p in parameters.values() if p is not None]
 
     @property
     def layers(self) -> dict[str, Compressed]:
@@ -677,14 +678,17 @@ def _width(module: Any) -> int:
     return int(module.in_channels if hasattr(module, "in_channels") else module.in_features)
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
+def _tensors(model: nn.Module) -> list[Tensor]:
     """Parameters, buffers and factors of a model, some of them twice."""
+    found: list[Tensor | None] = []
     for module in walk(model):
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                yield tensor
+        if module._parameters:
+            found += module._parameters.values()
+        if module._buffers:
+            found += module._buffers.values()
         if isinstance(module, Compressed) and module._lance.subspace is not None:
-            yield from module._lance.subspace.factors()
+            found += module._lance.subspace.factors()
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _warn(text: str) -> None:

@@ -306,12 +306,14 @@ def _swapped(model: nn.Module) -> Iterator[Compressed]:
             yield module
 
 
-def walk(model: nn.Module) -> Iterator[nn.Module]:
+def walk(model: nn.Module) -> list[nn.Module]:
     """The modules of a model in the order of :meth:`torch.nn.Module.modules`, several times as fast: no names."""
-    seen, waiting = set(), [model]
+    found, seen, waiting = [], set(), [model]
     while waiting:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
-            yield module
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+            found.append(module)
+            if module._modules:
+                waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return found

@@ -13,7 +13,16 @@ from torch.nn.parameter import Parameter
 from lightning_lance.continual.memory import LayerMemory
 from lightning_lance.errors import LanceWarning
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.reserved import Form, Parts, drop, effective_weight, full_precision, precision
+from lightning_lance.ops.reserved import (
+    Form,
+    Parts,
+    drop,
+    effective_weight,
+    full_precision,
+    outside,
+    overlap_of,
+    precision,
+)
 from lightning_lance.tensors.checked import Stored
 
 WATCH_STEPS = 32
@@ -97,6 +106,9 @@ class Reservation:
         self.mask: Parameter | None = None
         if stored and (memory.opened is not None or memory.scaled):
             self.mask = Parameter(memory.closing().to(weight.device), requires_grad=False)
+        self.overlap: Parameter | None = None
+        if passes == 2 and not memory.scaled:  # coarser columns overlap too much for it
+            self.overlap = Parameter(overlap_of(self.basis.detach(), self.mask), requires_grad=False)
         self.anchor: Parameter | None = None
         self.update: Parameter | None = None
         # W M while a step is under way, a vector v in the span of M, and W v.
@@ -181,7 +193,7 @@ class Reservation:
     def parts(self, weight: Tensor) -> Parts:
         """Tensors of the parametrisation, given the layer's weight as it is now."""
         if self.update is None:
-            return Parts(weight, self.basis, self.anchor, self.mask)
+            return Parts(weight, self.basis, self.anchor, self.mask, self.overlap)
         return Parts(self.update, self.basis, weight)
 
     @torch.no_grad()
@@ -210,6 +222,8 @@ class Reservation:
         """Whether a gradient has no part in ``M``: penalties on weights, noise or clipped values have some."""
         if grad.is_sparse:
             return False
+        if outside.has(grad, self.basis):
+            return True
         part = torch.linalg.vector_norm(self._seen(grad))
         return bool(part <= OUTSIDE_TOLERANCE * torch.linalg.vector_norm(grad))
 
@@ -275,7 +289,7 @@ class Reservation:
     @torch.no_grad()
     def effective(self, weight: Tensor) -> Tensor:
         """The weight that the layer works with, computed in float64 and rounded once."""
-        trained, basis, anchor, mask = self.parts(weight)
+        trained, basis, anchor, mask, _ = self.parts(weight)
         if anchor is None:
             return weight.detach()
         parts = Parts(exact(trained), exact(basis), exact(anchor), mask)
@@ -353,6 +367,7 @@ class Reservation:
         if state["basis"] is not None:
             self.basis = Parameter(state["basis"].to(weight.device), requires_grad=False)
             self.form, self.mask, self._vector = self.form._replace(passes=1, damped=0), None, None
+            self.overlap = None
         for name in ("anchor", "expected"):
             found = state[name]
             found = None if found is None else Parameter(found.to(weight.device), requires_grad=False)

@@ -60,7 +60,8 @@ def lent(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
     """
     if torch.is_grad_enabled():
         return None, ctx.saved_tensors
-    saving.lent = found = []
+    found: list[Any] = []
+    saving.lent = found
     try:
         tensors = ctx.saved_tensors
     finally:

@@ -47,6 +47,9 @@ typedef struct {
     const void *gradient;
     double *sums; /* of each thread: 2 * channels */
     const float *first, *second, *third; /* of each channel */
+    const int64_t *start, *distance;
+    const uint8_t *codes;
+    int64_t outs, ins;
 } Work;
 
 INLINE float from_bits(uint32_t bits) {
@@ -619,6 +622,57 @@ INLINE uint32_t pack_flags(const Work *work, int64_t first, int64_t last, int th
     return 0;
 }
 
+/* Places of maxima in their windows ------------------------------------------------------------------------------ */
+
+/* Of each maximum the place in its window, work->bits each, the first one lowest in its byte; from its index in a map,
+   of which the window begins at start[], and the place at each of work->ins distances from there. */
+static uint32_t pack_places(const Work *work, int64_t first, int64_t last, int thread) {
+    const int64_t *index = (const int64_t *)work->input, *start = work->start, outs = work->outs;
+    const uint8_t *codes = work->codes;
+    const int bits = work->bits, each = 8 / bits;
+    const int64_t begin = first * BLOCK, end = last * BLOCK < work->count ? last * BLOCK : work->count;
+    uint8_t *out = (uint8_t *)work->out + begin / each;
+    int64_t o = begin % outs;
+    for (int64_t i = begin; i < end; out++) {
+        int byte = 0;
+        for (int k = 0; k < each && i < end; k++, i++) {
+            const uint64_t distance = (uint64_t)(index[i] - start[o]);
+            byte |= (distance < (uint64_t)work->ins ? codes[distance] : 0) << (k * bits);
+            o = o + 1 == outs ? 0 : o + 1;
+        }
+        *out = (uint8_t)byte;
+    }
+    return 0;
+}
+
+/* Gradients of the maxima of maps first to last, added up where these were. */
+INLINE void scatter_maps(const Work *work, int64_t first, int64_t last, int bits) {
+    const int64_t outs = work->outs, ins = work->ins, *start = work->start, *distance = work->distance;
+    const int shift = bits == 8 ? 0 : bits == 4 ? 1 : 2, rest = (1 << shift) - 1, mask = (1 << bits) - 1;
+    const uint8_t *codes = (const uint8_t *)work->input;
+    for (int64_t map = first; map < last; map++) {
+        const float *restrict g = (const float *)work->gradient + map * outs;
+        float *restrict out = (float *)work->out + map * ins;
+        memset(out, 0, (size_t)ins * sizeof *out);
+        for (int64_t o = 0; o < outs; o++) {
+            const uint64_t i = (uint64_t)(map * outs + o);
+            const int64_t place = start[o] + distance[codes[i >> shift] >> (int)(i & rest) * bits & mask];
+            if ((uint64_t)place < (uint64_t)ins) /* a dilated window may lie in the padding with all of its elements */
+                out[place] += g[o];
+        }
+    }
+}
+
+static uint32_t scatter_places(const Work *work, int64_t first, int64_t last, int thread) {
+    if (work->bits == 8) /* a constant number of bits is shifted faster */
+        scatter_maps(work, first, last, 8);
+    else if (work->bits == 4)
+        scatter_maps(work, first, last, 4);
+    else
+        scatter_maps(work, first, last, 2);
+    return 0;
+}
+
 /* For the processor at hand ------------------------------------------------------------------------------------ */
 
 typedef uint32_t Pass(const Work *work, int64_t first, int64_t last, int thread);
@@ -765,6 +819,48 @@ static PyObject *py_gate(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_pack_places(PyObject *self, PyObject *args) {
+    unsigned long long input, start, codes, out;
+    long long count, outs, distances;
+    int threads;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLLKKLiKi", &input, &count, &outs, &start, &codes, &distances, &work.bits, &out,
+                          &threads))
+        return NULL;
+    work.input = (const void *)(uintptr_t)input;
+    work.start = (const int64_t *)(uintptr_t)start;
+    work.codes = (const uint8_t *)(uintptr_t)codes;
+    work.out = (void *)(uintptr_t)out;
+    work.count = count;
+    work.outs = outs;
+    work.ins = distances;
+    Py_BEGIN_ALLOW_THREADS
+    run(pack_places, &work, (count + BLOCK - 1) / BLOCK, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_scatter_places(PyObject *self, PyObject *args) {
+    unsigned long long input, start, distance, gradient, out;
+    long long maps, outs, ins;
+    int threads;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLLLKKiKKi", &input, &maps, &outs, &ins, &start, &distance, &work.bits, &gradient,
+                          &out, &threads))
+        return NULL;
+    work.input = (const void *)(uintptr_t)input;
+    work.start = (const int64_t *)(uintptr_t)start;
+    work.distance = (const int64_t *)(uintptr_t)distance;
+    work.gradient = (const void *)(uintptr_t)gradient;
+    work.out = (void *)(uintptr_t)out;
+    work.outs = outs;
+    work.ins = ins;
+    Py_BEGIN_ALLOW_THREADS
+    run(scatter_places, &work, maps, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 /* With the normalised input n and the gradient g of each channel's m elements, factor = weight / deviation:
    sums of g, of g * n, and the gradient of the input, factor * (g - sum g / m - n * sum gn / m), or factor * g where
    the statistics are fixed. */
@@ -835,6 +931,8 @@ static PyMethodDef METHODS[] = {
     {"expand_flags", py_expand_flags, METH_VARARGS, NULL},
     {"pack_rows", py_pack_rows, METH_VARARGS, NULL},
     {"expand_rows", py_expand_rows, METH_VARARGS, NULL},
+    {"pack_places", py_pack_places, METH_VARARGS, NULL},
+    {"scatter_places", py_scatter_places, METH_VARARGS, NULL},
     {"gate", py_gate, METH_VARARGS, NULL},
     {"norm_backward", py_norm_backward, METH_VARARGS, NULL},
     {"widen", py_widen, METH_VARARGS, NULL},

@@ -82,6 +82,11 @@ def makes_flags(bits: Tensor, dtype: torch.dtype) -> bool:
     return _native is not None and bits.is_cpu and dtype.itemsize <= 8 and not _watched()
 
 
+def takes_indices(index: Tensor) -> bool:
+    """Whether there is a pass in C over these indices."""
+    return index.dtype is torch.int64 and index.is_contiguous() and _plain(index)
+
+
 def gates(gradient: Tensor) -> bool:
     """Whether there is a pass in C over the elements of this gradient that reads flags."""
     return gradient.element_size() in (2, 4) and _plain(gradient)
@@ -160,6 +165,49 @@ def gate(bits: Tensor, gradient: Tensor) -> Tensor:
     count = gradient.numel()
     _native.gate(
         bits.data_ptr(), count, gradient.data_ptr(), gradient.element_size(), found.data_ptr(), _threads(count)
+    )
+    return found
+
+
+def pack_places(index: Tensor, start: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """Places of maxima in their windows, packed as those of :mod:`lightning_lance.tensors.codes`.
+
+    Args:
+        index: int64, contiguous, of each maximum in its map; maps one after the other.
+        start: int64, contiguous, of the elements of one map: where each window begins.
+        codes: uint8, the place at each distance from there.
+        bits: of a place: 2, 4 or 8.
+    """
+    count = index.numel()
+    packed = torch.empty(-(-count * bits // 8), dtype=torch.uint8, device="cpu")
+    _native.pack_places(
+        *(index.data_ptr(), count, start.numel(), start.data_ptr(), codes.data_ptr(), codes.numel(), bits),
+        *(packed.data_ptr(), _threads(count)),
+    )
+    return packed
+
+
+def scatter_places(
+    packed: Tensor, start: Tensor, distance: Tensor, bits: int, gradient: Tensor, sizes: tuple[int, ...]
+) -> Tensor:
+    """Gradients of maxima, added up where these were.
+
+    Args:
+        packed: as :func:`pack_places` returned it.
+        start: as there.
+        distance: int64, the distance of each place from the start of its window.
+        bits: of a place.
+        gradient: ``(..., *out)`` float32, contiguous.
+        sizes: of a map of the input.
+
+    Returns:
+        New tensor ``(..., *sizes)``.
+    """
+    leading = gradient.shape[: -len(sizes)]
+    found = torch.empty((*leading, *sizes), dtype=gradient.dtype, device="cpu")
+    _native.scatter_places(
+        *(packed.data_ptr(), leading.numel(), start.numel(), math.prod(sizes), start.data_ptr(), distance.data_ptr()),
+        *(bits, gradient.data_ptr(), found.data_ptr(), _threads(found.numel())),
     )
     return found
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lance.tensors import native
 from lightning_lance.tensors.cached import constant
 from lightning_lance.tensors.codes import codes_per_byte, pack_codes, unpack_codes, unpacking_table
 
@@ -56,12 +57,14 @@ class _Tables(NamedTuple):
         code: the place at each distance from the start of a window, in uint8 where that is enough.
         distance: int64, the distance of each place; those of all places in a byte where one holds several.
         per_byte: how many places one byte holds: 4, 2 or 1; 0 where a place takes more than a byte.
+        single: int64, the distance of each place.
     """
 
     start: Tensor
     code: Tensor
     distance: Tensor
     per_byte: int
+    single: Tensor
 
 
 @constant
@@ -81,7 +84,8 @@ def _tables(sizes: tuple[int, ...], out_sizes: tuple[int, ...], window: Window, 
     # Where the window is wider than the input two places can lie at one distance; either code leads back to it.
     code[distance] = torch.arange(count, device=device).to(dtype)
     per_byte = codes_per_byte(count) if count <= 256 else 0
-    return _Tables(start, code, unpacking_table(distance, per_byte) if per_byte else distance, per_byte)
+    table = unpacking_table(distance, per_byte) if per_byte else distance
+    return _Tables(start.contiguous(), code, table, per_byte, distance)
 
 
 def pack(index: Tensor, sizes: tuple[int, ...], window: Window) -> Tensor:
@@ -96,6 +100,8 @@ def pack(index: Tensor, sizes: tuple[int, ...], window: Window) -> Tensor:
         Codes on one axis, in the memory order of the indices.
     """
     tables = _tables(sizes, tuple(index.shape[-len(sizes) :]), window, index.device)
+    if tables.per_byte and native.takes_indices(index):
+        return native.pack_places(index, tables.start, tables.code, 8 // tables.per_byte)
     distance = index - tables.start
     codes = tables.code.index_select(0, distance.as_strided((index.numel(),), (1,)))
     return pack_codes(codes, tables.per_byte) if tables.per_byte else codes
@@ -118,3 +124,22 @@ def unpack(
     """
     tables = _tables(sizes, tuple(shape[-len(sizes) :]), window, codes.device)
     return unpack_codes(codes, tables.distance).as_strided(shape, stride).add_(tables.start)
+
+
+def scatter(codes: Tensor, grad: Tensor, sizes: tuple[int, ...], window: Window) -> Tensor | None:
+    """The gradient of what was pooled, from what :func:`pack` returned of contiguous indices; ``None``: no pass for it.
+
+    Args:
+        codes: places.
+        grad: of the maxima ``(..., *out)``.
+        sizes: spatial sizes of the input.
+        window: static arguments.
+
+    Returns:
+        ``(..., *sizes)``, new.
+    """
+    tables = _tables(sizes, tuple(grad.shape[-len(sizes) :]), window, codes.device)
+    if not tables.per_byte or grad.dtype is not torch.float32 or not native.takes(grad):
+        return None
+    bits = 8 // tables.per_byte
+    return native.scatter_places(codes, tables.start, tables.single, bits, grad.contiguous(), sizes)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_lance.ops.features import FeatureSide
-from lightning_lance.ops.reserved import Form, Parts, effective_weight, reserved_linear
+from lightning_lance.ops.reserved import Form, Parts, drop, effective_weight, outside, overlap_of, reserved_linear
 from tests.ops.table import Case, Operator, Problem, operators
 from tests.oracles import orthonormal, relative_error
 
@@ -117,3 +117,65 @@ def test_bfloat16_weights_keep_a_float32_basis() -> None:
     assert relative_error(effective_weight(parts, form), exact.written(exact.trained)) < 0.01
     output = reserved_linear(problem.input, parts, None, form, None)
     assert relative_error(output, F.linear(exact.input, exact.written(exact.trained))) < 0.02
+
+
+@given(
+    st.integers(1, 2),
+    st.integers(8, 60),
+    st.floats(0.05, 0.95),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_one_pass_with_the_overlap_leaves_nothing_in_a_rounded_basis(
+    groups: int, width: int, share: float, masked: bool, anchored: bool, seed: int
+) -> None:
+    """Against the exact projection, with columns that are orthonormal but for the rounding of float16."""
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, int(share * width))
+    basis = torch.stack([orthonormal(width, count) for _ in range(groups)]).half()
+    mask = torch.randint(0, 2, (groups, count), generator=generator).float() if masked else None
+    rows = torch.randn(groups, 5, width, generator=generator, dtype=torch.float64)
+    expected = torch.randn(groups, 5, count, generator=generator, dtype=torch.float64) if anchored else None
+    form = Form(FeatureSide(groups, width), torch.Size((5 * groups, width)), complement=True, passes=2)
+    given = None if expected is None else expected.float()
+    found = drop(rows.float(), basis.float(), given, mask, form, True, overlap_of(basis, mask)).double()
+
+    for group in range(groups):
+        closed = slice(None) if mask is None else mask[group] > 0
+        columns = basis[group].double()[:, closed]
+        excess = rows[group] @ columns - (0.0 if expected is None else expected[group][:, closed])
+        exact = rows[group] - excess @ torch.linalg.pinv(columns)
+        torch.testing.assert_close(found[group], exact, rtol=0, atol=3e-6)
+
+
+def test_a_gradient_that_was_noted_is_known_until_somebody_writes_on_it() -> None:
+    weight = torch.randn(6, 9, requires_grad=True)
+    basis = orthonormal(9, 4, torch.float32)[None]
+    form = Form(FeatureSide(1, 9), weight.shape, complement=True, steady=True)
+    inputs = torch.randn(40, 9)
+    reserved_linear(inputs, Parts(weight, basis, None), None, form, None).square().sum().backward()
+    assert weight.grad is not None
+    assert outside.has(weight.grad, basis)
+    assert not outside.has(weight.grad, basis.clone())
+    assert not outside.has(weight.grad.clone(), basis)
+    reserved_linear(inputs, Parts(weight, basis, None), None, form, None).square().sum().backward()
+    assert not outside.has(weight.grad, basis)  # another one was added
+    weight.grad = None
+    reserved_linear(inputs, Parts(weight, basis, None), None, form, None).square().sum().backward()
+    assert outside.has(weight.grad, basis)  # type: ignore[arg-type]
+    torch.nn.utils.clip_grad_value_([weight], 0.1)
+    assert not outside.has(weight.grad, basis)  # type: ignore[arg-type]
+
+
+def test_what_is_known_of_gradients_does_not_grow_and_keeps_none_alive() -> None:
+    basis = orthonormal(9, 4, torch.float32)[None]
+    alive = [torch.randn(3, 9) for _ in range(20)]
+    for grad in alive:
+        outside.add(grad, basis)
+    for _ in range(2000):
+        outside.add(torch.randn(3, 9), basis)
+    assert len(outside._found) <= 300
+    assert all(outside.has(grad, basis) for grad in alive)
+    fresh = [torch.randn(3, 9) for _ in range(500)]
+    assert not any(outside.has(grad, basis) for grad in fresh)

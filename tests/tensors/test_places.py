@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_lance.tensors.places import Window, pack, unpack, window
+from lightning_lance.tensors import native
+from lightning_lance.tensors.places import Window, pack, scatter, unpack, window
 
 POOL: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -58,6 +59,45 @@ def test_indices_come_back(pool: Any, seed: int, ties: bool, last: bool) -> None
     count = math.prod(where.kernel)
     per_byte = 4 if count <= 4 else 2 if count <= 16 else 1
     assert codes.nbytes == -(-index.numel() // per_byte)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_native", None)
+        assert torch.equal(come_back(index, sizes, where), codes)
+
+
+@pytest.mark.skipif(native._native is None, reason="nothing was compiled")
+@given(pool=pools(), seed=st.integers(0, 2**16), planes=st.integers(1, 5), threads=st.sampled_from([1, 3]))
+@settings(max_examples=150)
+def test_gradients_are_those_of_the_stock_kernel(pool: Any, seed: int, planes: int, threads: int) -> None:
+    axes, where, sizes, ceil = pool
+    x = torch.randn(2, planes, *sizes, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    result, index = POOL[axes](x, *where, ceil_mode=ceil, return_indices=True)
+    # A dilated window may lie in the padding with all of its elements: torch writes beside its own memory there.
+    assume(int(index.max()) < math.prod(sizes) and bool(result.isfinite().all()))
+    grad = torch.randn_like(result)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_threads", lambda _: threads)
+        found = scatter(pack(index, sizes, where), grad, sizes, where)
+    assert found is not None
+    (expected,) = torch.autograd.grad(result, x, grad)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(native._native is None, reason="nothing was compiled")
+def test_a_window_outside_of_the_input_gets_no_gradient() -> None:
+    where = window(2, 2, 2, 1, 2)  # at -1 and 1 of an axis of one element
+    _, index = F.max_pool2d(torch.randn(1, 2, 1, 9), *where, return_indices=True)
+    grad = torch.randn(index.shape)
+    found = scatter(pack(index, (1, 9), where), grad, (1, 9), where)
+    assert found is not None
+    assert int((found != 0).sum()) <= int((index < 9).sum())
+
+
+def test_there_is_no_pass_for_other_gradients() -> None:
+    where = window(2, 2)
+    _, index = F.max_pool2d(torch.randn(2, 3, 8, 8), 2, return_indices=True)
+    codes = pack(index, (8, 8), where)
+    assert scatter(codes, torch.randn(2, 3, 4, 4, dtype=torch.float64), (8, 8), where) is None
+    assert scatter(codes, torch.randn(2, 3, 4, 4).bfloat16(), (8, 8), where) is None
 
 
 @pytest.mark.parametrize(("side", "itemsize"), [(16, 1), (17, 2)])
