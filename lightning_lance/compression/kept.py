@@ -167,7 +167,9 @@ class Flags(Kept):
         if self.bits is None or self.stride != self.own_stride or not native.gates(grad) or grad.dtype != self.dtype:
             return None
         flat = in_layout(grad, self.shape, self.stride)
-        return native.gate(self.bits, flat).as_strided(self.shape, self.stride)
+        found = torch.empty_strided(self.shape, self.stride, dtype=grad.dtype, device="cpu")
+        native.gate(self.bits, flat, found)
+        return found
 
     def parts(self) -> list[tuple[int, int]]:
         if self.bits is not None:

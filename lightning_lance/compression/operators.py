@@ -150,7 +150,8 @@ def _reads(input: Tensor, *weights: Tensor | None) -> bool:
         and all(w is None or type(w) in (Tensor, nn.Parameter) for w in weights)
         and native.takes(input)
         and dense(input)
-        and unpack_dual(input).tangent is None  # type: ignore[no-untyped-call]
+        and all(w is None or unpack_dual(w).tangent is None for w in (input, *weights))  # type: ignore[no-untyped-call]
+        and not torch._C._is_tracing()
         and store.is_on_top()
     )
 
@@ -280,7 +281,20 @@ def _clamped(input: Tensor, low: float, high: float, inplace: bool) -> Rule | No
             input, _Derivative(torch.ops.aten.hardtanh_backward, low, high), outside, inside, (low, high)
         )
 
-    return _gated(input, rule, lambda x, own: (F.hardtanh_ if own else F.hardtanh)(x, low, high), inplace, low, high)
+    def function(x: Tensor, own: bool) -> Tensor:
+        return (F.hardtanh_ if own else F.hardtanh)(x, low, high)
+
+    if _is_outwards(low, high, input.dtype):
+        return _gated(input, rule, function, inplace, low, high)
+    return _Activation(input, rule, function, (low, high))
+
+
+@cache
+def _is_outwards(low: float, high: float, dtype: torch.dtype) -> bool:
+    """Whether bounds are rounded outwards: by the result, which a gate keeps, clamped elements are known then."""
+    bounds = torch.tensor((low, high), dtype=torch.float32, device="cpu")
+    below, above = (bounds.to(dtype).float() - bounds).tolist()
+    return bool(below <= 0 <= above)
 
 
 @cache
@@ -763,8 +777,16 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Rule | None:
     rule = _BatchNorm(running_mean, running_var, weight, bias, training, eps)
-    per_channel = input.numel() > input.shape[1] and (training or None not in (running_mean, running_var))
-    if not rule.fixed and per_channel and eps > 0 and _reads(input, weight, bias):
+    if (
+        not rule.fixed
+        and eps > 0
+        and input.dim() > 1
+        and input.numel() > input.shape[1]
+        and (training or (running_mean is not None and running_var is not None))
+        and all(v is None or v.shape == (input.shape[1],) for v in (running_mean, running_var, weight, bias))
+        and not any(v is not None and v.requires_grad for v in (running_mean, running_var))
+        and _reads(input, weight, bias)
+    ):
         statistics = rule.statistics  # not the rule: a circle would keep the input
         rule.run = lambda: BatchNorm.apply(
             input, weight, bias, running_mean, running_var, training, momentum, eps, statistics
@@ -806,7 +828,7 @@ class _BatchNorm(FinishedRule):
         if self.statistics:
             norm.mean, norm.invstd = self.statistics
         elif self.mean is not None and self.var is not None:
-            norm.mean, norm.invstd = self.mean, (self.var + self.eps).rsqrt()
+            norm.mean, norm.invstd = self.mean.float(), (self.var.float() + self.eps).rsqrt()
         else:
             saving.looking = True
             try:

@@ -244,15 +244,13 @@ class NormInput(Kept):
         change = None if self._cut else native.Affine.of(invstd, -mean * invstd, kept.stride)
         flat = in_layout(grad, kept.shape, kept.stride)
         factor = (invstd if weight is None else invstd * weight.detach().float()).contiguous()
-        found, sums = native.norm_backward(
-            *(rounded.codes, rounded.bits, rounded.group, 1 / rounded.scale, change, max(1, kept.stride[1]), flat),
-            *(factor,),
-            fixed=fixed,
-            needs_input=needs_input,
+        found = torch.empty_strided(kept.shape, kept.stride, dtype=grad.dtype, device="cpu") if needs_input else None
+        sums = native.norm_backward(
+            *(rounded.codes, rounded.bits, rounded.group, 1 / rounded.scale, change, max(1, kept.stride[1])),
+            *(flat, factor, found, fixed),
         )
         dtype = mean.dtype if weight is None else weight.dtype
-        shaped = None if found is None else found.as_strided(kept.shape, kept.stride)
-        return shaped, sums[1].to(dtype), sums[0].to(dtype)
+        return found, sums[1].to(dtype, copy=True), sums[0].to(dtype, copy=True)  # each in memory of its own
 
     def parts(self) -> list[tuple[int, int]]:
         self.settle()

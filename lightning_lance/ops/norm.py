@@ -47,7 +47,7 @@ class BatchNorm(torch.autograd.Function):
             assert running_mean is not None
             assert running_var is not None
             mean, spread = running_mean.clone(), running_var.clone()
-            statistics[:] = mean, (spread + eps).rsqrt()
+            statistics[:] = mean.float(), (spread.float() + eps).rsqrt()
         ctx.save_for_backward(input, weight, mean, spread)
         ctx.training, ctx.eps = training, eps
         return result
@@ -58,7 +58,7 @@ class BatchNorm(torch.autograd.Function):
         kept, (input, weight, mean, spread) = lent(ctx)
         found = None
         if kept is not None:
-            invstd = spread if ctx.training else (spread + ctx.eps).rsqrt()
+            invstd = spread if ctx.training else (spread.float() + ctx.eps).rsqrt()
             found = kept.backward(grad, weight, mean, invstd, not ctx.training, needed[0])
             if found is None:
                 input = kept.restore()

@@ -97,6 +97,8 @@ def _plain(tensor: Tensor) -> bool:
         _native is not None
         and tensor.is_cpu
         and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and _core._has_storage(tensor)  # not those of torch.autograd.grad(is_grads_batched=True)
         and not _watched()
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
@@ -151,22 +153,18 @@ def _two(off: float, on: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor((off, on), dtype=dtype, device="cpu")
 
 
-def gate(bits: Tensor, gradient: Tensor) -> Tensor:
+def gate(bits: Tensor, gradient: Tensor, found: Tensor) -> None:
     """A gradient where a flag is set, zero elsewhere.
 
     Args:
         bits: as :func:`pack_flags` returned them.
         gradient: one axis, contiguous, of 2 or 4 bytes an element.
-
-    Returns:
-        New tensor of its shape.
+        found: as many of the same dtype, without gaps in memory; gets the result.
     """
-    found = torch.empty_like(gradient)
     count = gradient.numel()
     _native.gate(
         bits.data_ptr(), count, gradient.data_ptr(), gradient.element_size(), found.data_ptr(), _threads(count)
     )
-    return found
 
 
 def pack_places(index: Tensor, start: Tensor, codes: Tensor, bits: int) -> Tensor:
@@ -279,10 +277,9 @@ def norm_backward(
     inner: int,
     gradient: Tensor,
     factor: Tensor,
-    *,
+    found: Tensor | None,
     fixed: bool,
-    needs_input: bool,
-) -> tuple[Tensor | None, Tensor]:
+) -> Tensor:
     """The backward pass of a normalisation of channels, whose input lies in rows.
 
     Args:
@@ -294,23 +291,22 @@ def norm_backward(
         inner: neighbours in memory of the same channel.
         gradient: of the result, one axis, contiguous, in the memory order of the input, float32 or bfloat16.
         factor: ``(C,)`` float32, what the normalised input is multiplied by over its deviation.
+        found: as many elements of the same dtype, without gaps in memory; gets the gradient of the input. ``None``: it
+            is not asked for.
         fixed: whether the statistics do not depend on the input.
-        needs_input: whether its gradient is asked for.
 
     Returns:
-        The gradient of the input, as ``gradient``, and ``(2, C)`` float32: for each channel the sum of the gradients,
-        and of their products with the normalised input.
+        ``(2, C)`` float32: for each channel the sum of the gradients, and of their products with the normalised input.
     """
     count, channels = gradient.numel(), factor.numel()
     sums = torch.empty(2, channels, dtype=torch.float32, device="cpu")
-    found = torch.empty_like(gradient) if needs_input else None
     first, term, *_ = _pointers(affine)
     _native.norm_backward(
         *(codes.data_ptr(), count, _DTYPES[gradient.dtype], group, bits, scale, first, term, channels, inner),
         *(gradient.data_ptr(), factor.data_ptr(), fixed, sums.data_ptr()),
         *(0 if found is None else found.data_ptr(), _threads(count)),
     )
-    return found, sums
+    return sums
 
 
 def _pointers(affine: Affine | None) -> tuple[int, int, int, int]:

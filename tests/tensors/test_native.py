@@ -263,3 +263,134 @@ def test_not_a_number_does_not_reach_its_neighbours(bits: int) -> None:
         back = expand(found, torch.float32)
         others = torch.arange(1280) != 300
         assert float((back - flat)[others].abs().max()) < 0.5
+
+
+def gated(x: Tensor, gradient: Tensor) -> Tensor:
+    found = torch.empty_like(gradient)
+    native.gate(pack_bits(x > 0), gradient, found)
+    return found
+
+
+@given(count=st.integers(1, 1500), half=st.booleans(), seed=st.integers(0, 99))
+@drawn
+def test_a_gradient_passes_where_a_flag_is_set(count: int, half: bool, seed: int) -> None:
+    """Bit for bit, whatever number it is, and not beyond the last element."""
+    dtype = torch.bfloat16 if half else torch.float32
+    draw = torch.Generator().manual_seed(seed)
+    x = values(count, seed)
+    gradient = torch.randn(count, generator=draw).to(dtype)
+    gradient[torch.rand(count, generator=draw) < 0.1] = math.nan
+    gradient[torch.rand(count, generator=draw) < 0.1] = math.inf
+    gradient[torch.rand(count, generator=draw) < 0.1] = -0.0
+    found = gated(x, gradient)
+    expected = torch.where(x > 0, gradient, torch.zeros((), dtype=dtype))
+    kind = torch.int16 if half else torch.int32
+    assert found.dtype == dtype
+    assert torch.equal(found.view(kind), expected.view(kind))
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 15, 63, 64, 65, 4099])
+def test_a_gate_reads_gradients_at_any_address(size: int) -> None:
+    """As of a view that begins somewhere."""
+    x, gradient = torch.randn(size), torch.randn(size + 3)
+    for start in range(4):
+        part = gradient[start : start + size]
+        assert torch.equal(gated(x, part), torch.where(x > 0, part, 0.0))
+        half = gradient.bfloat16()[start : start + size]
+        assert torch.equal(gated(x, half), torch.where(x > 0, half, 0.0))
+
+
+SHAPES = (
+    st.tuples(st.integers(1, 60), st.integers(1, 40))
+    | st.tuples(st.integers(1, 6), st.integers(1, 20), st.integers(1, 40))
+    | st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 18), st.integers(1, 18))
+    | st.tuples(*(st.integers(1, 6) for _ in range(5)))
+)
+
+
+def laid_out(tensor: Tensor, order: int) -> Tensor:
+    """The same elements with the axes in another order in memory."""
+    axes = list(range(tensor.dim()))
+    axes = [axes, [0, *axes[2:], 1], axes[::-1], [1, 0, *axes[2:]]][order]
+    return tensor.permute(axes).contiguous().permute([axes.index(axis) for axis in range(tensor.dim())])
+
+
+@given(
+    shape=SHAPES,
+    order=st.integers(0, 3),
+    bits=st.sampled_from([4, 8]),
+    group=GROUPS,
+    half=st.booleans(),
+    changed=st.booleans(),
+    fixed=st.booleans(),
+    needs_input=st.booleans(),
+    scale=st.sampled_from([1.0, 0.25]),
+    seed=st.integers(0, 99),
+)
+@drawn
+def test_a_norm_goes_back_from_its_rows(
+    shape: tuple[int, ...],
+    order: int,
+    bits: int,
+    group: int,
+    half: bool,
+    changed: bool,
+    fixed: bool,
+    needs_input: bool,
+    scale: float,
+    seed: int,
+) -> None:
+    """The formula in float64, of the values that torch's own kernel or a pass tested above reads from the rows."""
+    dtype = torch.bfloat16 if half else torch.float32
+    draw = torch.Generator().manual_seed(seed)
+    x = laid_out(torch.randn(shape, generator=draw), order)
+    gradient = laid_out(torch.randn(shape, generator=draw) + 0.3, order).to(dtype)
+    flat, channels = x.as_strided((x.numel(),), (1,)), shape[1]
+    weight, factor, term = torch.randn(3, channels, generator=draw)
+    affine = native.Affine.of(factor, term, x.stride()) if changed else None
+    rows = native.pack_rows(flat, bits, group)
+    assert rows is not None
+    found = torch.empty_like(gradient) if needs_input else None
+    sums = native.norm_backward(
+        *(rows.codes, bits, group, scale, affine, max(1, x.stride()[1])),
+        *(gradient.as_strided((x.numel(),), (1,)), weight, found, fixed),
+    )
+
+    back = {4: torch.ops.quantized.embedding_bag_4bit_unpack, 8: torch.ops.quantized.embedding_bag_byte_unpack}[bits]
+    read = (back(rows.codes).view(-1)[: x.numel()].double() * scale).as_strided(x.shape, x.stride())
+    by_channel = (slice(None), *[None] * (len(shape) - 2))
+    if changed:
+        read = read * factor.double()[by_channel] + term.double()[by_channel]
+    axes, g = [axis for axis in range(len(shape)) if axis != 1], gradient.double()
+    sum_g, sum_product = g.sum(axes), (g * read).sum(axes)
+    size = (g.abs() * (1 + read.abs())).sum(axes).max()
+    torch.testing.assert_close(sums.double(), torch.stack([sum_g, sum_product]), rtol=1e-5, atol=float(size) * 1e-6)
+    if found is None:
+        return
+    count = x.numel() // channels
+    expected = g if fixed else g - (sum_g / count)[by_channel] - read * (sum_product / count)[by_channel]
+    expected = weight.double()[by_channel] * expected
+    close, largest = (2**-8 if half else 1e-5), float(expected.abs().max()) + float(weight.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=close, atol=2e-6 * largest)
+
+
+def test_what_is_not_finite_stays_in_its_channel() -> None:
+    x, gradient = torch.randn(4, 6, 8, 8), torch.randn(4, 6, 8, 8)
+    gradient[1, 2, 3, 4], gradient[1, 4, 3, 4] = math.nan, math.inf
+    rows = native.pack_rows(x.view(-1), 4, 64)
+    assert rows is not None
+    found = torch.empty_like(gradient)
+    sums = native.norm_backward(rows.codes, 4, 64, 1.0, None, 64, gradient.view(-1), torch.ones(6), found, False)
+    finite = torch.tensor([True, True, False, True, False, True])
+    assert torch.equal(sums.isfinite().all(0), finite)
+    assert torch.equal(found.view(4, 6, 64).isfinite().all(2).all(0), finite)
+
+
+def test_what_no_pass_reads_is_refused() -> None:
+    rows = native.pack_rows(torch.randn(640), 4, 64)
+    assert rows is not None
+    for bits, group in ((2, 64), (4, 63), (4, 258), (8, 8)):
+        with pytest.raises(ValueError, match="groups have"):
+            native.norm_backward(rows.codes, bits, group, 1.0, None, 1, torch.randn(640), torch.ones(10), None, False)
+    assert not native.gates(torch.randn(8).double())
+    assert native.gates(torch.randn(8).half())
