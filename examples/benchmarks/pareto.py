@@ -9,8 +9,9 @@ Every method has a process of its own, forked from one that has loaded the libra
 plain pass over two samples loads what kernels load, and from then on the most that was resident counts: "peak" is that
 of all steps (forward, backward, SGD) above what was resident before the first. Freed memory goes back to the
 system, and large blocks are mapped in huge pages where there are any, for all methods alike (docs/allocators.md). Of
-`torch.compile` the peak is that of the steps after it has compiled, for the compiler itself takes more. "Step" is the
-median of the steps after these.
+`torch.compile` the peak is that of the steps after it has compiled, for the compiler itself takes more. Steps are timed
+after that, in turn with plain steps of another copy of the network in the same process: the ratio is the median over
+these pairs.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ import torch
 from examples.benchmarks.memory import ALLOCATORS, RESULTS, peak, reset_peak
 from examples.benchmarks.table import show, size
 from examples.benchmarks.ways import WAYS, Training, find
-from examples.benchmarks.workloads import WORKLOADS
+from examples.benchmarks.workloads import WORKLOADS, Batch
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it with its first allocation
 SLOWEST = 1.33  # times a plain step: what checkpointing costs
 AS_FAST = 1.05
 QUICK = {name: (8, 32 if name == "text" else 64) for name in WORKLOADS}
-ENOUGH_SECONDS = 15.0  # of timed steps, after at least two
+FOR_PEAK = 2  # steps
+ENOUGH_SECONDS = 12.0  # of timed steps, after at least three pairs
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Row:
         peak: most bytes resident in any step, above idle.
         first: the same of the first steps alone.
         seconds: of a step, median.
+        ratio: of that to a plain step next to it, median.
         steps: how many were timed.
         cosine: of the gradient of one batch to that of plain training.
         error: why there are no numbers.
@@ -73,6 +76,7 @@ class Row:
     peak: int | None = None
     first: int | None = None
     seconds: float | None = None
+    ratio: float | None = None
     steps: int = 0
     cosine: float | None = None
     error: str | None = None
@@ -100,18 +104,31 @@ def measure(row: Row, steps: int) -> Row:
         found = reset_peak()
         if way.compiled is not None:
             idle = found
-        times: list[float] = []
-        while len(times) < 2 or (len(times) < steps and sum(times) < ENOUGH_SECONDS):
-            start = time.perf_counter()
-            training.step(batches[len(times) % 2])
-            times.append(time.perf_counter() - start)
+        for index in range(FOR_PEAK):
+            training.step(batches[index % 2])
         later = peak() - idle
         row.peak = later if way.compiled is not None else max(row.first, later)
-        row.seconds, row.steps = statistics.median(times), len(times)
         training.forget()
+        plain = Training(training.workload, WAYS["plain"])
+        plain.step(batches[0])
+        plain.forget()
+        pairs: list[tuple[float, float]] = []
+        while len(pairs) < min(3, steps) or (len(pairs) < steps and sum(map(sum, pairs)) < ENOUGH_SECONDS):
+            batch = batches[len(pairs) % 2]
+            pairs.append((_timed(training, batch), _timed(plain, batch)))
+        row.seconds, row.steps = statistics.median(own for own, _ in pairs), len(pairs)
+        row.ratio = 1.0 if row.method == "plain" else statistics.median(own / other for own, other in pairs)
         row.kept = training.kept(batches[0])
         row.cosine = training.cosine(batches[0])
     return row
+
+
+def _timed(training: Training, batch: Batch) -> float:
+    start = time.perf_counter()
+    training.step(batch)
+    found = time.perf_counter() - start
+    training.forget()
+    return found
 
 
 def _work(row: Row, steps: int, connection: Connection) -> None:
@@ -189,10 +206,7 @@ def within(rows: Sequence[Row], slowest: float) -> list[Row]:
     """Rows of one network whose step, rounded as in the table, is no more than so many times plain training's, smallest
     peak first.
     """
-    base = plain(rows)
-    if base is None or not base.seconds:
-        return []
-    fast = [row for row in rows if row.peak is not None and row.seconds and _times(row, base) <= slowest]
+    fast = [row for row in rows if row.peak is not None and row.ratio is not None and round(row.ratio, 2) <= slowest]
     return sorted(fast, key=lambda row: row.peak or 0)
 
 
@@ -207,8 +221,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
     lines = [text + ("." if second is None else f"; {_named(second)} reaches {_peak(second, base)}.")]
     smallest = within(rows, math.inf)[0]
     if smallest.method != least.method:
-        ratio = _times(smallest, base)
-        lines.append(f"At any step time it is {_peak(smallest, base)}, by {_named(smallest)}, at {ratio:.2f} times.")
+        at = f"at {smallest.ratio:.2f} times"
+        lines.append(f"At any step time it is {_peak(smallest, base)}, by {_named(smallest)}, {at}.")
     fast = [row for row in within(rows, AS_FAST) if WAYS[row.method].ours]
     others = [row for row in within(rows, AS_FAST) if not WAYS[row.method].ours and row.method != "plain"]
     near = f"within {AS_FAST - 1:.0%} of plain's step"
@@ -219,12 +233,6 @@ def findings(rows: Sequence[Row]) -> list[str]:
     if others and (not fast or (others[0].peak or 0) < (fast[0].peak or 0)):
         lines.append(f"There {_named(others[0])} is better: {_peak(others[0], base)}.")
     return lines
-
-
-def _times(row: Row, base: Row) -> float:
-    assert row.seconds
-    assert base.seconds
-    return round(row.seconds / base.seconds, 2)
 
 
 def _peak(row: Row, base: Row) -> str:
@@ -246,15 +254,12 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     lines = [HEADER]
     for row in rows:
         line = [WAYS[row.method].title]
-        if row.error is not None or row.peak is None or row.seconds is None or row.cosine is None:
+        if row.error is not None or row.peak is None or row.seconds is None or row.cosine is None or row.ratio is None:
             lines.append([*line, row.error or "", *[""] * (len(HEADER) - 2)])
             continue
-        of_peak = of_step = ""
-        if base is not None and base.peak and base.seconds:
-            of_peak, of_step = f"{row.peak / base.peak:.0%}", f"{_times(row, base):.2f}"
-        lines.append(
-            [*line, size(row.kept), size(row.peak), of_peak, f"{row.seconds:.2f}", of_step, f"{row.cosine:.4f}"]
-        )
+        of_peak = f"{row.peak / base.peak:.0%}" if base is not None and base.peak else ""
+        times = [f"{row.seconds:.2f}", f"{row.ratio:.2f}"]
+        lines.append([*line, size(row.kept), size(row.peak), of_peak, *times, f"{row.cosine:.4f}"])
     return lines
 
 
@@ -356,14 +361,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         base = plain(found)
         assert base is not None
         assert base.peak
-        assert base.seconds
-        at = {row.method: row for row in found if row.peak is not None and row.seconds is not None}
+        at = {row.method: row for row in found if row.peak is not None and row.ratio is not None}
         axis.axvspan(0, SLOWEST, color="#f2f4f7", zorder=0)
         for title, methods, colour, marker in FAMILIES:
             chosen = [at[method] for method in methods if method in at]
             if not chosen:
                 continue
-            steps = [min((row.seconds or 0) / base.seconds, LONGEST) for row in chosen]
+            steps = [min(row.ratio or 0, LONGEST) for row in chosen]
             peaks = [(row.peak or 0) / 1e6 for row in chosen]
             style = "-" if len(methods) > 1 else ""
             (line,) = axis.plot(steps, peaks, style, color=colour, marker=marker, markersize=5.5, linewidth=1.2)

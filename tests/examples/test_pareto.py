@@ -88,7 +88,7 @@ def test_characters_are_followed_by_the_next_ones() -> None:
 
 
 def row(method: str, peak: float, seconds: float, network: str = "resnet18", **more: object) -> Row:
-    values = {"kept": 10**7, "peak": int(peak * 1e6), "first": 1, "seconds": seconds, "steps": 5, "cosine": 0.5}
+    values = {"kept": 10**7, "peak": int(peak * 1e6), "first": 1, "seconds": seconds, "ratio": seconds, "cosine": 0.5}
     return Row(network, method, 32, 224, 2, "returned", **{**values, **more})  # type: ignore[arg-type]
 
 
