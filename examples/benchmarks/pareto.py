@@ -42,7 +42,7 @@ SLOWEST = 1.33  # times a plain step: what checkpointing costs
 AS_FAST = 1.05
 QUICK = {name: (8, 32 if name == "text" else 64) for name in WORKLOADS}
 FOR_PEAK = 2  # steps
-ENOUGH_SECONDS = 12.0  # of timed steps, after at least three pairs
+ENOUGH_SECONDS = 8.0  # of timed steps, after at least two pairs
 
 
 @dataclass
@@ -113,7 +113,7 @@ def measure(row: Row, steps: int) -> Row:
         plain.step(batches[0])
         plain.forget()
         pairs: list[tuple[float, float]] = []
-        while len(pairs) < min(3, steps) or (len(pairs) < steps and sum(map(sum, pairs)) < ENOUGH_SECONDS):
+        while len(pairs) < min(2, steps) or (len(pairs) < steps and sum(map(sum, pairs)) < ENOUGH_SECONDS):
             batch = batches[len(pairs) % 2]
             pairs.append((_timed(training, batch), _timed(plain, batch)))
         row.seconds, row.steps = statistics.median(own for own, _ in pairs), len(pairs)

@@ -169,12 +169,13 @@ def _made(make: Callable[..., Rule | None], args: tuple[Any, ...], kwargs: dict[
 class _Activation(FinishedRule):
     """Of an elementwise operator: its result is computed again from what its argument is computed from."""
 
-    __slots__ = ("recipe", "rule", "run", "step")
+    __slots__ = ("copied", "recipe", "rule", "run", "step")
 
     def __init__(
         self, input: Any, rule: Rule, function: Callable[[Tensor, bool], Tensor], bounds: Bounds = None
     ) -> None:
         self.rule, self.step = rule, Function(function, bounds)
+        self.copied = False
         self.run: Callable[[], Tensor] | None = None
         self.recipe = saving.store.recipes.find(input)
 
@@ -211,6 +212,7 @@ def _gated(
     # What is written on must be a tensor of its own, whose other views nobody needs to be told of.
     if _reads(input) and not (inplace and (input.is_leaf or input._is_view())):
         made.run = lambda: Gate.apply(input, function, inplace, low, high)
+        made.copied = inplace and high is not None
     return made
 
 
@@ -284,14 +286,14 @@ def _clamped(input: Tensor, low: float, high: float, inplace: bool) -> Rule | No
     def function(x: Tensor, own: bool) -> Tensor:
         return (F.hardtanh_ if own else F.hardtanh)(x, low, high)
 
-    if _is_outwards(low, high, input.dtype):
+    if not inplace or _is_outwards(low, high, input.dtype):
         return _gated(input, rule, function, inplace, low, high)
     return _Activation(input, rule, function, (low, high))
 
 
 @cache
 def _is_outwards(low: float, high: float, dtype: torch.dtype) -> bool:
-    """Whether bounds are rounded outwards: by the result, which a gate keeps, clamped elements are known then."""
+    """Whether bounds are rounded outwards: clamped elements are known by the result then."""
     bounds = torch.tensor((low, high), dtype=torch.float32, device="cpu")
     below, above = (bounds.to(dtype).float() - bounds).tolist()
     return bool(below <= 0 <= above)

@@ -276,7 +276,9 @@ class Store:
     def _note(self, tensor: Tensor, kept: Any, name: str, ours: bool, for_weight: bool) -> Kept:
         assert self.ledger is not None
         held: Kept = Whole(kept) if isinstance(kept, Tensor) else kept
-        storage = tensor.untyped_storage()
+        # A copy that the stock operator would make has memory of its own.
+        copied = getattr(saving.rule, "copied", False)
+        storage = (torch.empty_like(tensor, device="meta") if copied else tensor).untyped_storage()
         reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         shape, module = tuple(tensor.shape), self.names.current
         self.ledger.append(

@@ -12,7 +12,7 @@ from lightning_lance.ops.saving import lent
 
 
 class Gate(torch.autograd.Function):
-    """The stock operator; its backward pass takes what is lent in the place of the result, where it can.
+    """The stock operator; its backward pass takes what is lent in the place of what was saved, where it can.
 
     Args:
         input: any shape.
@@ -34,23 +34,24 @@ class Gate(torch.autograd.Function):
         result = function(input, inplace)
         if inplace:
             ctx.mark_dirty(input)
-        ctx.save_for_backward(result)
+        # As the stock operators, but for a copy of what is written over: the result says as much.
+        ctx.save_for_backward(result if inplace or high is None else input)
         ctx.bounds = low, high
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, (result,) = lent(ctx)
+        kept, (saved,) = lent(ctx)
         found = None
         if kept is not None:
             found = kept.gate(grad)
             if found is None:
-                result = kept.restore()
+                saved = kept.restore()
         if found is None:
             low, high = ctx.bounds
             found = (
-                torch.ops.aten.threshold_backward(grad, result, low)
+                torch.ops.aten.threshold_backward(grad, saved, low)
                 if high is None
-                else torch.ops.aten.hardtanh_backward(grad, result, low, high)
+                else torch.ops.aten.hardtanh_backward(grad, saved, low, high)
             )
         return found, None, None, None, None

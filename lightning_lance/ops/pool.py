@@ -20,19 +20,18 @@ class MaxPool(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, *window: Any) -> Tensor:
         result: Tensor
         result, index = torch.ops.aten.max_pool2d_with_indices(input, *window)
-        ctx.save_for_backward(index)
-        ctx.window, ctx.shape, ctx.stride = window, input.shape, input.stride()
+        ctx.save_for_backward(index, input)
+        ctx.window = window
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, (index,) = lent(ctx)
+        kept, (index, input) = lent(ctx)
         found = None
         if kept is not None:
             found = kept.scatter(grad)
             if found is None:
                 index = kept.restore()
-        if found is None:  # of the input the shape alone is read
-            like = torch.empty_strided(ctx.shape, ctx.stride, dtype=grad.dtype, device=grad.device)
-            found = torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *ctx.window, index)
+        if found is None:
+            found = torch.ops.aten.max_pool2d_with_indices_backward(grad, input, *ctx.window, index)
         return found, *(None,) * 5
