@@ -9,9 +9,10 @@ Every method has a process of its own, forked from one that has loaded the libra
 plain pass over two samples loads what kernels load, and from then on the most that was resident counts: "peak" is that
 of all steps (forward, backward, SGD) above what was resident before the first. Freed memory goes back to the
 system, and large blocks are mapped in huge pages where there are any, for all methods alike (docs/allocators.md). Of
-`torch.compile` the peak is that of the steps after it has compiled, for the compiler itself takes more. Steps are timed
-after that, in turn with plain steps of another copy of the network in the same process: the ratio is the median over
-these pairs.
+`torch.compile` the peak is that of the steps after it has compiled, for the compiler itself takes more.
+
+Steps are timed apart from that, with the C library's own settings: in one process for each network all methods take one
+step each, again and again, and a ratio is the median over these rounds.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,7 @@ HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it with its first allocation
 SLOWEST = 1.33  # times a plain step: what checkpointing costs
 AS_FAST = 1.05
 QUICK = {name: (8, 32 if name == "text" else 64) for name in WORKLOADS}
-FOR_PEAK = 2  # steps
-ENOUGH_SECONDS = 8.0  # of timed steps, after at least two pairs
+FOR_PEAK = 3  # steps
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Row:
         seconds: of a step, median.
         ratio: of that to a plain step next to it, median.
         steps: how many were timed.
+        rounds: all ratios.
         cosine: of the gradient of one batch to that of plain training.
         error: why there are no numbers.
     """
@@ -78,6 +79,7 @@ class Row:
     seconds: float | None = None
     ratio: float | None = None
     steps: int = 0
+    rounds: list[float] = field(default_factory=list)
     cosine: float | None = None
     error: str | None = None
 
@@ -87,8 +89,35 @@ class Row:
         return self.network, self.method, self.batch, self.size, self.threads, self.allocator
 
 
-def measure(row: Row, steps: int) -> Row:
-    """Fill a row, in this process."""
+def time_rounds(rows: Sequence[Row], rounds: int) -> list[Row]:
+    """Time the steps of one network with several methods, plain training among them, in this process.
+
+    Args:
+        rows: of one network, plain training first.
+        rounds: steps of each method, one after the other.
+    """
+    torch.set_num_threads(rows[0].threads)
+    workload = WORKLOADS[rows[0].network].scaled(rows[0].batch, rows[0].size)
+    trainings = [Training(workload, WAYS[row.method]) for row in rows]
+    batches = trainings[0].batches(2)
+    for training in trainings:
+        training.install()
+        for index in range(training.way.settling + 1):
+            training.step(batches[index % 2])
+        training.forget()
+    times: list[list[float]] = [[] for _ in rows]
+    for index in range(rounds):
+        for own, training in zip(times, trainings, strict=True):
+            own.append(_timed(training, batches[index % 2]))
+    for row, own in zip(rows, times, strict=True):
+        row.seconds, row.steps = statistics.median(own), rounds
+        row.rounds = [one / plain for one, plain in zip(own, times[0], strict=True)]
+        row.ratio = statistics.median(row.rounds)
+    return list(rows)
+
+
+def measure(row: Row) -> Row:
+    """Fill a row but for its times, in this process."""
     torch.set_num_threads(row.threads)
     with ALLOCATORS[row.allocator]():
         way = WAYS[row.method]
@@ -109,15 +138,6 @@ def measure(row: Row, steps: int) -> Row:
         later = peak() - idle
         row.peak = later if way.compiled is not None else max(row.first, later)
         training.forget()
-        plain = Training(training.workload, WAYS["plain"])
-        plain.step(batches[0])
-        plain.forget()
-        pairs: list[tuple[float, float]] = []
-        while len(pairs) < min(2, steps) or (len(pairs) < steps and sum(map(sum, pairs)) < ENOUGH_SECONDS):
-            batch = batches[len(pairs) % 2]
-            pairs.append((_timed(training, batch), _timed(plain, batch)))
-        row.seconds, row.steps = statistics.median(own for own, _ in pairs), len(pairs)
-        row.ratio = 1.0 if row.method == "plain" else statistics.median(own / other for own, other in pairs)
         row.kept = training.kept(batches[0])
         row.cosine = training.cosine(batches[0])
     return row
@@ -131,22 +151,22 @@ def _timed(training: Training, batch: Batch) -> float:
     return found
 
 
-def _work(row: Row, steps: int, connection: Connection) -> None:
+def _work(work: Callable[..., Any], arguments: tuple[Any, ...], connection: Connection) -> None:
     try:
-        connection.send(asdict(measure(row, steps)))
+        connection.send(work(*arguments))
     except Exception as error:  # whatever a method dies of is its result
         lines = str(error).strip().splitlines() or [""]
-        connection.send(asdict(row) | {"error": f"{type(error).__name__}: {lines[0]}"[:200]})
+        connection.send(f"{type(error).__name__}: {lines[0]}"[:200])
 
 
-def in_own_process(row: Row, steps: int, seconds: float) -> Row:
-    """A row, measured in a process of its own."""
+def in_own_process(seconds: float, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own, or a text that says why it does not."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["examples.benchmarks.memory", "examples.benchmarks.ways", "torchvision", "timm", "sklearn.datasets"]
     )
     mine, other = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(row, steps, other))
+    process = context.Process(target=_work, args=(work, arguments, other))
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before.get("PYTHONPATH")]))
     os.environ.setdefault(HUGE_PAGES, "1")
@@ -158,16 +178,15 @@ def in_own_process(row: Row, steps: int, seconds: float) -> Row:
     other.close()
     try:
         if mine.poll(seconds):
-            return Row(**mine.recv())
-        row.error = f"took more than {seconds:.0f} s"
+            return mine.recv()
+        return f"took more than {seconds:.0f} s"
     except EOFError:
         process.join()
-        row.error = f"died, exit status {process.exitcode}"
+        return f"died, exit status {process.exitcode}"
     finally:
         process.join(5)
         if process.is_alive():
             process.kill()
-    return row
 
 
 def read(path: Path) -> list[Row]:
@@ -187,9 +206,10 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 # What was found -------------------------------------------------------------------------------------------------------
 
 
-def by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_network(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows of each network, plain training first."""
     order = {name: index for index, name in enumerate(WAYS)}
+    rows = list(rows)
     return {
         name: found
         for name in WORKLOADS
@@ -413,7 +433,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--networks", nargs="+", default=list(WORKLOADS), help=f"from {', '.join(WORKLOADS)}")
     result.add_argument("--methods", nargs="+", default=list(WAYS), help=f"from {', '.join(WAYS)}")
     result.add_argument("--threads", type=int, default=2)
-    result.add_argument("--steps", type=int, default=5, help="timed steps, at most")
+    result.add_argument("--steps", type=int, default=5, help="timed steps of each method")
     result.add_argument("--allocator", choices=list(ALLOCATORS), default="returned")
     result.add_argument("--timeout", type=float, default=600.0, help="seconds for one method")
     result.add_argument("--again", action="store_true", help="measure also what has been measured")
@@ -421,6 +441,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--json", type=Path, default=RESULTS / "pareto.json")
     result.add_argument("--write", type=Path, help="write a page of all rows, and img/pareto.png beside it")
     return result
+
+
+def _say(what: str, start: float, error: str | None) -> None:
+    print(f"{what}  {time.perf_counter() - start:.0f} s  {error or ''}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
@@ -441,12 +465,20 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             if not options.again and any(other.key == row.key and other.error is None for other in rows):
                 continue
             start = time.perf_counter()
-            row = in_own_process(row, options.steps, options.timeout)
-            print(
-                f"{name}  {method}  {time.perf_counter() - start:.0f} s  {row.error or ''}", file=sys.stderr, flush=True
-            )
+            measured = in_own_process(options.timeout, measure, row)
+            row = replace(row, error=measured) if isinstance(measured, str) else measured
+            _say(f"{name}  {method}", start, row.error)
             rows = [*(other for other in rows if other.key != row.key), row]
             write(options.json, rows)
+        timed = [row for row in by_network(filter(wanted, rows)).get(name, ()) if row.error is None]
+        if timed and timed[0].method == "plain" and not all(row.rounds for row in timed):
+            start = time.perf_counter()
+            measured = in_own_process(options.timeout * len(timed), time_rounds, timed, options.steps)
+            _say(f"{name}  times", start, measured if isinstance(measured, str) else None)
+            if not isinstance(measured, str):
+                new = {row.key: row for row in measured}
+                rows = [new.get(row.key, row) for row in rows]
+                write(options.json, rows)
         found = by_network([row for row in rows if wanted(row) and row.network == name]).get(name)
         if found:
             show(WORKLOADS[name].scaled(*sizes[name]).label, table(found), " ".join(findings(found)))
