@@ -107,7 +107,9 @@ class Reservation:
         if stored and (memory.opened is not None or memory.scaled):
             self.mask = Parameter(memory.closing().to(weight.device), requires_grad=False)
         self.overlap: Parameter | None = None
-        if passes == 2 and not memory.scaled:  # coarser columns overlap too much for it
+        # Coarser columns overlap too much; a linear layer projects few rows mostly; and it is to be small beside M.
+        small = 2 * self.basis.shape[2] <= self.basis.shape[1]
+        if passes == 2 and not memory.scaled and side.kernel and small:
             self.overlap = Parameter(overlap_of(self.basis.detach(), self.mask), requires_grad=False)
         self.anchor: Parameter | None = None
         self.update: Parameter | None = None
