@@ -290,9 +290,9 @@ INTRODUCTION = """\
 
 Seven networks, every parameter of them trained, in training mode, by SGD: what autograd *keeps* between the forward and
 the backward pass, the *peak* of the process above idle over all steps, the time of a *step*, and the *cosine* of the
-gradient to plain training's. For its peak each method has a process of its own; in all of them freed memory goes back to the
-system, and large blocks come in huge pages ([allocators.md](allocators.md)). For their times all methods of a network take
-steps in turn, in one process with the C library's own settings.
+gradient to plain training's. For its peak each method has a process of its own; in all of them freed memory goes back
+to the system, and large blocks come in huge pages ([allocators.md](allocators.md)). For their times all methods of a
+network take steps in turn, in one process with the C library's own settings.
 
     python -m examples.benchmarks.pareto --threads {threads} --write docs/pareto.md
 
@@ -308,9 +308,10 @@ Shaded: steps up to {slowest} times plain's; what takes longer than {longest:g} 
 - *Checkpointing* runs every block again in the backward pass.
 {compiled}- `rank="compact"` is *ours* here: where norms and activations are most of what is kept, it projects nothing.
 - *bf16* is autocast to bfloat16; how fast it is depends on the processor.
-- Times are those of {threads} threads, medians over rounds in which every method takes a step. Memory that goes back to the
-  system is cleared when it is taken again, which is not in them: what that costs is in [allocators.md](allocators.md).
-  From run to run they differ by five to ten percent, so that a row near a limit may be on either side of it; peaks by one.
+- Times are those of {threads} threads, medians over rounds in which every method takes a step. Memory that goes back
+  to the system is cleared when it is taken again, which is not in them: what that costs is in
+  [allocators.md](allocators.md). On a shared machine they differ from run to run, so that a row near a limit may be on
+  either side of it; peaks differ by a percent.
 """
 
 COMPILED = """\
