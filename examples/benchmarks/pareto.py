@@ -9,10 +9,8 @@ Every method has a process of its own, forked from one that has loaded the libra
 plain pass over two samples loads what kernels load, and from then on the most that was resident counts: "peak" is that
 of all steps (forward, backward, SGD) above what was resident before the first. Freed memory goes back to the
 system, and large blocks are mapped in huge pages where there are any, for all methods alike (docs/allocators.md). Of
-`torch.compile` the peak is that of the steps after it has compiled, for the compiler itself takes more.
-
-Steps are timed apart from that, with the C library's own settings: in one process for each network all methods take one
-step each, again and again, and a ratio is the median over these rounds.
+`torch.compile` the peak is that of the steps after it has compiled, for the compiler itself takes more. "Step" is the
+median of the steps after these.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,13 +34,13 @@ import torch
 from examples.benchmarks.memory import ALLOCATORS, RESULTS, peak, reset_peak
 from examples.benchmarks.table import show, size
 from examples.benchmarks.ways import WAYS, Training, find
-from examples.benchmarks.workloads import WORKLOADS, Batch
+from examples.benchmarks.workloads import WORKLOADS
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it with its first allocation
 SLOWEST = 1.33  # times a plain step: what checkpointing costs
 AS_FAST = 1.05
 QUICK = {name: (8, 32 if name == "text" else 64) for name in WORKLOADS}
-FOR_PEAK = 3  # steps
+ENOUGH_SECONDS = 15.0  # of timed steps, after at least two
 
 
 @dataclass
@@ -60,9 +58,7 @@ class Row:
         peak: most bytes resident in any step, above idle.
         first: the same of the first steps alone.
         seconds: of a step, median.
-        ratio: of that to a plain step next to it, median.
         steps: how many were timed.
-        rounds: all ratios.
         cosine: of the gradient of one batch to that of plain training.
         error: why there are no numbers.
     """
@@ -77,9 +73,7 @@ class Row:
     peak: int | None = None
     first: int | None = None
     seconds: float | None = None
-    ratio: float | None = None
     steps: int = 0
-    rounds: list[float] = field(default_factory=list)
     cosine: float | None = None
     error: str | None = None
 
@@ -89,35 +83,8 @@ class Row:
         return self.network, self.method, self.batch, self.size, self.threads, self.allocator
 
 
-def time_rounds(rows: Sequence[Row], rounds: int) -> list[Row]:
-    """Time the steps of one network with several methods, plain training among them, in this process.
-
-    Args:
-        rows: of one network, plain training first.
-        rounds: steps of each method, one after the other.
-    """
-    torch.set_num_threads(rows[0].threads)
-    workload = WORKLOADS[rows[0].network].scaled(rows[0].batch, rows[0].size)
-    trainings = [Training(workload, WAYS[row.method]) for row in rows]
-    batches = trainings[0].batches(2)
-    for training in trainings:
-        training.install()
-        for index in range(training.way.settling):
-            training.step(batches[index % 2])
-        training.forget()
-    times: list[list[float]] = [[] for _ in rows]
-    for index in range(rounds):
-        for own, training in zip(times, trainings, strict=True):
-            own.append(_timed(training, batches[index % 2]))
-    for row, own in zip(rows, times, strict=True):
-        row.seconds, row.steps = statistics.median(own), rounds
-        row.rounds = [one / plain for one, plain in zip(own, times[0], strict=True)]
-        row.ratio = statistics.median(row.rounds)
-    return list(rows)
-
-
-def measure(row: Row) -> Row:
-    """Fill a row but for its times, in this process."""
+def measure(row: Row, steps: int) -> Row:
+    """Fill a row, in this process."""
     torch.set_num_threads(row.threads)
     with ALLOCATORS[row.allocator]():
         way = WAYS[row.method]
@@ -133,40 +100,36 @@ def measure(row: Row) -> Row:
         found = reset_peak()
         if way.compiled is not None:
             idle = found
-        for index in range(FOR_PEAK):
-            training.step(batches[index % 2])
+        times: list[float] = []
+        while len(times) < 2 or (len(times) < steps and sum(times) < ENOUGH_SECONDS):
+            start = time.perf_counter()
+            training.step(batches[len(times) % 2])
+            times.append(time.perf_counter() - start)
         later = peak() - idle
         row.peak = later if way.compiled is not None else max(row.first, later)
+        row.seconds, row.steps = statistics.median(times), len(times)
         training.forget()
         row.kept = training.kept(batches[0])
         row.cosine = training.cosine(batches[0])
     return row
 
 
-def _timed(training: Training, batch: Batch) -> float:
-    start = time.perf_counter()
-    training.step(batch)
-    found = time.perf_counter() - start
-    training.forget()
-    return found
-
-
-def _work(work: Callable[..., Any], arguments: tuple[Any, ...], connection: Connection) -> None:
+def _work(row: Row, steps: int, connection: Connection) -> None:
     try:
-        connection.send(work(*arguments))
+        connection.send(asdict(measure(row, steps)))
     except Exception as error:  # whatever a method dies of is its result
         lines = str(error).strip().splitlines() or [""]
-        connection.send(f"{type(error).__name__}: {lines[0]}"[:200])
+        connection.send(asdict(row) | {"error": f"{type(error).__name__}: {lines[0]}"[:200]})
 
 
-def in_own_process(seconds: float, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own, or a text that says why it does not."""
+def in_own_process(row: Row, steps: int, seconds: float) -> Row:
+    """A row, measured in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["examples.benchmarks.memory", "examples.benchmarks.ways", "torchvision", "timm", "sklearn.datasets"]
     )
     mine, other = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(work, arguments, other))
+    process = context.Process(target=_work, args=(row, steps, other))
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before.get("PYTHONPATH")]))
     os.environ.setdefault(HUGE_PAGES, "1")
@@ -178,15 +141,16 @@ def in_own_process(seconds: float, work: Callable[..., Any], *arguments: Any) ->
     other.close()
     try:
         if mine.poll(seconds):
-            return mine.recv()
-        return f"took more than {seconds:.0f} s"
+            return Row(**mine.recv())
+        row.error = f"took more than {seconds:.0f} s"
     except EOFError:
         process.join()
-        return f"died, exit status {process.exitcode}"
+        row.error = f"died, exit status {process.exitcode}"
     finally:
         process.join(5)
         if process.is_alive():
             process.kill()
+    return row
 
 
 def read(path: Path) -> list[Row]:
@@ -206,10 +170,9 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 # What was found -------------------------------------------------------------------------------------------------------
 
 
-def by_network(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of each network, plain training first."""
     order = {name: index for index, name in enumerate(WAYS)}
-    rows = list(rows)
     return {
         name: found
         for name in WORKLOADS
@@ -226,7 +189,10 @@ def within(rows: Sequence[Row], slowest: float) -> list[Row]:
     """Rows of one network whose step, rounded as in the table, is no more than so many times plain training's, smallest
     peak first.
     """
-    fast = [row for row in rows if row.peak is not None and row.ratio is not None and round(row.ratio, 2) <= slowest]
+    base = plain(rows)
+    if base is None or not base.seconds:
+        return []
+    fast = [row for row in rows if row.peak is not None and row.seconds and _times(row, base) <= slowest]
     return sorted(fast, key=lambda row: row.peak or 0)
 
 
@@ -241,8 +207,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
     lines = [text + ("." if second is None else f"; {_named(second)} reaches {_peak(second, base)}.")]
     smallest = within(rows, math.inf)[0]
     if smallest.method != least.method:
-        at = f"at {smallest.ratio:.2f} times"
-        lines.append(f"At any step time it is {_peak(smallest, base)}, by {_named(smallest)}, {at}.")
+        ratio = _times(smallest, base)
+        lines.append(f"At any step time it is {_peak(smallest, base)}, by {_named(smallest)}, at {ratio:.2f} times.")
     fast = [row for row in within(rows, AS_FAST) if WAYS[row.method].ours]
     others = [row for row in within(rows, AS_FAST) if not WAYS[row.method].ours and row.method != "plain"]
     near = f"within {AS_FAST - 1:.0%} of plain's step"
@@ -253,6 +219,12 @@ def findings(rows: Sequence[Row]) -> list[str]:
     if others and (not fast or (others[0].peak or 0) < (fast[0].peak or 0)):
         lines.append(f"There {_named(others[0])} is better: {_peak(others[0], base)}.")
     return lines
+
+
+def _times(row: Row, base: Row) -> float:
+    assert row.seconds
+    assert base.seconds
+    return round(row.seconds / base.seconds, 2)
 
 
 def _peak(row: Row, base: Row) -> str:
@@ -274,12 +246,15 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     lines = [HEADER]
     for row in rows:
         line = [WAYS[row.method].title]
-        if row.error is not None or row.peak is None or row.seconds is None or row.cosine is None or row.ratio is None:
+        if row.error is not None or row.peak is None or row.seconds is None or row.cosine is None:
             lines.append([*line, row.error or "", *[""] * (len(HEADER) - 2)])
             continue
-        of_peak = f"{row.peak / base.peak:.0%}" if base is not None and base.peak else ""
-        times = [f"{row.seconds:.2f}", f"{row.ratio:.2f}"]
-        lines.append([*line, size(row.kept), size(row.peak), of_peak, *times, f"{row.cosine:.4f}"])
+        of_peak = of_step = ""
+        if base is not None and base.peak and base.seconds:
+            of_peak, of_step = f"{row.peak / base.peak:.0%}", f"{_times(row, base):.2f}"
+        lines.append(
+            [*line, size(row.kept), size(row.peak), of_peak, f"{row.seconds:.2f}", of_step, f"{row.cosine:.4f}"]
+        )
     return lines
 
 
@@ -290,9 +265,8 @@ INTRODUCTION = """\
 
 Seven networks, every parameter of them trained, in training mode, by SGD: what autograd *keeps* between the forward and
 the backward pass, the *peak* of the process above idle over all steps, the time of a *step*, and the *cosine* of the
-gradient to plain training's. For its peak each method has a process of its own; in all of them freed memory goes back
-to the system, and large blocks come in huge pages ([allocators.md](allocators.md)). For their times all methods of a
-network take steps in turn, in one process with the C library's own settings.
+gradient to plain training's. Each method has a process of its own; in all of them freed memory goes back to the system,
+and large blocks come in huge pages ([allocators.md](allocators.md)).
 
     python -m examples.benchmarks.pareto --threads {threads} --write docs/pareto.md
 
@@ -308,10 +282,10 @@ Shaded: steps up to {slowest} times plain's; what takes longer than {longest:g} 
 - *Checkpointing* runs every block again in the backward pass.
 {compiled}- `rank="compact"` is *ours* here: where norms and activations are most of what is kept, it projects nothing.
 - *bf16* is autocast to bfloat16; how fast it is depends on the processor.
-- Times are those of {threads} threads, medians over rounds in which every method takes a step. Memory that goes back
-  to the system is cleared when it is taken again, which is not in them: what that costs is in
-  [allocators.md](allocators.md). On a shared machine they differ from run to run, so that a row near a limit may be on
-  either side of it; peaks differ by a percent.
+- Times are those of {threads} threads, and of memory that goes back to the system and is cleared when it is taken
+  again, which costs what takes and frees much memory the most: [benchmarks.md](benchmarks.md) has steps of ours with
+  the C library's own settings. On a shared machine they differ from run to run by ten to thirty percent, so that a row
+  near a limit may be on either side of it; peaks differ by one.
 """
 
 COMPILED = """\
@@ -382,13 +356,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         base = plain(found)
         assert base is not None
         assert base.peak
-        at = {row.method: row for row in found if row.peak is not None and row.ratio is not None}
+        assert base.seconds
+        at = {row.method: row for row in found if row.peak is not None and row.seconds is not None}
         axis.axvspan(0, SLOWEST, color="#f2f4f7", zorder=0)
         for title, methods, colour, marker in FAMILIES:
             chosen = [at[method] for method in methods if method in at]
             if not chosen:
                 continue
-            steps = [min(row.ratio or 0, LONGEST) for row in chosen]
+            steps = [min((row.seconds or 0) / base.seconds, LONGEST) for row in chosen]
             peaks = [(row.peak or 0) / 1e6 for row in chosen]
             style = "-" if len(methods) > 1 else ""
             (line,) = axis.plot(steps, peaks, style, color=colour, marker=marker, markersize=5.5, linewidth=1.2)
@@ -434,7 +409,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--networks", nargs="+", default=list(WORKLOADS), help=f"from {', '.join(WORKLOADS)}")
     result.add_argument("--methods", nargs="+", default=list(WAYS), help=f"from {', '.join(WAYS)}")
     result.add_argument("--threads", type=int, default=2)
-    result.add_argument("--steps", type=int, default=5, help="timed steps of each method")
+    result.add_argument("--steps", type=int, default=5, help="timed steps, at most")
     result.add_argument("--allocator", choices=list(ALLOCATORS), default="returned")
     result.add_argument("--timeout", type=float, default=600.0, help="seconds for one method")
     result.add_argument("--again", action="store_true", help="measure also what has been measured")
@@ -442,10 +417,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--json", type=Path, default=RESULTS / "pareto.json")
     result.add_argument("--write", type=Path, help="write a page of all rows, and img/pareto.png beside it")
     return result
-
-
-def _say(what: str, start: float, error: str | None) -> None:
-    print(f"{what}  {time.perf_counter() - start:.0f} s  {error or ''}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
@@ -466,20 +437,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             if not options.again and any(other.key == row.key and other.error is None for other in rows):
                 continue
             start = time.perf_counter()
-            measured = in_own_process(options.timeout, measure, row)
-            row = replace(row, error=measured) if isinstance(measured, str) else measured
-            _say(f"{name}  {method}", start, row.error)
+            row = in_own_process(row, options.steps, options.timeout)
+            print(
+                f"{name}  {method}  {time.perf_counter() - start:.0f} s  {row.error or ''}", file=sys.stderr, flush=True
+            )
             rows = [*(other for other in rows if other.key != row.key), row]
             write(options.json, rows)
-        timed = [row for row in by_network(filter(wanted, rows)).get(name, ()) if row.error is None]
-        if timed and timed[0].method == "plain" and not all(row.rounds for row in timed):
-            start = time.perf_counter()
-            measured = in_own_process(options.timeout * len(timed), time_rounds, timed, options.steps)
-            _say(f"{name}  times", start, measured if isinstance(measured, str) else None)
-            if not isinstance(measured, str):
-                new = {row.key: row for row in measured}
-                rows = [new.get(row.key, row) for row in rows]
-                write(options.json, rows)
         found = by_network([row for row in rows if wanted(row) and row.network == name]).get(name)
         if found:
             show(WORKLOADS[name].scaled(*sizes[name]).label, table(found), " ".join(findings(found)))
