@@ -116,19 +116,24 @@ class View(Kept):
 
     def changed(self, factor: Tensor, term: Tensor, bounds: tuple[float, float] | None) -> Tensor | None:
         """``x * factor[c] + term[c]`` of each channel, clamped; ``None`` where that is no single pass."""
-        stretch = self.stretch
-        if not isinstance(stretch, Stretch) or self.offset or self.shape.numel() != stretch.rounded.elements:
-            return None
-        flat = stretch.changed(native.Affine.of(factor, term, self.stride), bounds)
+        stretch = self._all()
+        flat = None if stretch is None else stretch.changed(native.Affine.of(factor, term, self.stride), bounds)
         return None if flat is None else flat.as_strided(self.shape, self.stride)
 
     def all_rows(self) -> Rounded | None:
         """What the tensor was rounded to, where that is all of it and rows of a pass in C."""
+        stretch = self._all()
+        rounded = None if stretch is None else stretch.rounded
+        if rounded is None or rounded.low is not None or rounded.group > native.LONGEST or rounded.bits == 16:
+            return None
+        return rounded
+
+    def _all(self) -> Stretch | None:
+        """The stretch that was rounded, where the tensor is all of it."""
         stretch = self.stretch
         if not isinstance(stretch, Stretch) or self.offset or self.shape.numel() != stretch.rounded.elements:
             return None
-        rounded = stretch.rounded
-        return rounded if rounded.low is None and rounded.group <= native.LONGEST and rounded.bits < 16 else None
+        return stretch
 
     def parts(self) -> list[tuple[int, int]]:
         return self.stretch.parts()
