@@ -182,6 +182,10 @@ class _Activation(FinishedRule):
     def __call__(self, saved: Tensor, store: Store) -> Any:
         return self.rule(saved, store)
 
+    def plain(self, saved: Tensor) -> Tensor:
+        """What the stock operator would save in the place of it: where it copies, other memory."""
+        return torch.empty_like(saved, device="meta") if self.copied else saved
+
     def finish(self, result: Tensor, store: Store) -> None:
         if self.recipe is not None:
             store.recipes.extend(self.recipe, result, self.step)
@@ -625,41 +629,45 @@ def _max_pool(axes: int) -> Callable[..., Rule | None]:
         found = _MaxPool(*((1, *sizes), window.with_axis()) if axes == 1 else (sizes, window))
         # The stock operator adds an axis to one; of one or three axes it has the backward pass.
         if axes == 2 and not return_indices and input.is_contiguous() and _reads(input):
-            found.run = lambda: MaxPool.apply(input, *window, ceil_mode)
+            found.run = lambda: MaxPool.apply(input, window, ceil_mode)
+            found.shape = lambda: (*input.shape[:-2], *places.out_sizes(sizes, window, ceil_mode))
         return found
 
     return make
 
 
 class _MaxPool:
-    __slots__ = ("run", "sizes", "window")
+    __slots__ = ("run", "shape", "sizes", "window")
 
     def __init__(self, sizes: tuple[int, ...], window: places.Window) -> None:
         self.sizes, self.window = sizes, window
         self.run: Callable[[], Tensor] | None = None
+        self.shape: Callable[[], tuple[int, ...]] = tuple
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
-        return Shape(saved) if saved.is_floating_point() else Places(saved, self.sizes, self.window)
+        if saved.is_floating_point():
+            return Shape(saved)
+        return saved.detach() if self.run else Places(saved, self.sizes, self.window)
+
+    def plain(self, saved: Tensor) -> Tensor:
+        """What the stock operator would save in the place of it."""
+        if saved.is_floating_point() or not self.run:
+            return saved
+        return torch.empty(self.shape(), dtype=torch.int64, device="meta")
 
 
 class Places(Kept):
     """Indices of maxima, as places in their windows."""
 
-    __slots__ = ("codes", "contiguous", "device", "shape", "sizes", "stride", "window")
-
-    lends = True
+    __slots__ = ("codes", "shape", "sizes", "stride", "window")
 
     def __init__(self, index: Tensor, sizes: tuple[int, ...], window: places.Window) -> None:
-        self.shape, self.stride, self.device = index.shape, index.stride(), index.device
-        self.sizes, self.window, self.contiguous = sizes, window, index.is_contiguous()
+        self.shape, self.stride = index.shape, index.stride()
+        self.sizes, self.window = sizes, window
         self.codes = places.pack(index, sizes, window)
 
     def restore(self) -> Tensor:
         return places.unpack(self.codes, self.shape, self.stride, self.sizes, self.window)
-
-    def scatter(self, grad: Tensor) -> Tensor | None:
-        """The gradient of what was pooled; ``None``: there is no pass for it."""
-        return places.scatter(self.codes, grad, self.sizes, self.window) if self.contiguous else None
 
     def parts(self) -> list[tuple[int, int]]:
         return [(id(self), self.codes.nbytes)]

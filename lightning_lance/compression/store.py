@@ -276,9 +276,9 @@ class Store:
     def _note(self, tensor: Tensor, kept: Any, name: str, ours: bool, for_weight: bool) -> Kept:
         assert self.ledger is not None
         held: Kept = Whole(kept) if isinstance(kept, Tensor) else kept
-        # A copy that the stock operator would make has memory of its own.
-        copied = getattr(saving.rule, "copied", False)
-        storage = (torch.empty_like(tensor, device="meta") if copied else tensor).untyped_storage()
+        plain = getattr(saving.rule, "plain", None)
+        tensor = tensor if plain is None else plain(tensor)
+        storage = tensor.untyped_storage()
         reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         shape, module = tuple(tensor.shape), self.names.current
         self.ledger.append(

@@ -1,4 +1,4 @@
-"""A max pooling whose backward pass reads the places of maxima in their windows as they are kept."""
+"""A max pooling that keeps the places of maxima in their windows, and whose backward pass reads them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lance.ops.saving import lent
+from lightning_lance.tensors import places
 
 
 class MaxPool(torch.autograd.Function):
-    """The stock operator on two axes; its backward pass takes what is lent in the place of the indices, where it can.
+    """Max pooling on two axes, bit for bit as the stock operator; saves places in the place of indices.
 
-    ``apply(input, kernel_size, stride, padding, dilation, ceil_mode)``, as :func:`torch.nn.functional.max_pool2d`.
+    Args:
+        input: ``(..., H, W)``, contiguous, with at most one axis before channels.
+        window: static arguments.
+        ceil_mode: as that of :func:`torch.nn.functional.max_pool2d`.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, *window: Any) -> Tensor:
-        result: Tensor
-        result, index = torch.ops.aten.max_pool2d_with_indices(input, *window)
-        ctx.save_for_backward(index, input)
-        ctx.window = window
+    def forward(ctx: Any, input: Tensor, window: places.Window, ceil_mode: bool) -> Tensor:
+        found = places.pool(input, window, ceil_mode)
+        if found is None:
+            result, index = torch.ops.aten.max_pool2d_with_indices(input, *window, ceil_mode)
+            found = result, places.pack(index, tuple(input.shape[-2:]), window)
+        result, codes = found
+        ctx.save_for_backward(codes, input)
+        ctx.arguments = *window, ceil_mode
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, (index, input) = lent(ctx)
-        found = None
-        if kept is not None:
-            found = kept.scatter(grad)
-            if found is None:
-                index = kept.restore()
+        codes, input = ctx.saved_tensors
+        *numbers, ceil_mode = ctx.arguments
+        window, sizes = places.Window(*numbers), tuple(input.shape[-2:])
+        found = None if torch.is_grad_enabled() else places.scatter(codes, grad, sizes, window)
         if found is None:
-            found = torch.ops.aten.max_pool2d_with_indices_backward(grad, input, *ctx.window, index)
-        return found, *(None,) * 5
+            shape = (*input.shape[:-2], *places.out_sizes(sizes, window, ceil_mode))
+            stride = torch.empty(shape, device="meta").stride()
+            index = places.unpack(codes, shape, stride, sizes, window)
+            found = torch.ops.aten.max_pool2d_with_indices_backward(grad, input, *window, ceil_mode, index)
+        return found, None, None

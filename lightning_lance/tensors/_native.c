@@ -36,6 +36,11 @@ typedef struct {
     int64_t channels, inner;
 } Affine;
 
+/* Windows on two axes. */
+typedef struct {
+    int64_t size[2], out[2], kernel[2], stride[2], padding[2];
+} Window;
+
 typedef struct {
     const void *input;
     void *out;
@@ -50,6 +55,8 @@ typedef struct {
     const int64_t *start, *distance;
     const uint8_t *codes;
     int64_t outs, ins;
+    Window window;
+    uint8_t *places;
 } Work;
 
 INLINE float from_bits(uint32_t bits) {
@@ -673,6 +680,114 @@ static uint32_t scatter_places(const Work *work, int64_t first, int64_t last, in
     return 0;
 }
 
+/* Codes of `bits` each, the first one lowest in its byte. */
+INLINE void pack_bytes(const uint8_t *restrict codes, int64_t count, int bits, uint8_t *restrict out) {
+    const int64_t each = 8 / bits;
+    int64_t i = 0;
+    if (bits == 2)
+        for (; i + 4 <= count; i += 4)
+            out[i / 4] = (uint8_t)(codes[i] | codes[i + 1] << 2 | codes[i + 2] << 4 | codes[i + 3] << 6);
+    else if (bits == 4)
+        for (; i + 2 <= count; i += 2)
+            out[i / 2] = (uint8_t)(codes[i] | codes[i + 1] << 4);
+    for (; i < count; i++)
+        out[i / each] = (uint8_t)((i % each ? out[i / each] : 0) | codes[i] << (i % each * bits));
+}
+
+/* The maximum of one window, of which rows `from` to `to` are in the map, and its place: the first of equal elements, and
+   a NaN before all, as in torch's kernel. */
+INLINE void maximum(
+    const float *x, const Window *w, int64_t from, int64_t to, int64_t left, float *out, uint8_t *place) {
+    const int64_t rest = w->size[1] - left, last = rest < w->kernel[1] ? rest : w->kernel[1];
+    const int64_t first = left < 0 ? -left : 0;
+    float most = from_bits(0xFF800000);
+    int64_t found = from * w->kernel[1] + first;
+    for (int64_t i = from; i < to; i++)
+        for (int64_t j = first; j < last; j++) {
+            const float value = x[i * w->size[1] + left + j];
+            if (value > most || value != value) {
+                most = value;
+                found = i * w->kernel[1] + j;
+            }
+        }
+    *out = most;
+    *place = (uint8_t)found;
+}
+
+#ifdef WIDE
+/* Those of eight windows beside each other, all of whose columns are in the map, where they begin at each element or at
+   every other one. */
+WIDE static inline void maxima_wide(
+    const float *x, const Window *w, int64_t from, int64_t to, int64_t stride, float *out, uint8_t *places) {
+    __m256 most = _mm256_set1_ps(from_bits(0xFF800000));
+    __m256i found = _mm256_set1_epi32((int32_t)(from * w->kernel[1]));
+    for (int64_t i = from; i < to; i++)
+        for (int64_t j = 0; j < w->kernel[1]; j++) {
+            const float *here = x + i * w->size[1] + j;
+            __m256 value = _mm256_loadu_ps(here);
+            if (stride == 2) {
+                value = _mm256_shuffle_ps(value, _mm256_loadu_ps(here + 7), 0xD8);
+                value = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(value), 0xD8));
+            }
+            const __m256 taken = _mm256_or_ps(
+                _mm256_cmp_ps(value, most, _CMP_GT_OQ), _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+            const __m256i place = _mm256_set1_epi32((int32_t)(i * w->kernel[1] + j));
+            most = _mm256_blendv_ps(most, value, taken);
+            found = _mm256_blendv_epi8(found, place, _mm256_castps_si256(taken));
+        }
+    _mm256_storeu_ps(out, most);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+    _mm_storel_epi64((__m128i *)places, _mm_packus_epi16(words, words));
+}
+#endif
+
+/* The maxima of one map, and a byte for the place of each in its window, which has an element in the map. */
+INLINE void maxima_of_map(const float *x, const Window *w, float *out, uint8_t *places, int wide) {
+    const int64_t width = w->out[1], stride = w->stride[1], padding = w->padding[1];
+    const int64_t first = (padding + stride - 1) / stride; /* all columns from here to there are in the map */
+    const int64_t rest = w->size[1] + padding - w->kernel[1];
+    const int64_t inside = rest < 0 ? 0 : rest / stride + 1, last = inside < width ? inside : width;
+    for (int64_t o = 0; o < w->out[0]; o++, out += width, places += width) {
+        const int64_t top = o * w->stride[0] - w->padding[0], below = w->size[0] - top;
+        const int64_t from = top < 0 ? -top : 0, to = below < w->kernel[0] ? below : w->kernel[0];
+        const float *row = x + top * w->size[1];
+        int64_t k = 0;
+#ifdef WIDE
+        if (wide && stride <= 2 && last - first >= 8) {
+            for (; k < first; k++)
+                maximum(row, w, from, to, k * stride - padding, out + k, places + k);
+            for (; k < last; k += 8) { /* the last ones are done twice where they are fewer */
+                const int64_t at = k + 8 <= last ? k : last - 8;
+                if (stride == 2)
+                    maxima_wide(row + at * 2 - padding, w, from, to, 2, out + at, places + at);
+                else
+                    maxima_wide(row + at - padding, w, from, to, 1, out + at, places + at);
+            }
+            k = last;
+        }
+#endif
+        for (; k < width; k++)
+            maximum(row, w, from, to, k * stride - padding, out + k, places + k);
+    }
+}
+
+/* Of chunks of maps, as many as fill whole bytes of places. Returns whether there was no memory. */
+INLINE uint32_t pool_maps(const Work *work, int64_t first, int64_t last, int thread, int wide) {
+    const int64_t ins = work->ins, outs = work->outs, each = 8 / work->bits, chunk = work->group;
+    uint8_t *places = (uint8_t *)malloc((size_t)(outs * chunk));
+    if (!places)
+        return 1;
+    for (int64_t part = first; part < last; part++) {
+        const int64_t begin = part * chunk, end = begin + chunk < work->count ? begin + chunk : work->count;
+        for (int64_t map = begin; map < end; map++)
+            maxima_of_map((const float *)work->input + map * ins, &work->window, (float *)work->out + map * outs,
+                          places + (map - begin) * outs, wide);
+        pack_bytes(places, (end - begin) * outs, work->bits, work->places + begin * outs / each);
+    }
+    free(places);
+    return 0;
+}
+
 /* For the processor at hand ------------------------------------------------------------------------------------ */
 
 typedef uint32_t Pass(const Work *work, int64_t first, int64_t last, int thread);
@@ -694,6 +809,7 @@ typedef uint32_t Pass(const Work *work, int64_t first, int64_t last, int thread)
 #endif
 
 BOTH(pack_flags)
+BOTH(pool_maps)
 BOTH(gate)
 BOTH(pack_rows)
 BOTH(expand_rows)
@@ -840,6 +956,38 @@ static PyObject *py_pack_places(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_max_pool(PyObject *self, PyObject *args) {
+    unsigned long long input, out, places;
+    long long maps, n[10];
+    int threads;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLLLLLLLLLLLiKKi", &input, &maps, n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7,
+                          n + 8, n + 9, &work.bits, &out, &places, &threads))
+        return NULL;
+    work.input = (const void *)(uintptr_t)input;
+    work.out = (void *)(uintptr_t)out;
+    work.places = (uint8_t *)(uintptr_t)places;
+    work.count = maps;
+    for (int axis = 0; axis < 2; axis++) {
+        work.window.size[axis] = n[axis];
+        work.window.out[axis] = n[2 + axis];
+        work.window.kernel[axis] = n[4 + axis];
+        work.window.stride[axis] = n[6 + axis];
+        work.window.padding[axis] = n[8 + axis];
+    }
+    work.ins = n[0] * n[1];
+    work.outs = n[2] * n[3];
+    const int each = 8 / work.bits;
+    uint32_t failed;
+    work.group = work.outs % each == 0 ? 1 : work.outs % 2 == 0 ? each / 2 : each;
+    Py_BEGIN_ALLOW_THREADS
+    failed = run(CHOOSE(pool_maps), &work, (maps + work.group - 1) / work.group, threads);
+    Py_END_ALLOW_THREADS
+    if (failed)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_scatter_places(PyObject *self, PyObject *args) {
     unsigned long long input, start, distance, gradient, out;
     long long maps, outs, ins;
@@ -932,6 +1080,7 @@ static PyMethodDef METHODS[] = {
     {"pack_rows", py_pack_rows, METH_VARARGS, NULL},
     {"expand_rows", py_expand_rows, METH_VARARGS, NULL},
     {"pack_places", py_pack_places, METH_VARARGS, NULL},
+    {"max_pool", py_max_pool, METH_VARARGS, NULL},
     {"scatter_places", py_scatter_places, METH_VARARGS, NULL},
     {"gate", py_gate, METH_VARARGS, NULL},
     {"norm_backward", py_norm_backward, METH_VARARGS, NULL},
@@ -946,7 +1095,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     is_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     PyObject *module = PyModule_Create(&MODULE);
-    if (module && PyModule_AddIntConstant(module, "INTERFACE", 2)) {
+    if (module && PyModule_AddIntConstant(module, "INTERFACE", 3)) {
         Py_DECREF(module);
         return NULL;
     }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 _core: Any = torch._C
-_INTERFACE = 2  # of the module that this one was written for: an older one may lie beside it
+_INTERFACE = 3  # of the module that this one was written for: an older one may lie beside it
 _native: Any = None
 if os.environ.get("LANCE_NATIVE") != "0" and sys.byteorder == "little":
     with suppress(ImportError):  # it was not built
@@ -183,6 +183,37 @@ def pack_places(index: Tensor, start: Tensor, codes: Tensor, bits: int) -> Tenso
         *(packed.data_ptr(), _threads(count)),
     )
     return packed
+
+
+def max_pool(
+    input: Tensor,
+    out: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Maxima of windows on the last two axes, and the place of each, which lie as :func:`pack_places` packs them.
+
+    Args:
+        input: float32, contiguous.
+        out: sizes of the result, so that each window has an element in the map.
+        kernel: sizes of a window.
+        stride: from one to the next.
+        padding: before the first element.
+        bits: of a place.
+
+    Returns:
+        New tensor ``(..., *out)``, as torch's kernel makes it, and uint8.
+    """
+    leading = input.shape[:-2]
+    result = torch.empty((*leading, *out), dtype=input.dtype, device="cpu")
+    packed = torch.empty(-(-result.numel() * bits // 8), dtype=torch.uint8, device="cpu")
+    _native.max_pool(
+        *(input.data_ptr(), leading.numel(), *input.shape[-2:], *out, *kernel, *stride, *padding, bits),
+        *(result.data_ptr(), packed.data_ptr(), _threads(input.numel())),
+    )
+    return result, packed
 
 
 def scatter_places(

@@ -126,6 +126,44 @@ def unpack(
     return unpack_codes(codes, tables.distance).as_strided(shape, stride).add_(tables.start)
 
 
+def pool(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor] | None:
+    """Maxima of the windows on two axes, and their places, as :func:`pack` returns them; ``None``: no pass for it.
+
+    Args:
+        input: ``(..., *sizes)``.
+        window: static arguments.
+        ceil_mode: as the stock operator's.
+    """
+    sizes = tuple(input.shape[-2:])
+    axes = list(zip(sizes, *window, strict=False)) if all(len(numbers) == 2 for numbers in window) else []
+    # What the stock operator refuses it should see. A dilated window may lie in the padding with all of its elements.
+    if (
+        input.dim() not in (3, 4)
+        or not axes
+        or math.prod(window.kernel) > 256
+        or any(k < 1 or s < 1 or not 0 <= 2 * p <= k or d != 1 for _, k, s, p, d in axes)
+        or input.dtype is not torch.float32
+        or not (native.takes(input) and input.is_contiguous())
+    ):
+        return None
+    out = out_sizes(sizes, window, ceil_mode)
+    if min(out) < 1:
+        return None
+    bits = 8 // codes_per_byte(math.prod(window.kernel))
+    return native.max_pool(input, out, window.kernel, window.stride, window.padding, bits)
+
+
+def out_sizes(sizes: tuple[int, ...], window: Window, ceil_mode: bool) -> tuple[int, ...]:
+    """Spatial sizes of what the stock operator returns."""
+
+    def along(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+        last = size + 2 * padding - dilation * (kernel - 1) - 1
+        count = (-(-last // stride) if ceil_mode else last // stride) + 1
+        return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
+
+    return tuple(along(*numbers) for numbers in zip(sizes, *window, strict=True))
+
+
 def scatter(codes: Tensor, grad: Tensor, sizes: tuple[int, ...], window: Window) -> Tensor | None:
     """The gradient of what was pooled, from what :func:`pack` returned of contiguous indices; ``None``: no pass for it.
 
