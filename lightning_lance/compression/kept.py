@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_lance.tensors import native
 from lightning_lance.tensors.bits import expand_bits, pack_bits
-from lightning_lance.tensors.rounding import Rounded, expand, expand_changed
+from lightning_lance.tensors.rounding import Rounded, expand, expand_changed, map_elements
 
 
 class Kept:
@@ -19,8 +20,8 @@ class Kept:
 
     __slots__ = ("__weakref__",)
 
-    lends = False
-    """Whether a backward pass of ours can read it as it is."""
+    lends = ""
+    """The method by which a backward pass of ours reads it as it is."""
 
     def restore(self) -> Tensor:
         """The tensor, or what the backward kernel takes for it."""
@@ -110,6 +111,7 @@ class View(Kept):
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
+    lends = "map"
 
     def restore(self) -> Tensor:
         return self.stretch.restore().as_strided(self.shape, self.stride, self.offset)
@@ -119,6 +121,17 @@ class View(Kept):
         stretch = self._all()
         flat = None if stretch is None else stretch.changed(native.Affine.of(factor, term, self.stride), bounds)
         return None if flat is None else flat.as_strided(self.shape, self.stride)
+
+    def map(self, function: Callable[[Tensor], Tensor], gradient: Tensor | None = None) -> Tensor | None:
+        """An elementwise function of it, times a gradient; ``None`` where that takes as long as of each element."""
+        rounded = self.all_rows()
+        if rounded is None or rounded.bits != 4 or (gradient is not None and not native.takes(gradient)):
+            return None
+        assert isinstance(self.stretch, Stretch)
+        dtype = self.stretch.dtype if gradient is None else gradient.dtype
+        found = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=rounded.codes.device)
+        flat = None if gradient is None else in_layout(gradient, self.shape, self.stride)
+        return found if map_elements(rounded, function, found, flat) else None
 
     def all_rows(self) -> Rounded | None:
         """What the tensor was rounded to, where that is all of it and rows of a pass in C."""
@@ -152,7 +165,7 @@ class Flags(Kept):
 
     __slots__ = ("bits", "dtype", "off", "on", "own_stride", "reference", "shape", "stride", "whole")
 
-    lends = True
+    lends = "gate"
 
     def __init__(self, bits: Tensor, like: Tensor, own_stride: tuple[int, ...], off: float, on: float) -> None:
         self.shape, self.stride, self.own_stride, self.dtype = like.shape, like.stride(), own_stride, like.dtype
@@ -192,7 +205,7 @@ class Booleans(Flags):
 
     __slots__ = ()
 
-    lends = False
+    lends = ""
 
     def __init__(self, tensor: Tensor, own_stride: tuple[int, ...]) -> None:
         super().__init__(pack_bits(tensor), tensor, own_stride, 0, 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from lightning_lance.ops.gate import Gate
 from lightning_lance.ops.norm import BatchNorm
 from lightning_lance.ops.pool import MaxPool
 from lightning_lance.ops.saving import FinishedRule, Rule, saving
+from lightning_lance.ops.smooth import Smooth
 from lightning_lance.ops.watching import WatchingMode
 from lightning_lance.tensors import native, places
 
@@ -529,10 +530,13 @@ class _Smooth(FinishedRule):
     computed from the argument.
     """
 
-    __slots__ = ("kept", "recipe", "step")
+    __slots__ = ("kept", "recipe", "run", "step")
 
-    def __init__(self, input: Any, function: Callable[[Tensor, bool], Tensor]) -> None:
-        self.step = Function(function)
+    def __init__(
+        self, input: Any, function: Callable[[Tensor], Tensor], kernel: Callable[[Tensor, Tensor], Tensor], own: bool
+    ) -> None:
+        self.step = Function(lambda x, _: function(x))
+        self.run: Callable[[], Tensor] | None = None
         self.kept: Any = None
         recipe = saving.store.recipes.find(input)
         pending = saving.pending
@@ -540,6 +544,8 @@ class _Smooth(FinishedRule):
             pending.settle(saving.store.finer)
         saving.store.settle()
         self.recipe = recipe if recipe is not None and recipe.is_normalisation else None
+        if self.recipe is None and not own and saving.store.bits.other == 4 and _reads(input):
+            self.run = lambda: Smooth.apply(input, function, kernel)
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
         if not saved.is_floating_point() or store.bits.other is None:
@@ -560,22 +566,23 @@ class _Smooth(FinishedRule):
 
 @_keeps(F.silu)
 def _silu(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _Smooth(input, F.silu)
+    return _Smooth(input, F.silu, torch.ops.aten.silu_backward, inplace)
 
 
 @_keeps(F.hardswish)
 def _hardswish(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _Smooth(input, F.hardswish)
+    return _Smooth(input, F.hardswish, torch.ops.aten.hardswish_backward, inplace)
 
 
 @_keeps(F.mish)
 def _mish(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _Smooth(input, F.mish)
+    return _Smooth(input, F.mish, torch.ops.aten.mish_backward, inplace)
 
 
 @_keeps(F.gelu)
 def _gelu(input: Tensor, approximate: str = "none") -> Rule | None:
-    return _Smooth(input, lambda x, own: F.gelu(x, approximate=approximate))
+    function, kernel = (partial(f, approximate=approximate) for f in (F.gelu, torch.ops.aten.gelu_backward))
+    return _Smooth(input, function, kernel, False)
 
 
 _SMOOTH = (F.silu, F.hardswish, F.mish, F.gelu)

@@ -71,6 +71,12 @@ class Function(Operator, Step):
     def __call__(self, tensor: Tensor, own: bool) -> Tensor:
         return self.function(tensor, own)
 
+    def begin(self, base: Kept, bounds: Bounds) -> Tensor:
+        value = base.map(lambda levels: self.function(levels, True)) if isinstance(base, View) else None
+        if value is None:
+            return super().begin(base, bounds)
+        return value if bounds is None else value.clamp_(*bounds)
+
 
 class Dropped(Step):
     """Dropout: a product with what it keeps."""
@@ -150,7 +156,7 @@ class NormInput(Kept):
 
     __slots__ = ("_cut", "invstd", "kept", "mean", "store", "tensor")
 
-    lends = True
+    lends = "backward"
 
     def __init__(self, tensor: Tensor, store: Any) -> None:
         self.tensor: Tensor | None = tensor.detach()

@@ -260,7 +260,7 @@ class Store:
         if isinstance(kept, Tensor):
             return kept
         with torch._C.DisableTorchFunction():
-            if saving.lent is not None and kept.lends:
+            if saving.lent is not None and kept.lends == saving.asked:
                 saving.lent.append(kept)
                 return torch.empty(0)
             return kept.restore()  # type: ignore[no-any-return]

@@ -41,7 +41,7 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, (saved,) = lent(ctx)
+        kept, (saved,) = lent(ctx, "gate")
         found = None
         if kept is not None:
             found = kept.gate(grad)

@@ -55,7 +55,7 @@ class BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         needed = ctx.needs_input_grad[:3]
-        kept, (input, weight, mean, spread) = lent(ctx)
+        kept, (input, weight, mean, spread) = lent(ctx, "backward")
         found = None
         if kept is not None:
             invstd = spread if ctx.training else (spread.float() + ctx.eps).rsqrt()

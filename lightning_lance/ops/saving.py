@@ -37,6 +37,7 @@ class Saving(threading.local):
         pending: the input of a normalisation, kept whole until the operator behind it is known.
         looking: saved tensors are read, and it is not a backward pass that reads them.
         lent: what stands in the graph, for a backward pass that can read it as it is; ``None``: nobody asks.
+        asked: the method by which that reads it.
     """
 
     rule: Rule | None = None
@@ -46,13 +47,18 @@ class Saving(threading.local):
     pending: Any = None
     looking: bool = False
     lent: list[Any] | None = None
+    asked: str = ""
 
 
 saving = Saving()
 
 
-def lent(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
+def lent(ctx: Any, method: str) -> tuple[Any, tuple[Any, ...]]:
     """What stands in the graph for the first saved tensor of an operator, and the tensors.
+
+    Args:
+        ctx: of the operator.
+        method: what reads it.
 
     Returns:
         ``None`` where it is a tensor, or a graph of the backward pass is asked for; else the first tensor has no
@@ -61,7 +67,7 @@ def lent(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
     if torch.is_grad_enabled():
         return None, ctx.saved_tensors
     found: list[Any] = []
-    saving.lent = found
+    saving.lent, saving.asked = found, method
     try:
         tensors = ctx.saved_tensors
     finally:

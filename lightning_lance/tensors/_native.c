@@ -419,7 +419,47 @@ INLINE uint32_t expand_rows(const Work *work, int64_t first, int64_t last, int t
     return 0;
 }
 
-/* The backward pass of a normalisation of channels, whose normalised input lies in rows ------------------------- */
+/* What each of the sixteen codes of a row stands for. */
+static uint32_t list_levels(const Work *work, int64_t first, int64_t last, int thread) {
+    const int group = work->group, size = row_size(work);
+    for (int64_t r = first; r < last; r++) {
+        uint16_t range[2];
+        float *out = (float *)work->out + r * 16;
+        memcpy(range, (const uint8_t *)work->input + r * size + group / 2, sizeof range);
+        const float step = from_half(range[0]) * work->scale, low = from_half(range[1]) * work->scale;
+        for (int k = 0; k < 16; k++)
+            out[k] = (float)k * step + low;
+    }
+    return 0;
+}
+
+INLINE void entries_of(const uint8_t *restrict codes, int count, const float *restrict table, float *restrict out) {
+    for (int k = 0; k < count / 2; k++) {
+        out[2 * k] = table[codes[k] & 15];
+        out[2 * k + 1] = table[codes[k] >> 4];
+    }
+}
+
+#ifdef WIDE
+WIDE static inline __m256 entries(__m256i codes, __m256 low, __m256 high) {
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)); /* the fourth bit is the sign there */
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), upper);
+}
+
+WIDE static inline void entries_wide(const uint8_t *codes, int count, const float *table, float *out) {
+    const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    const __m128i fifteen = _mm_set1_epi8(15);
+    EACH_SIXTEEN(k, count) {
+        const __m128i pairs = _mm_loadl_epi64((const __m128i *)(codes + k / 2));
+        const __m128i bytes = _mm_unpacklo_epi8(
+            _mm_and_si128(pairs, fifteen), _mm_and_si128(_mm_srli_epi16(pairs, 4), fifteen));
+        _mm256_storeu_ps(out + k, entries(_mm256_cvtepu8_epi32(bytes), low, high));
+        _mm256_storeu_ps(out + k + 8, entries(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)), low, high));
+    }
+}
+#else
+#define entries_wide entries_of
+#endif
 
 INLINE const float *gradients(const Work *work, int64_t place, int count, float *restrict block) {
     if (work->dtype == SINGLE)
@@ -429,6 +469,32 @@ INLINE const float *gradients(const Work *work, int64_t place, int count, float 
         block[k] = from_bits((uint32_t)from[k] << 16);
     return block;
 }
+
+/* The entry of each code in the table of its row, times a gradient where there is one. */
+INLINE uint32_t look_up(const Work *work, int64_t first, int64_t last, int thread, int wide) {
+    const int group = work->group, size = row_size(work);
+    float block[LONGEST], found[LONGEST];
+    for (int64_t r = first; r < last; r++) {
+        const int64_t place = r * group, left = work->count - place;
+        const int count = left < group ? (int)left : group;
+        const uint8_t *row = (const uint8_t *)work->input + r * size;
+        const float *table = work->first + r * 16;
+        float *out = work->dtype == SINGLE && count == group ? (float *)work->out + place : found;
+        wide ? entries_wide(row, group, table, out) : entries_of(row, group, table, out);
+        if (work->gradient) {
+            const float *restrict g = gradients(work, place, count, block);
+            for (int k = 0; k < count; k++)
+                out[k] *= g[k];
+        }
+        if (work->dtype == BRAIN)
+            store_brains(found, count, (uint16_t *)work->out + place);
+        else if (out == found)
+            memcpy((float *)work->out + place, found, (size_t)count * sizeof *found);
+    }
+    return 0;
+}
+
+/* The backward pass of a normalisation of channels, whose normalised input lies in rows ------------------------- */
 
 INLINE void sums_of(const float *restrict g, const float *restrict x, int count, double *sum, double *product) {
     float sums[LANES] = {0}, products[LANES] = {0};
@@ -715,16 +781,23 @@ INLINE void maximum(
 }
 
 #ifdef WIDE
-/* Those of eight windows beside each other, all of whose columns are in the map, where they begin at each element or at
-   every other one. */
+/* Those of up to eight windows beside each other, all of whose columns are in the map. A `stride` of 1 or 2 is that of
+   eight windows, which are read by whole vectors; with 0 each element is fetched. */
 WIDE static inline void maxima_wide(
-    const float *x, const Window *w, int64_t from, int64_t to, int64_t stride, float *out, uint8_t *places) {
+    const float *x, const Window *w, int64_t from, int64_t to, int stride, int64_t count, float *out, uint8_t *places) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256 present = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)count), lanes));
+    const __m256i steps = _mm256_mullo_epi32(lanes, _mm256_set1_epi32((int32_t)w->stride[1]));
     __m256 most = _mm256_set1_ps(from_bits(0xFF800000));
     __m256i found = _mm256_set1_epi32((int32_t)(from * w->kernel[1]));
     for (int64_t i = from; i < to; i++)
         for (int64_t j = 0; j < w->kernel[1]; j++) {
             const float *here = x + i * w->size[1] + j;
-            __m256 value = _mm256_loadu_ps(here);
+            __m256 value;
+            if (stride == 0)
+                value = _mm256_mask_i32gather_ps(most, here, steps, present, 4);
+            else
+                value = _mm256_loadu_ps(here);
             if (stride == 2) {
                 value = _mm256_shuffle_ps(value, _mm256_loadu_ps(here + 7), 0xD8);
                 value = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(value), 0xD8));
@@ -735,34 +808,49 @@ WIDE static inline void maxima_wide(
             most = _mm256_blendv_ps(most, value, taken);
             found = _mm256_blendv_epi8(found, place, _mm256_castps_si256(taken));
         }
-    _mm256_storeu_ps(out, most);
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
-    _mm_storel_epi64((__m128i *)places, _mm_packus_epi16(words, words));
+    const __m128i bytes = _mm_packus_epi16(words, words);
+    if (count == 8) {
+        _mm256_storeu_ps(out, most);
+        _mm_storel_epi64((__m128i *)places, bytes);
+    } else {
+        _mm256_maskstore_ps(out, _mm256_castps_si256(present), most);
+        memcpy(places, &bytes, (size_t)count);
+    }
+}
+
+/* Those of a row of windows, all of whose columns are in the map. */
+WIDE static inline void row_wide(
+    const float *x, const Window *w, int64_t from, int64_t to, int64_t count, float *out, uint8_t *places) {
+    const int64_t stride = w->stride[1];
+    for (int64_t k = 0; k < count; k += 8) {
+        const int64_t at = k + 8 <= count || count < 8 ? k : count - 8; /* the last ones are done twice */
+        if (count >= 8 && stride == 2)
+            maxima_wide(x + at * 2, w, from, to, 2, 8, out + at, places + at);
+        else if (count >= 8 && stride == 1)
+            maxima_wide(x + at, w, from, to, 1, 8, out + at, places + at);
+        else
+            maxima_wide(x + at * stride, w, from, to, 0, count < 8 ? count : 8, out + at, places + at);
+    }
 }
 #endif
 
 /* The maxima of one map, and a byte for the place of each in its window, which has an element in the map. */
 INLINE void maxima_of_map(const float *x, const Window *w, float *out, uint8_t *places, int wide) {
     const int64_t width = w->out[1], stride = w->stride[1], padding = w->padding[1];
-    const int64_t first = (padding + stride - 1) / stride; /* all columns from here to there are in the map */
-    const int64_t rest = w->size[1] + padding - w->kernel[1];
-    const int64_t inside = rest < 0 ? 0 : rest / stride + 1, last = inside < width ? inside : width;
     for (int64_t o = 0; o < w->out[0]; o++, out += width, places += width) {
         const int64_t top = o * w->stride[0] - w->padding[0], below = w->size[0] - top;
         const int64_t from = top < 0 ? -top : 0, to = below < w->kernel[0] ? below : w->kernel[0];
         const float *row = x + top * w->size[1];
         int64_t k = 0;
 #ifdef WIDE
-        if (wide && stride <= 2 && last - first >= 8) {
+        const int64_t first = (padding + stride - 1) / stride; /* all columns from here to there are in the map */
+        const int64_t rest = w->size[1] + padding - w->kernel[1];
+        const int64_t inside = rest < 0 ? 0 : rest / stride + 1, last = inside < width ? inside : width;
+        if (wide && first < last) {
             for (; k < first; k++)
                 maximum(row, w, from, to, k * stride - padding, out + k, places + k);
-            for (; k < last; k += 8) { /* the last ones are done twice where they are fewer */
-                const int64_t at = k + 8 <= last ? k : last - 8;
-                if (stride == 2)
-                    maxima_wide(row + at * 2 - padding, w, from, to, 2, out + at, places + at);
-                else
-                    maxima_wide(row + at - padding, w, from, to, 1, out + at, places + at);
-            }
+            row_wide(row + first * stride - padding, w, from, to, last - first, out + first, places + first);
             k = last;
         }
 #endif
@@ -813,6 +901,7 @@ BOTH(pool_maps)
 BOTH(gate)
 BOTH(pack_rows)
 BOTH(expand_rows)
+BOTH(look_up)
 BOTH(sum_rows)
 BOTH(combine_rows)
 
@@ -913,6 +1002,45 @@ static PyObject *rows(PyObject *args, Pass *pass) {
 static PyObject *py_pack_rows(PyObject *self, PyObject *args) { return rows(args, CHOOSE(pack_rows)); }
 
 static PyObject *py_expand_rows(PyObject *self, PyObject *args) { return rows(args, CHOOSE(expand_rows)); }
+
+static PyObject *py_list_levels(PyObject *self, PyObject *args) {
+    unsigned long long input, out;
+    long long rows;
+    int threads;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLifKi", &input, &rows, &work.group, &work.scale, &out, &threads))
+        return NULL;
+    work.bits = 4;
+    if (refused(&work))
+        return NULL;
+    work.input = (const void *)(uintptr_t)input;
+    work.out = (void *)(uintptr_t)out;
+    Py_BEGIN_ALLOW_THREADS
+    run(list_levels, &work, rows, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_look_up(PyObject *self, PyObject *args) {
+    unsigned long long input, table, gradient, out;
+    long long count;
+    int threads;
+    Work work = {0};
+    if (!PyArg_ParseTuple(args, "KLiiKKKi", &input, &count, &work.dtype, &work.group, &table, &gradient, &out, &threads))
+        return NULL;
+    work.bits = 4;
+    if (refused(&work))
+        return NULL;
+    work.input = (const void *)(uintptr_t)input;
+    work.first = (const float *)(uintptr_t)table;
+    work.gradient = (const void *)(uintptr_t)gradient;
+    work.out = (void *)(uintptr_t)out;
+    work.count = count;
+    Py_BEGIN_ALLOW_THREADS
+    run(CHOOSE(look_up), &work, (count + work.group - 1) / work.group, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
 
 static PyObject *py_gate(PyObject *self, PyObject *args) {
     unsigned long long input, gradient, out;
@@ -1079,6 +1207,8 @@ static PyMethodDef METHODS[] = {
     {"expand_flags", py_expand_flags, METH_VARARGS, NULL},
     {"pack_rows", py_pack_rows, METH_VARARGS, NULL},
     {"expand_rows", py_expand_rows, METH_VARARGS, NULL},
+    {"list_levels", py_list_levels, METH_VARARGS, NULL},
+    {"look_up", py_look_up, METH_VARARGS, NULL},
     {"pack_places", py_pack_places, METH_VARARGS, NULL},
     {"max_pool", py_max_pool, METH_VARARGS, NULL},
     {"scatter_places", py_scatter_places, METH_VARARGS, NULL},

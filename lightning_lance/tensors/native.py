@@ -299,6 +299,39 @@ def expand_rows(
     return found
 
 
+def levels(codes: Tensor, group: int, scale: float = 1.0) -> Tensor:
+    """What each of the sixteen codes of a row with 4 bits stands for.
+
+    Args:
+        codes: as :func:`pack_rows` returned them.
+        group: elements of a row.
+        scale: every value is multiplied by it.
+
+    Returns:
+        ``(rows, 16)`` float32.
+    """
+    found = torch.empty(codes.shape[0], 16, dtype=torch.float32, device="cpu")
+    _native.list_levels(codes.data_ptr(), codes.shape[0], group, scale, found.data_ptr(), _threads(found.numel()))
+    return found
+
+
+def look_up(codes: Tensor, group: int, table: Tensor, found: Tensor, gradient: Tensor | None) -> None:
+    """The entry of each code in the table of its row.
+
+    Args:
+        codes: as :func:`pack_rows` returned them, with 4 bits.
+        group: elements of a row.
+        table: ``(rows, 16)`` float32, contiguous.
+        found: one axis, contiguous, float32 or bfloat16; gets the result.
+        gradient: what the entries are multiplied by, of the same shape and dtype, contiguous; ``None``: one.
+    """
+    count = found.numel()
+    _native.look_up(
+        *(codes.data_ptr(), count, _DTYPES[found.dtype], group, table.data_ptr()),
+        *(0 if gradient is None else gradient.data_ptr(), found.data_ptr(), _threads(count)),
+    )
+
+
 def norm_backward(
     codes: Tensor,
     bits: int,

@@ -293,6 +293,33 @@ def expand_changed(
     return native.expand_rows(codes, count, bits, group, dtype, 1 / scale, affine, bounds)
 
 
+def map_elements(
+    rounded: Rounded, function: Callable[[Tensor], Tensor], found: Tensor, gradient: Tensor | None = None
+) -> bool:
+    """A function of every element, which is asked for the sixteen levels of each group alone, times a gradient.
+
+    Args:
+        rounded: what :func:`round_to_bits` returned.
+        function: elementwise, of float32.
+        found: as many elements, float32 or bfloat16, without gaps in memory; gets the result, computed in float32.
+        gradient: one axis, contiguous, of that dtype; ``None``: one.
+
+    Returns:
+        Whether there was a pass for it.
+    """
+    codes, low, _, count, bits, group, scale = rounded
+    if bits != 4 or low is not None or group > native.LONGEST or not native.makes(codes, found.dtype):
+        return False
+    some = STRETCH // 16
+    flat = found.as_strided((count,), (1,))
+    for row in range(0, codes.shape[0], some):
+        part = codes[row : row + some]
+        table = function(native.levels(part, group, 1 / scale)).contiguous()
+        here = slice(row * group, min(count, (row + some) * group))
+        native.look_up(part, group, table, flat[here], None if gradient is None else gradient[here])
+    return True
+
+
 def _by_stretches(groups: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
     """Rows of groups in another precision, of which a stretch at a time is in float32."""
     count = max(1, STRETCH // groups.shape[1])

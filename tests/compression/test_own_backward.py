@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
-from lightning_lance.compression import operators
-from lightning_lance.tensors import native
+from lightning_lance.compression import kept, operators
+from lightning_lance.tensors import native, rounding
 from tests.oracles import relative_error
 from tests.stock import same_bits
 
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(native._native is None, reason="nothing was comp
 NEVER = 1 << 60
 OURS = {"BatchNormBackward", "GateBackward"}
 POOL = "MaxPoolBackward"
+SMOOTH = "SmoothBackward"
 Step = Callable[[], list[Tensor]]
 
 
@@ -398,6 +399,108 @@ def test_pools_in_any_backward_pass() -> None:
 
     ours, stock = both(lambda: Layer(lambda layer, x: checkpoint(pooled, layer, x, use_reentrant=False)), expected=())
     assert_close(ours, stock)
+
+
+SMOOTHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+    "of a module": nn.GELU(),
+}
+
+
+class Smooth(nn.Module):
+    """Two linear maps and what lies between."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 192), nn.Linear(192, 48)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+def smooth_steps(make: Callable[[], nn.Module], **options: Any) -> tuple[Any, Any]:
+    x = torch.randn(8, 65, 48, generator=torch.Generator().manual_seed(0))
+    return both(make, x, expected=(), **options)
+
+
+@pytest.mark.parametrize("name", SMOOTHS)
+def test_smooth_activations_go_back_as_the_stock_ones(name: str) -> None:
+    """Their derivatives, and their results for the weight of the next layer, are looked up."""
+
+    def back(output: Tensor) -> list[Tensor]:
+        assert (SMOOTH in names(output)) == (operators.LARGE != NEVER)
+        return list(torch.autograd.grad(output, model.parameters(), fixed_gradient(output), retain_graph=True))
+
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = Smooth(SMOOTHS[name])
+        x = torch.randn(8, 65, 48, generator=torch.Generator().manual_seed(0))
+        with pytest.MonkeyPatch.context() as patch:
+            if not ours:  # neither here nor there
+                patch.setattr(rounding, "map_elements", lambda *_: False)
+                patch.setattr(kept, "map_elements", lambda *_: False)
+            found.append(run(model, x, ours, back=back, expected=()))
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("around", [None, torch.bfloat16])
+def test_smooth_activations_in_half_precision(around: torch.dtype | None) -> None:
+    def make() -> nn.Module:
+        model = Smooth(F.gelu)
+        return model if around else model.bfloat16()
+
+    x = torch.randn(8, 65, 48).to(torch.float32 if around else torch.bfloat16)
+    ours, stock = both(make, x, expected=(), around=torch.autocast("cpu", around) if around else None)
+    assert_close(ours, stock, bound=0.01)
+
+
+def test_smooth_activations_in_any_backward_pass() -> None:
+    def back(output: Tensor) -> list[Tensor]:
+        many = torch.stack([fixed_gradient(output), torch.ones_like(output)])
+        batched = torch.autograd.grad(output, parameters, many, retain_graph=True, is_grads_batched=True)
+        graph = torch.autograd.grad(output, parameters, fixed_gradient(output), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in graph), parameters)
+        return [*batched, *graph, *second]
+
+    for name, function in SMOOTHS.items():
+        found = []
+        for ours in (True, False):
+            torch.manual_seed(0)
+            scale = nn.Parameter(torch.rand(48))
+            model = Smooth(function)
+            model.forward = lambda x, scale=scale, function=function: function(x * scale) * scale  # type: ignore
+            parameters = [scale]
+            x = torch.randn(8, 130, 48, generator=torch.Generator().manual_seed(0))
+            found.append(run(model, x, ours, back=back, expected=()))
+        assert_close(*found), name
+
+    def segment(x: Tensor) -> Tensor:
+        return checkpoint(F.gelu, x, use_reentrant=False)
+
+    assert_close(*smooth_steps(lambda: Smooth(segment)))
+
+
+def test_a_smooth_activation_of_a_layout_of_its_own() -> None:
+    ours, stock = smooth_steps(lambda: Smooth(lambda x: F.gelu(x.transpose(1, 2)).transpose(1, 2)))
+    assert_close(ours, stock)
+    ours, stock = smooth_steps(lambda: Smooth(lambda x: F.gelu(x[:, ::2]).repeat_interleave(2, 1)[:, :65]))
+    assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("function", [lambda x: F.silu(x * 1, inplace=True), lambda x: F.silu(x.double()).float()])
+def test_other_smooth_activations_take_the_stock_kernel(function: Callable[[Tensor], Tensor]) -> None:
+    def back(output: Tensor) -> list[Tensor]:
+        assert SMOOTH not in names(output)
+        return []
+
+    torch.manual_seed(0)
+    run(Smooth(function), torch.randn(8, 65, 48), True, back=back, expected=())
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,55 @@ def test_a_norm_goes_back_from_its_rows(
     torch.testing.assert_close(found.double(), expected, rtol=close, atol=2e-6 * largest)
 
 
+@given(
+    count=st.integers(1, 1500),
+    group=GROUPS,
+    half=st.booleans(),
+    by_gradient=st.booleans(),
+    exponent=st.sampled_from([-30, 0, 30]),
+    seed=st.integers(0, 99),
+)
+@drawn
+def test_functions_are_those_of_every_element(
+    count: int, group: int, half: bool, by_gradient: bool, exponent: int, seed: int
+) -> None:
+    """In float64, of what the rows stand for."""
+    size = 2.0**exponent
+    rounded = round_to_bits(values(count, seed).clamp(-30, 30) * size, 4, group=group)
+    assert rounded is not None
+    dtype = torch.bfloat16 if half else torch.float32
+    found = torch.full((count + 1,), 7.0, dtype=dtype)
+    gradient = torch.randn(count).to(dtype) if by_gradient else None
+    assert rounding.map_elements(rounded, lambda x: torch.sin(x / size), found[:count], gradient)
+    expected = torch.sin(expand(rounded, torch.float32).double() / size)
+    expected = expected if gradient is None else expected * gradient.double()
+    torch.testing.assert_close(found[:count].double(), expected, rtol=2**-8 if half else 1e-5, atol=1e-5)
+    assert found[count] == 7
+
+
+def test_functions_are_asked_for_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "STRETCH", 16 * 3)
+    rounded = round_to_bits(torch.randn(1000), 4, group=128)
+    assert rounded is not None
+    asked = []
+
+    def function(levels: Tensor) -> Tensor:
+        asked.append(levels.shape)
+        return levels.exp()
+
+    found = torch.empty(1000)
+    assert rounding.map_elements(rounded, function, found)
+    assert asked == [(3, 16), (3, 16), (2, 16)]
+    torch.testing.assert_close(found, expand(rounded, torch.float32).exp())
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_other_bits_have_no_table(bits: int) -> None:
+    rounded = round_to_bits(torch.randn(1000), bits)
+    assert rounded is not None
+    assert not rounding.map_elements(rounded, torch.exp, torch.empty(1000))
+
+
 def test_what_is_not_finite_stays_in_its_channel() -> None:
     x, gradient = torch.randn(4, 6, 8, 8), torch.randn(4, 6, 8, 8)
     gradient[1, 2, 3, 4], gradient[1, 4, 3, 4] = math.nan, math.inf

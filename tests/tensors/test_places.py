@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_lance.tensors import native
-from lightning_lance.tensors.places import Window, pack, scatter, unpack, window
+from lightning_lance.tensors.places import Window, out_sizes, pack, pool, scatter, unpack, window
+from tests.stock import same_bits
 
 POOL: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -80,6 +81,76 @@ def test_gradients_are_those_of_the_stock_kernel(pool: Any, seed: int, planes: i
     assert found is not None
     (expected,) = torch.autograd.grad(result, x, grad)
     assert torch.equal(found, expected)
+
+
+@st.composite
+def flat_pools(draw: st.DrawFn) -> tuple[Window, tuple[int, ...]]:
+    kernel, sizes, stride, padding = [], [], [], []
+    for _ in range(2):
+        kernel.append(draw(st.integers(1, draw(st.sampled_from([3, 5, 16])))))
+        padding.append(draw(st.integers(0, kernel[-1] // 2)))
+        sizes.append(max(1, kernel[-1] - 2 * padding[-1]) + draw(st.integers(0, 40)))
+        stride.append(draw(st.sampled_from([1, 2, 2, 3, 7, 50])))
+    return Window(tuple(kernel), tuple(stride), tuple(padding), (1, 1)), tuple(sizes)
+
+
+@pytest.mark.skipif(native._native is None, reason="nothing was compiled")
+@given(
+    drawn=flat_pools(),
+    planes=st.integers(1, 9),
+    ceil=st.booleans(),
+    ties=st.booleans(),
+    odd=st.booleans(),
+    threads=st.sampled_from([1, 3]),
+    wide=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=300, deadline=None)
+def test_maxima_and_places_are_those_of_the_stock_operator(
+    drawn: Any, planes: int, ceil: bool, ties: bool, odd: bool, threads: int, wide: bool, seed: int
+) -> None:
+    where, sizes = drawn
+    assume(planes * math.prod(sizes) < 20_000)
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(planes, *sizes, generator=draw)
+    if ties:
+        x = x.round()  # zeros of both signs
+    if odd:
+        special = torch.tensor([math.nan, math.inf, -math.inf, -math.inf])
+        x = torch.where(torch.rand(x.shape, generator=draw) < 0.4, special[torch.randint(0, 4, x.shape)], x)
+    result, index = torch.ops.aten.max_pool2d_with_indices(x, *where, ceil)
+    before = native._native.widen(wide)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "_threads", lambda _: threads)
+            found = pool(x, where, ceil)
+    finally:
+        native._native.widen(before)
+    assert found is not None
+    assert same_bits(found[0], result)
+    assert out_sizes(sizes, where, ceil) == result.shape[1:]
+    assert torch.equal(unpack(found[1], index.shape, index.stride(), sizes, where), index)
+
+
+@pytest.mark.skipif(native._native is None, reason="nothing was compiled")
+@pytest.mark.parametrize(
+    ("x", "arguments"),
+    [
+        (torch.randn(2, 8, 8, dtype=torch.float64), (2,)),
+        (torch.randn(2, 8, 8).bfloat16(), (2,)),
+        (torch.randn(8, 8), (2,)),
+        (torch.randn(1, 1, 2, 8, 8), (2,)),
+        (torch.randn(2, 8, 8).mT, (2,)),
+        (torch.randn(2, 8, 8), (2, 2, 1, 2)),
+        (torch.randn(2, 8, 8), (2, 2, 2)),
+        (torch.randn(2, 8, 8), (2, 2, -1)),
+        (torch.randn(2, 8, 8), (2, 0)),
+        (torch.randn(2, 8, 8), (9,)),
+        (torch.randn(2, 20, 20), (17,)),
+    ],
+)
+def test_there_is_no_pass_for_other_pools(x: Tensor, arguments: tuple[int, ...]) -> None:
+    assert pool(x, window(2, *arguments), False) is None
 
 
 @pytest.mark.skipif(native._native is None, reason="nothing was compiled")
