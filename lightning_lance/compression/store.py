@@ -123,8 +123,7 @@ class Store:
         return Store, (self.bits,), {"draws": self.draws, "mode": self.mode}
 
     def __enter__(self) -> Store:
-        if saving.store is not None:
-            raise StateError("a step began inside of another one in the same thread: end the first one before.")
+        _refuse_nested()
         self._open()
         return self
 
@@ -166,6 +165,17 @@ class Store:
             torch.zeros((), requires_grad=True).exp()
         reached, self._asked = self._asked is None, None
         return reached
+
+    @staticmethod
+    @contextmanager
+    def resting() -> Iterator[None]:
+        """A step that nobody looks at."""
+        _refuse_nested()
+        saving.resting = True
+        try:
+            yield
+        finally:
+            saving.resting = False
 
     @contextmanager
     def without_hooks(self) -> Iterator[None]:
@@ -437,6 +447,11 @@ class Store:
             return None
         self.draws += 1
         return self.draws
+
+
+def _refuse_nested() -> None:
+    if saving.store is not None or saving.resting:
+        raise StateError("a step began inside of another one in the same thread: end the first one before.")
 
 
 _PLAIN = (Tensor, nn.Parameter)

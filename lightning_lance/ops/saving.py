@@ -34,6 +34,7 @@ class Saving(threading.local):
         arguments: what it was called with.
         name: what to call it in a report.
         store: what looks at saved tensors in this thread; ``None``: nobody does.
+        resting: a step runs that nobody looks at.
         pending: the input of a normalisation, kept whole until the operator behind it is known.
         looking: saved tensors are read, and it is not a backward pass that reads them.
         lent: what stands in the graph, for a backward pass that can read it as it is; ``None``: nobody asks.
@@ -44,6 +45,7 @@ class Saving(threading.local):
     arguments: tuple[Any, ...] = ()
     name: str = ""
     store: Any = None
+    resting: bool = False
     pending: Any = None
     looking: bool = False
     lent: list[Any] | None = None

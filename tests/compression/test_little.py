@@ -91,7 +91,7 @@ def test_steps_that_grow_are_rounded_again() -> None:
     session = session_of(model)
     train(model, session, [FEW] * 3)
     first = session.report
-    train(model, session, [MANY] * 2, 3)
+    train(model, session, [MANY] * 12, 3)  # some of which the session looks at
     report = session.report
     assert report is not first
     assert report is not None
@@ -107,10 +107,11 @@ def test_steps_that_grow_are_rounded_again() -> None:
 
 
 @pytest.mark.parametrize(("period", "index"), [(2, 1), (3, 2), (4, 3), (7, 0), (16, 15), (23, 5)])
-def test_large_steps_now_and_then_are_rounded_from_the_second_on(period: int, index: int) -> None:
+def test_large_steps_now_and_then_are_rounded_before_long(period: int, index: int) -> None:
+    """Whatever their period: one of four steps is looked at, and another one each time."""
     model = network()
     session = session_of(model)
-    rows = [MANY if step % period == index else FEW for step in range(3 * period)]
+    rows = [MANY if step % period == index else FEW for step in range(12 * period)]
     train(model, session, rows)
     large = [step for step, count in enumerate(rows) if count == MANY]
     twin = network()
