@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,8 +21,8 @@ class Kept:
 
     __slots__ = ("__weakref__",)
 
-    lends = ""
-    """The method by which a backward pass of ours reads it as it is."""
+    lends: tuple[str, ...] = ()
+    """The methods by which backward passes of ours read it as it is."""
 
     def restore(self) -> Tensor:
         """The tensor, or what the backward kernel takes for it."""
@@ -82,11 +83,18 @@ class Stretch:
             self._flat = Flat(flat)
         return flat
 
-    def changed(self, affine: native.Affine, bounds: tuple[float, float] | None) -> Tensor | None:
+    def halved(self) -> Tensor:
+        """What was rounded in bfloat16, on one axis."""
+        flat = None if self._flat is None else self._flat()
+        return expand(self.rounded, torch.bfloat16) if flat is None else flat.bfloat16()
+
+    def changed(
+        self, affine: native.Affine, bounds: tuple[float, float] | None, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
         """All of it, changed by channel and clamped, on one axis; ``None`` where that is no single pass."""
         if self._flat is not None and self._flat() is not None:
             return None
-        return expand_changed(self.rounded, self.dtype, affine, bounds)
+        return expand_changed(self.rounded, dtype or self.dtype, affine, bounds)
 
     def parts(self) -> list[tuple[int, int]]:
         """As those of a :class:`Kept`."""
@@ -97,6 +105,8 @@ class Memory(Protocol):
     """What a stretch of memory was rounded to, or computed from."""
 
     def restore(self) -> Tensor: ...
+
+    def halved(self) -> Tensor: ...
 
     def parts(self) -> list[tuple[int, int]]: ...
 
@@ -111,25 +121,36 @@ class View(Kept):
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
-    lends = "map"
+    lends = ("map", "halved")
 
     def restore(self) -> Tensor:
         return self.stretch.restore().as_strided(self.shape, self.stride, self.offset)
 
-    def changed(self, factor: Tensor, term: Tensor, bounds: tuple[float, float] | None) -> Tensor | None:
+    def halved(self) -> Tensor:
+        """The tensor in bfloat16."""
+        return self.stretch.halved().as_strided(self.shape, self.stride, self.offset)
+
+    def changed(
+        self, factor: Tensor, term: Tensor, bounds: tuple[float, float] | None, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
         """``x * factor[c] + term[c]`` of each channel, clamped; ``None`` where that is no single pass."""
         stretch = self._all()
-        flat = None if stretch is None else stretch.changed(native.Affine.of(factor, term, self.stride), bounds)
+        flat = None if stretch is None else stretch.changed(native.Affine.of(factor, term, self.stride), bounds, dtype)
         return None if flat is None else flat.as_strided(self.shape, self.stride)
 
-    def map(self, function: Callable[[Tensor], Tensor], gradient: Tensor | None = None) -> Tensor | None:
+    def map(
+        self,
+        function: Callable[[Tensor], Tensor],
+        gradient: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor | None:
         """An elementwise function of it, times a gradient; ``None`` where that takes as long as of each element."""
         rounded = self.all_rows()
         if rounded is None or rounded.bits != 4 or (gradient is not None and not native.takes(gradient)):
             return None
         assert isinstance(self.stretch, Stretch)
-        dtype = self.stretch.dtype if gradient is None else gradient.dtype
-        found = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=rounded.codes.device)
+        made = dtype or self.stretch.dtype if gradient is None else gradient.dtype
+        found = torch.empty_strided(self.shape, self.stride, dtype=made, device=rounded.codes.device)
         flat = None if gradient is None else in_layout(gradient, self.shape, self.stride)
         return found if map_elements(rounded, function, found, flat) else None
 
@@ -146,7 +167,7 @@ class View(Kept):
         stretch = self.stretch
         if not isinstance(stretch, Stretch) or self.offset or self.shape.numel() != stretch.rounded.elements:
             return None
-        return stretch
+        return stretch if fills(self.shape, self.stride) else None  # an expanded one has elements several times
 
     def parts(self) -> list[tuple[int, int]]:
         return self.stretch.parts()
@@ -165,7 +186,7 @@ class Flags(Kept):
 
     __slots__ = ("bits", "dtype", "off", "on", "own_stride", "reference", "shape", "stride", "whole")
 
-    lends = "gate"
+    lends: tuple[str, ...] = ("gate",)
 
     def __init__(self, bits: Tensor, like: Tensor, own_stride: tuple[int, ...], off: float, on: float) -> None:
         self.shape, self.stride, self.own_stride, self.dtype = like.shape, like.stride(), own_stride, like.dtype
@@ -205,7 +226,7 @@ class Booleans(Flags):
 
     __slots__ = ()
 
-    lends = ""
+    lends: tuple[str, ...] = ()
 
     def __init__(self, tensor: Tensor, own_stride: tuple[int, ...]) -> None:
         super().__init__(pack_bits(tensor), tensor, own_stride, 0, 1)
@@ -299,9 +320,15 @@ def in_layout(tensor: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -
 
 def dense(tensor: Tensor) -> bool:
     """Whether the elements fill a stretch of memory once, in any order of the axes."""
+    return fills(tensor.shape, tensor.stride())
+
+
+@functools.lru_cache(maxsize=1024)
+def fills(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """The same of these sizes and strides."""
     expected = 1
-    for stride, size in sorted((n, size) for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
-        if stride != expected:
+    for step, size in sorted((n, size) for n, size in zip(stride, shape, strict=True) if size > 1):
+        if step != expected:
             return False
         expected *= size
     return True

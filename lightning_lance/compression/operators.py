@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from lightning_lance.compression import transforms
-from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, Zeros, dense
+from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, View, Zeros, dense
 from lightning_lance.compression.recipes import Bounds, Dropped, Function, Normalisation, NormInput
 from lightning_lance.compression.store import STATISTICS, Store
+from lightning_lance.ops.conv import Geometry
 from lightning_lance.ops.gate import Gate
 from lightning_lance.ops.norm import BatchNorm
 from lightning_lance.ops.pool import MaxPool
 from lightning_lance.ops.saving import FinishedRule, Rule, saving
 from lightning_lance.ops.smooth import Smooth
 from lightning_lance.ops.watching import WatchingMode
+from lightning_lance.ops.weighted import Conv, Linear, has_half_products
 from lightning_lance.tensors import native, places
 
 _RULES: dict[Any, Callable[..., Rule | None]] = {}
@@ -533,7 +535,10 @@ class _Smooth(FinishedRule):
     __slots__ = ("kept", "recipe", "run", "step")
 
     def __init__(
-        self, input: Any, function: Callable[[Tensor], Tensor], kernel: Callable[[Tensor, Tensor], Tensor], own: bool
+        self,
+        input: Any,
+        function: Callable[[Tensor], Tensor],
+        kernel: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.step = Function(lambda x, _: function(x))
         self.run: Callable[[], Tensor] | None = None
@@ -544,7 +549,7 @@ class _Smooth(FinishedRule):
             pending.settle(saving.store.finer)
         saving.store.settle()
         self.recipe = recipe if recipe is not None and recipe.is_normalisation else None
-        if self.recipe is None and not own and saving.store.bits.other == 4 and _reads(input):
+        if self.recipe is None and kernel is not None and saving.store.bits.other == 4 and _reads(input):
             self.run = lambda: Smooth.apply(input, function, kernel)
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
@@ -560,29 +565,29 @@ class _Smooth(FinishedRule):
     def finish(self, result: Tensor, store: Store) -> None:
         if self.recipe is not None:
             store.recipes.extend(self.recipe, result, self.step)
-        elif isinstance(self.kept, Kept):
+        elif isinstance(self.kept, View) and self.kept.stride == result.stride() and dense(result):
             store.recipes.add(result, self.kept, (self.step,))
 
 
 @_keeps(F.silu)
 def _silu(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _Smooth(input, F.silu, torch.ops.aten.silu_backward, inplace)
+    return _Smooth(input, F.silu, None if inplace else torch.ops.aten.silu_backward)
 
 
 @_keeps(F.hardswish)
 def _hardswish(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _Smooth(input, F.hardswish, torch.ops.aten.hardswish_backward, inplace)
+    return _Smooth(input, F.hardswish)  # its kernel stops gradients that are not finite, and no product does
 
 
 @_keeps(F.mish)
 def _mish(input: Tensor, inplace: bool = False) -> Rule | None:
-    return _Smooth(input, F.mish, torch.ops.aten.mish_backward, inplace)
+    return _Smooth(input, F.mish, None if inplace else torch.ops.aten.mish_backward)
 
 
 @_keeps(F.gelu)
 def _gelu(input: Tensor, approximate: str = "none") -> Rule | None:
     function, kernel = (partial(f, approximate=approximate) for f in (F.gelu, torch.ops.aten.gelu_backward))
-    return _Smooth(input, function, kernel, False)
+    return _Smooth(input, function, kernel)
 
 
 _SMOOTH = (F.silu, F.hardswish, F.mish, F.gelu)
@@ -634,13 +639,19 @@ def _max_pool(axes: int) -> Callable[..., Rule | None]:
         sizes = tuple(input.shape[-axes:])
         window = places.window(axes, kernel_size, stride, padding, dilation)
         found = _MaxPool(*((1, *sizes), window.with_axis()) if axes == 1 else (sizes, window))
-        # The stock operator adds an axis to one; of one or three axes it has the backward pass.
-        if axes == 2 and not return_indices and input.is_contiguous() and _reads(input):
+        # The stock operator adds an axis to one; of one or three axes it has the backward pass. It refuses booleans.
+        given = (kernel_size, stride, padding, dilation)
+        odd = type(ceil_mode) is not bool or any(type(n) is bool for ns in given for n in _listed(ns))
+        if axes == 2 and not odd and not return_indices and input.is_contiguous() and _reads(input):
             found.run = lambda: MaxPool.apply(input, window, ceil_mode)
             found.shape = lambda: (*input.shape[:-2], *places.out_sizes(sizes, window, ceil_mode))
         return found
 
     return make
+
+
+def _listed(numbers: Any) -> Iterable[Any]:
+    return numbers if isinstance(numbers, (list, tuple)) else (numbers,)
 
 
 class _MaxPool:
@@ -711,12 +722,13 @@ def _shape_and_indices(saved: Tensor, store: Store) -> Any:
 class _WithWeight:
     """Of an operator that multiplies an input by a weight: the input is kept for the weight's gradient alone."""
 
-    __slots__ = ("weight",)
+    __slots__ = ("run", "weight")
 
     for_weight = True
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self.run: Callable[[], Tensor] | None = None
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
         weight = self.weight
@@ -731,18 +743,67 @@ class _WithWeight:
         return store.for_weight(saved)
 
 
-@_keeps(
-    F.linear,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-)
-def _with_weight(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Rule | None:
+MULTIPLICATIONS = 1 << 25
+"""From so many on, for the gradient of a weight, half precision is worth what calling it from Python costs."""
+
+
+def _halves(input: Tensor, weight: Tensor, bias: Tensor | None, positions: int) -> bool:
+    """Whether the gradient of a weight, which works at so many positions, is a product in half precision."""
+    return (
+        positions * weight.numel() >= MULTIPLICATIONS
+        and saving.store.bits.weight in (2, 4)
+        and has_half_products()
+        and input.dtype is weight.dtype is torch.float32
+        and weight.requires_grad
+        and weight.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and _reads(input, weight, bias)
+    )
+
+
+def _with_weight(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> _WithWeight | None:
     plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
     return _WithWeight(weight) if plain else None
+
+
+_keeps(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)(_with_weight)
+
+
+@_keeps(F.linear)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Rule | None:
+    rule = _with_weight(input, weight)
+    fits = rule is not None and input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
+    if rule is not None and fits and _halves(input, weight, bias, math.prod(input.shape[:-1])):
+        rule.run = lambda: Linear.apply(input, weight, bias)
+    return rule
+
+
+def _conv(axes: int) -> Callable[..., Rule | None]:
+    def make(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Rule | None:
+        rule = _with_weight(input, weight)
+        if rule is None or isinstance(padding, str) or not weight.dim() == input.dim() == axes + 2:
+            return rule
+        window = places.window(axes, weight.shape[2:], stride, padding, dilation)
+        positions = input.shape[0] * math.prod(
+            size // step for size, step in zip(input.shape[2:], window.stride, strict=True)
+        )
+        if _halves(input, weight, bias, positions):
+            rule.run = lambda: Conv.apply(input, weight, bias, Geometry(*window, groups))
+        return rule
+
+    return make
+
+
+for _axes, _function in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1):
+    _keeps(_function)(_conv(_axes))
 
 
 @_keeps(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)

@@ -32,8 +32,8 @@ class Operator:
         """The result, written over the tensor if that is our own."""
         raise NotImplementedError
 
-    def begin(self, base: Kept, bounds: Bounds) -> Tensor:
-        """The result, clamped, where the operator is the first one."""
+    def begin(self, base: Kept, bounds: Bounds, dtype: torch.dtype | None = None) -> Tensor:
+        """The result, clamped, where the operator is the first one; of this dtype, where one pass makes it so."""
         value = self(base.restore(), False)
         return value if bounds is None else value.clamp_(*bounds)
 
@@ -71,8 +71,8 @@ class Function(Operator, Step):
     def __call__(self, tensor: Tensor, own: bool) -> Tensor:
         return self.function(tensor, own)
 
-    def begin(self, base: Kept, bounds: Bounds) -> Tensor:
-        value = base.map(lambda levels: self.function(levels, True)) if isinstance(base, View) else None
+    def begin(self, base: Kept, bounds: Bounds, dtype: torch.dtype | None = None) -> Tensor:
+        value = base.map(lambda levels: self.function(levels, True), None, dtype) if isinstance(base, View) else None
         if value is None:
             return super().begin(base, bounds)
         return value if bounds is None else value.clamp_(*bounds)
@@ -135,9 +135,9 @@ class _Affine(Operator):
     def __call__(self, tensor: Tensor, own: bool) -> Tensor:
         return affine(tensor, self.factor, self.term)
 
-    def begin(self, base: Kept, bounds: Bounds) -> Tensor:
+    def begin(self, base: Kept, bounds: Bounds, dtype: torch.dtype | None = None) -> Tensor:
         if isinstance(base, NormInput):
-            return base.scaled(self.factor, self.term, bounds)
+            return base.scaled(self.factor, self.term, bounds, dtype)
         return super().begin(base, bounds)
 
     def parts(self) -> list[tuple[int, int]]:
@@ -156,7 +156,7 @@ class NormInput(Kept):
 
     __slots__ = ("_cut", "invstd", "kept", "mean", "store", "tensor")
 
-    lends = "backward"
+    lends = ("backward",)
 
     def __init__(self, tensor: Tensor, store: Any) -> None:
         self.tensor: Tensor | None = tensor.detach()
@@ -201,23 +201,23 @@ class NormInput(Kept):
         if self._cut:
             assert self.mean is not None
             assert self.invstd is not None
-            return self._changed(self.invstd.reciprocal(), self.mean, None)
+            return self._changed(self.invstd.reciprocal(), self.mean, None, None)
         return self.kept.restore()
 
-    def scaled(self, factor: Tensor, term: Tensor, bounds: Bounds) -> Tensor:
-        """``input * factor + term`` of each channel, clamped."""
+    def scaled(self, factor: Tensor, term: Tensor, bounds: Bounds, dtype: torch.dtype | None = None) -> Tensor:
+        """``input * factor + term`` of each channel, clamped; of this dtype, where one pass makes it so."""
         self.settle()
         assert self.kept is not None
         if self._cut:
             assert self.mean is not None
             assert self.invstd is not None
             factor, term = factor / self.invstd, term + factor * self.mean
-        return self._changed(factor, term, bounds)
+        return self._changed(factor, term, bounds, dtype)
 
-    def _changed(self, factor: Tensor, term: Tensor, bounds: Bounds) -> Tensor:
+    def _changed(self, factor: Tensor, term: Tensor, bounds: Bounds, dtype: torch.dtype | None) -> Tensor:
         kept = self.kept
         assert kept is not None
-        found = kept.changed(factor, term, bounds) if isinstance(kept, View) else None
+        found = kept.changed(factor, term, bounds, dtype) if isinstance(kept, View) else None
         if found is None:
             found = affine(kept.restore(), factor, term)
             if bounds is not None:
@@ -286,16 +286,24 @@ class Computed:
         """On one axis; not computed again while its memory lives."""
         flat = None if self._flat is None else self._flat()
         if flat is None:
-            with torch.no_grad():
-                first, *others = self.operators
-                bounds = others[0].bounds if others and isinstance(others[0], Function) else None
-                value = first.begin(self.base, bounds)
-                others = others if bounds is None else others[1:]
-                for operator in others:
-                    value = operator(value, True)
-                flat = value.as_strided((value.numel(),), (1,))
+            flat = self._compute(None)
             self._flat = Flat(flat)
         return flat
+
+    def halved(self) -> Tensor:
+        """In bfloat16, on one axis."""
+        flat = None if self._flat is None else self._flat()
+        return (self._compute(torch.bfloat16) if flat is None else flat).bfloat16()
+
+    def _compute(self, dtype: torch.dtype | None) -> Tensor:
+        with torch.no_grad():
+            first, *others = self.operators
+            bounds = others[0].bounds if others and isinstance(others[0], Function) else None
+            value = first.begin(self.base, bounds, dtype)
+            others = others if bounds is None else others[1:]
+            for operator in others:
+                value = operator(value, True)
+            return value.as_strided((value.numel(),), (1,))
 
     def parts(self) -> list[tuple[int, int]]:
         """As those of a :class:`Kept`."""

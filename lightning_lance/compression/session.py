@@ -329,8 +329,8 @@ class LanceSession(Steps):
         if chosen and not self._little:
             self._install(chosen)
             chosen &= self.layers.keys()  # not those that continual learning has swapped
-        if chosen:
-            self.observe(None if self._observing is not None else chosen)
+            if chosen:
+                self.observe(None if self._observing is not None else chosen)
         watched, self._watched = self._watched, None
         if watched is not None:
             self._look_at(watched.drifted())

@@ -270,7 +270,7 @@ class Store:
         if isinstance(kept, Tensor):
             return kept
         with torch._C.DisableTorchFunction():
-            if saving.lent is not None and kept.lends == saving.asked:
+            if saving.lent is not None and saving.asked in kept.lends:
                 saving.lent.append(kept)
                 return torch.empty(0)
             return kept.restore()  # type: ignore[no-any-return]
@@ -379,7 +379,10 @@ class Store:
             if stretch is not None:
                 return View(stretch, tensor.shape, tensor.stride(), 0)
         rounded = round_to_bits(
-            tensor.reshape(-1), bits, self._dither(bits), group_size(tensor.shape, _contiguous(tensor.shape))
+            tensor.reshape(-1).contiguous(),
+            bits,
+            self._dither(bits),
+            group_size(tensor.shape, _contiguous(tensor.shape)),
         )
         if rounded is None or rounded.nbytes >= storage.nbytes():
             return self.whole(tensor)

@@ -24,7 +24,7 @@ class MaxPool(torch.autograd.Function):
         found = places.pool(input, window, ceil_mode)
         if found is None:
             result, index = torch.ops.aten.max_pool2d_with_indices(input, *window, ceil_mode)
-            found = result, places.pack(index, tuple(input.shape[-2:]), window)
+            found = result, places.pack(index.contiguous(), tuple(input.shape[-2:]), window)
         result, codes = found
         ctx.save_for_backward(codes, input)
         ctx.arguments = *window, ceil_mode

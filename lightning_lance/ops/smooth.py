@@ -33,7 +33,8 @@ class Smooth(torch.autograd.Function):
         kept, (input,) = lent(ctx, "map")
         kernel = ctx.kernel
         if torch.is_grad_enabled():  # some kernels have no derivative
-            return *torch.autograd.grad(ctx.function(input), input, grad, create_graph=True), None, None
+            own = input.view_as(input)  # of which nobody's hooks are asked
+            return *torch.autograd.grad(ctx.function(own), own, grad, create_graph=True), None, None
         found = None
         if kept is not None:
             found = kept.map(lambda levels: kernel(levels.new_ones(()).expand_as(levels), levels), grad)

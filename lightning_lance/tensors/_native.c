@@ -844,7 +844,7 @@ INLINE void maxima_of_map(const float *x, const Window *w, float *out, uint8_t *
         const float *row = x + top * w->size[1];
         int64_t k = 0;
 #ifdef WIDE
-        const int64_t first = (padding + stride - 1) / stride; /* all columns from here to there are in the map */
+        const int64_t first = padding ? (padding - 1) / stride + 1 : 0; /* all columns from here to there are in the map */
         const int64_t rest = w->size[1] + padding - w->kernel[1];
         const int64_t inside = rest < 0 ? 0 : rest / stride + 1, last = inside < width ? inside : width;
         if (wide && first < last) {
@@ -1225,7 +1225,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     is_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     PyObject *module = PyModule_Create(&MODULE);
-    if (module && PyModule_AddIntConstant(module, "INTERFACE", 3)) {
+    if (module && PyModule_AddIntConstant(module, "INTERFACE", 4)) {
         Py_DECREF(module);
         return NULL;
     }

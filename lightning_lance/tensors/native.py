@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 _core: Any = torch._C
-_INTERFACE = 3  # of the module that this one was written for: an older one may lie beside it
+_INTERFACE = 4  # of the module that this one was written for: an older one may lie beside it
 _native: Any = None
 if os.environ.get("LANCE_NATIVE") != "0" and sys.byteorder == "little":
     with suppress(ImportError):  # it was not built
@@ -251,7 +251,7 @@ def pack_rows(flat: Tensor, bits: int, group: int, scale: float = 1.0, affine: A
         scale: every element is multiplied by it first.
         affine: and changed by its channel after that.
     """
-    if bits not in (4, 8) or group > LONGEST or not takes(flat):
+    if bits not in (4, 8) or group > LONGEST or not takes(flat) or not flat.is_contiguous():
         return None
     count = flat.numel()
     rows = -(-count // group)

@@ -144,6 +144,7 @@ def pool(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor
         or any(k < 1 or s < 1 or not 0 <= 2 * p <= k or d != 1 for _, k, s, p, d in axes)
         or input.dtype is not torch.float32
         or not (native.takes(input) and input.is_contiguous())
+        or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))  # the result may be the latter
     ):
         return None
     out = out_sizes(sizes, window, ceil_mode)

@@ -86,6 +86,21 @@ def test_what_is_asked_for_is_done(options: dict[str, Any]) -> None:
     assert session.report.ratio > 1.5
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(8, 12, 3), lambda: nn.Sequential(nn.Conv2d(8, 12, 3), nn.Tanh())])
+def test_where_little_is_fine_tuned_nothing_is_truncated(make: Any) -> None:
+    model = make()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("weight" in name)
+    session = session_of(model)
+    for _ in range(5):
+        with session.step():
+            loss = model(torch.randn(4, 8, 12, 13)).square().mean()
+        loss.backward()
+    assert not session.layers
+    assert session.report is not None
+    assert session.report.ratio == 1
+
+
 def test_steps_that_grow_are_rounded_again() -> None:
     model = network()
     session = session_of(model)

@@ -433,7 +433,7 @@ def test_smooth_activations_go_back_as_the_stock_ones(name: str) -> None:
     """Their derivatives, and their results for the weight of the next layer, are looked up."""
 
     def back(output: Tensor) -> list[Tensor]:
-        assert (SMOOTH in names(output)) == (operators.LARGE != NEVER)
+        assert (SMOOTH in names(output)) == (operators.LARGE != NEVER and name != "hardswish")
         return list(torch.autograd.grad(output, model.parameters(), fixed_gradient(output), retain_graph=True))
 
     found = []
@@ -486,8 +486,34 @@ def test_smooth_activations_in_any_backward_pass() -> None:
     assert_close(*smooth_steps(lambda: Smooth(segment)))
 
 
+@pytest.mark.parametrize("name", SMOOTHS)
+def test_hooks_of_tensors_are_asked_once(name: str) -> None:
+    leaf = torch.randn(256, 256).requires_grad_()
+    for graph in (False, True):
+        found = []
+        for how in ("ours", "plain"):
+            asked = []
+
+            def hook(grad: Tensor, asked: list[int] = asked) -> Tensor:
+                asked.append(1)
+                return grad * 2
+
+            session = LanceSession(nn.Linear(4, 4), LanceConfig(bits=4))
+            session.start()
+            with session.step() if how == "ours" else nullcontext():
+                before = leaf * 1
+                before.register_hook(hook)
+                output = SMOOTHS[name](before)
+            session.stop()
+            found.append(torch.autograd.grad(output.square().sum(), leaf, create_graph=graph)[0])
+            assert len(asked) == 1
+        assert relative_error(found[0].detach(), found[1].detach()) < 0.2
+
+
 def test_a_smooth_activation_of_a_layout_of_its_own() -> None:
     ours, stock = smooth_steps(lambda: Smooth(lambda x: F.gelu(x.transpose(1, 2)).transpose(1, 2)))
+    assert_close(ours, stock)
+    ours, stock = smooth_steps(lambda: Smooth(lambda x: F.gelu(x[:1].expand(x.shape))))
     assert_close(ours, stock)
     ours, stock = smooth_steps(lambda: Smooth(lambda x: F.gelu(x[:, ::2]).repeat_interleave(2, 1)[:, :65]))
     assert_close(ours, stock)
@@ -1049,3 +1075,31 @@ def test_plain_training_is_said_to_keep_what_it_keeps(function: Callable[[Layer,
     assert report is not None
     assert report.plain is not None
     assert report.plain.total == plain.total
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"ceil_mode": None}, {"ceil_mode": 1}, {"kernel_size": True}, {"stride": (True, 2)}]
+)
+def test_arguments_of_another_kind_are_refused(arguments: dict[str, Any]) -> None:
+    session = LanceSession(nn.Linear(4, 4), LanceConfig(bits=4))
+    session.start()
+    x = torch.randn(4, 16, 32, 33).requires_grad_()
+    for around in (nullcontext(), session.step()):
+        with around, pytest.raises(TypeError):
+            F.max_pool2d(x, **{"kernel_size": 2, **arguments})
+    session.stop()
+
+
+def test_a_pool_whose_indices_lie_in_another_order() -> None:
+    """A tensor of one pixel is in both formats; the stock operator takes the other one."""
+    found = []
+    for ours in (True, False):
+        x = torch.empty_strided((64, 1024, 1, 1), (1024, 1, 1024, 1024), dtype=torch.bfloat16)
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
+        session = LanceSession(nn.Linear(4, 4), LanceConfig(bits=4))
+        session.start()
+        with session.step() if ours else nullcontext():
+            output = F.max_pool2d(x, 2, 1, 1)
+        session.stop()
+        found.append(torch.autograd.grad(output.float().square().sum(), x)[0])
+    assert same_bits(*found)

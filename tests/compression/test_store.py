@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceConfig, LanceSession, StateError
 from lightning_lance.compression.store import Bits
+from tests.oracles import relative_error
 from tests.stock import EXACT, kept, make_store, run
 
 FOUR, EIGHT = Bits(4, 4), Bits(8, 8)
@@ -274,6 +275,47 @@ def test_any_size_and_scale(dtype: torch.dtype, shape: tuple[int, ...], scale: f
     assert found.dtype == dtype
     size = float(expected.double().abs().max())
     assert float((found.double() - expected.double()).abs().max()) <= 0.02 * size
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one of the last axis": lambda x: x[..., 2],
+    "every third": lambda x: x[:, ::3],
+    "the last ones": lambda x: x[:, 40:],
+    "a part of the last axis": lambda x: x[..., :3],
+    "transposed": lambda x: x.mT,
+    "one of the first axis, transposed": lambda x: x[3].T,
+    "expanded": lambda x: x[:1].expand(9, -1, -1),
+    "one element expanded": lambda x: x.reshape(-1)[-1:].expand(40_000),
+    "a column expanded": lambda x: x[:, :, 1:2].expand(-1, -1, 5),
+    "a diagonal": lambda x: x.diagonal(dim1=0, dim2=1),
+    "windows": lambda x: x.unfold(1, 5, 2),
+}
+READERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "square": torch.square,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "silu in place": lambda x: F.silu(x.clone(memory_format=torch.preserve_format), inplace=True),
+    "relu": torch.relu,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_view_is_kept_as_what_it_is(view: str, reader: str) -> None:
+    """By itself, and as the input of a layer, which may be computed from it."""
+    base = torch.randn(64, 60, 70, generator=torch.Generator().manual_seed(0))
+    width = VIEWS[view](base).shape[-1]
+    weight = nn.Parameter(torch.randn(3, width, generator=torch.Generator().manual_seed(1)))
+    found = []
+    for around in (make_store(Bits(8, 8), [weight]), nullcontext()):
+        leaf = base.clone().requires_grad_()
+        with around:
+            output = F.linear(READERS[reader](VIEWS[view](leaf * 1)), weight)
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        found.append(torch.autograd.grad(output, [leaf, weight], gradient))
+    for ours, plain in zip(*found, strict=True):
+        assert relative_error(ours, plain) < 0.05
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf")])

@@ -147,6 +147,7 @@ def test_maxima_and_places_are_those_of_the_stock_operator(
         (torch.randn(2, 8, 8), (2, 0)),
         (torch.randn(2, 8, 8), (9,)),
         (torch.randn(2, 20, 20), (17,)),
+        (torch.randn(4, 1, 8, 8), (2,)),  # in channels last too, as the stock result is then
     ],
 )
 def test_there_is_no_pass_for_other_pools(x: Tensor, arguments: tuple[int, ...]) -> None:
