@@ -30,7 +30,7 @@ from lightning_lance.ops.pool import MaxPool
 from lightning_lance.ops.saving import FinishedRule, Rule, saving
 from lightning_lance.ops.smooth import Smooth
 from lightning_lance.ops.watching import WatchingMode
-from lightning_lance.ops.weighted import Conv, Linear, has_half_products
+from lightning_lance.ops.weighted import Conv, Linear, has_half_products, is_usual
 from lightning_lance.tensors import native, places
 
 _RULES: dict[Any, Callable[..., Rule | None]] = {}
@@ -795,8 +795,9 @@ def _conv(axes: int) -> Callable[..., Rule | None]:
         positions = input.shape[0] * math.prod(
             size // step for size, step in zip(input.shape[2:], window.stride, strict=True)
         )
-        if _halves(input, weight, bias, positions):
-            rule.run = lambda: Conv.apply(input, weight, bias, Geometry(*window, groups))
+        geometry = Geometry(*window, groups)
+        if is_usual(geometry, tuple(input.shape[2:])) and _halves(input, weight, bias, positions):
+            rule.run = lambda: Conv.apply(input, weight, bias, geometry)
         return rule
 
     return make
