@@ -93,8 +93,15 @@ class Training:
         return [(inputs.to(self.device), labels.to(self.device)) for inputs, labels in self.workload.batches(count)]
 
     def warm(self, batch: Batch) -> None:
-        """One plain pass over two samples: libraries load what they need, which is nobody's peak."""
-        self._backward(nullcontext(), batch[0][:2], batch[1][:2], 1)
+        """A plain pass over two samples, and one in half precision, which some products of ours are in too.
+
+        Libraries load, and compile, what they need for either, which is nobody's peak.
+        """
+        some = [tensor[:2] for tensor in batch]
+        for half in (False, True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                found = loss(self.run, some)
+            found.backward()
         self.forget()
 
     def install(self) -> None:

@@ -139,7 +139,7 @@ def test_methods_run_in_processes_of_their_own_and_only_what_is_missing_is_measu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "pareto.json"
-    arguments = ["--quick", "--threads", "1", "--networks", "text", "--json", str(path)]
+    arguments = ["--quick", "--threads", "1", "--networks", "unet", "--json", str(path)]
     rows = pareto.main([*arguments, "--methods", "plain", "default"])
     assert [(row.method, row.error) for row in rows] == [("plain", None), ("default", None)]
     plain, ours = rows
@@ -155,7 +155,7 @@ def test_methods_run_in_processes_of_their_own_and_only_what_is_missing_is_measu
     monkeypatch.setattr(pareto, "in_own_process", refuse)
     assert pareto.main([*arguments, "--methods", "default", "plain", "--write", str(tmp_path / "page.md")]) == rows
     assert "ours" in (tmp_path / "page.md").read_text()
-    assert "text transformer" in capsys.readouterr().out
+    assert "U-Net" in capsys.readouterr().out
 
 
 def test_a_method_that_dies_is_a_row_with_its_reason() -> None:
