@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_lance.tensors import native
 from lightning_lance.tensors.bits import expand_bits, pack_bits
-from lightning_lance.tensors.rounding import Rounded, expand, expand_changed, map_elements
+from lightning_lance.tensors.rounding import Rounded, expand, expand_changed, is_far, map_elements
 
 
 class Kept:
@@ -83,8 +83,10 @@ class Stretch:
             self._flat = Flat(flat)
         return flat
 
-    def halved(self) -> Tensor:
-        """What was rounded in bfloat16, on one axis."""
+    def halved(self) -> Tensor | None:
+        """What was rounded in bfloat16, on one axis; ``None`` where that is not precise enough."""
+        if is_far(self.rounded):
+            return None
         flat = None if self._flat is None else self._flat()
         return expand(self.rounded, torch.bfloat16) if flat is None else flat.bfloat16()
 
@@ -106,7 +108,7 @@ class Memory(Protocol):
 
     def restore(self) -> Tensor: ...
 
-    def halved(self) -> Tensor: ...
+    def halved(self) -> Tensor | None: ...
 
     def parts(self) -> list[tuple[int, int]]: ...
 
@@ -126,9 +128,10 @@ class View(Kept):
     def restore(self) -> Tensor:
         return self.stretch.restore().as_strided(self.shape, self.stride, self.offset)
 
-    def halved(self) -> Tensor:
-        """The tensor in bfloat16."""
-        return self.stretch.halved().as_strided(self.shape, self.stride, self.offset)
+    def halved(self) -> Tensor | None:
+        """The tensor in bfloat16; ``None`` where that is not precise enough."""
+        flat = self.stretch.halved()
+        return None if flat is None else flat.as_strided(self.shape, self.stride, self.offset)
 
     def changed(
         self, factor: Tensor, term: Tensor, bounds: tuple[float, float] | None, dtype: torch.dtype | None = None

@@ -650,8 +650,8 @@ def _max_pool(axes: int) -> Callable[..., Rule | None]:
     return make
 
 
-def _listed(numbers: Any) -> Iterable[Any]:
-    return numbers if isinstance(numbers, (list, tuple)) else (numbers,)
+def _listed(numbers: Any) -> list[Any]:
+    return list(numbers) if isinstance(numbers, (list, tuple)) else [numbers]
 
 
 class _MaxPool:
@@ -722,13 +722,19 @@ def _shape_and_indices(saved: Tensor, store: Store) -> Any:
 class _WithWeight:
     """Of an operator that multiplies an input by a weight: the input is kept for the weight's gradient alone."""
 
-    __slots__ = ("run", "weight")
+    __slots__ = ("copied", "run", "weight")
 
     for_weight = True
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self.copied = False
         self.run: Callable[[], Tensor] | None = None
+
+    def plain(self, saved: Tensor) -> Tensor:
+        """What the stock operator would save in the place of it: where it copies, other memory."""
+        alike = saved.untyped_storage()._cdata == self.weight.untyped_storage()._cdata
+        return torch.empty_like(saved, device="meta") if self.copied and not alike else saved
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
         weight = self.weight
@@ -772,10 +778,21 @@ _keeps(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)(_with_weight)
 @_keeps(F.linear)
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Rule | None:
     rule = _with_weight(input, weight)
-    fits = rule is not None and input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
-    if rule is not None and fits and _halves(input, weight, bias, math.prod(input.shape[:-1])):
+    fits = input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
+    few = bias is None or bias.dim() == 1
+    if rule is not None and fits and few and _halves(input, weight, bias, math.prod(input.shape[:-1])):
         rule.run = lambda: Linear.apply(input, weight, bias)
+        rule.copied = not _has_rows(input)
     return rule
+
+
+def _has_rows(input: Tensor) -> bool:
+    """Whether the axes before the last one are one axis without a copy."""
+    try:
+        input.view(-1, input.shape[-1])
+    except RuntimeError:
+        return False
+    return True
 
 
 def _conv(axes: int) -> Callable[..., Rule | None]:
@@ -792,6 +809,8 @@ def _conv(axes: int) -> Callable[..., Rule | None]:
         if rule is None or isinstance(padding, str) or not weight.dim() == input.dim() == axes + 2:
             return rule
         window = places.window(axes, weight.shape[2:], stride, padding, dilation)
+        if _listed(stride) == [] or any(len(numbers) != axes for numbers in window) or min(window.stride) < 1:
+            return rule  # the stock operator has the better message
         positions = input.shape[0] * math.prod(
             size // step for size, step in zip(input.shape[2:], window.stride, strict=True)
         )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_lance.compression.kept import Flat, Kept, View, Whole, dense, in_layout, storage_part
+from lightning_lance.compression.kept import Flat, Kept, Stretch, View, Whole, dense, in_layout, storage_part
 from lightning_lance.tensors import native
-from lightning_lance.tensors.rounding import group_size
+from lightning_lance.tensors.rounding import group_size, is_far
 
 Bounds = tuple[float, float] | None
 """What values are clamped to; ``None``: they are not."""
@@ -290,8 +290,11 @@ class Computed:
             self._flat = Flat(flat)
         return flat
 
-    def halved(self) -> Tensor:
-        """In bfloat16, on one axis."""
+    def halved(self) -> Tensor | None:
+        """In bfloat16, on one axis; ``None`` where that is not precise enough."""
+        stretch = self.base.stretch if isinstance(self.base, View) else None
+        if isinstance(stretch, Stretch) and is_far(stretch.rounded):
+            return None
         flat = None if self._flat is None else self._flat()
         return (self._compute(torch.bfloat16) if flat is None else flat).bfloat16()
 

@@ -15,15 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lance.ops.backward import outside_autocast
 from lightning_lance.ops.conv import Geometry, conv_input_grad, convolve
 from lightning_lance.ops.linear import owned
 from lightning_lance.ops.saving import lent
 from lightning_lance.tensors import native
 
 
-@cache
 def has_half_products() -> bool:
     """Whether the processor multiplies matrices of bfloat16 faster than those of float32."""
+    return _supported() and bool(torch._C._get_mkldnn_enabled())
+
+
+@cache
+def _supported() -> bool:
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return supported is not None and bool(supported()) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
@@ -84,7 +89,7 @@ def _is_sound(key: Any, found: Tensor, expected: Tensor) -> bool:
     """Whether a gradient is near to the one in full precision; noted where that is finite."""
     difference, size = float(torch.dist(found, expected)), float(expected.norm())
     sound = difference <= 0.02 * size
-    if math.isfinite(size):
+    if 0 < size < math.inf:
         if len(_SOUND) >= 1 << 12:
             _SOUND.clear()
         _SOUND[key] = sound
@@ -101,6 +106,7 @@ class Conv(torch.autograd.Function):
         return convolve(input, weight, bias, geometry)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         half, input, weight = _halved(ctx, grad)
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad

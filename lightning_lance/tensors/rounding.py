@@ -320,6 +320,23 @@ def map_elements(
     return True
 
 
+_FAR = 60
+"""Steps from zero, as far as which the error of a bfloat16 is small next to that of rounding to a level."""
+
+
+def is_far(rounded: Rounded) -> bool:
+    """Whether elements lie so far from zero that a bfloat16 is no better than their levels, and adds to the error."""
+    codes, low, step, _, bits, *_ = rounded
+    if bits == 16:
+        return True
+    if low is None or step is None:
+        ranges = (
+            codes[:, -8:].contiguous().view(torch.float32) if bits == 8 else codes[:, -4:].contiguous().view(torch.half)
+        )
+        step, low = ranges[:, 0], ranges[:, 1]
+    return bool(low.float().norm() > _FAR * step.float().norm())
+
+
 def _by_stretches(groups: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
     """Rows of groups in another precision, of which a stretch at a time is in float32."""
     count = max(1, STRETCH // groups.shape[1])

@@ -172,6 +172,91 @@ def test_few_multiplications_take_the_stock_operator(monkeypatch: pytest.MonkeyP
     assert taken(nn.Linear(48, 20), torch.randn(64, 48))
 
 
+@pytest.mark.parametrize("shape", [(20,), (1,), (), (1, 20), (48, 20), (48, 1), None])
+def test_any_bias(shape: tuple[int, ...] | None) -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(20, 64))
+            self.bias = None if shape is None else nn.Parameter(torch.randn(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias)
+
+    torch.manual_seed(0)
+    model, x = Biased(), torch.randn(48, 64)
+    ours, stock = step(model, x, True), step(model, x, False)
+    assert all(relative_error(left, right) < 0.01 for left, right in zip(ours[1], stock[1], strict=True))
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 50.0, 300.0, 3e4])
+@pytest.mark.parametrize("behind", [nn.Identity, nn.ReLU, nn.GELU])
+def test_inputs_far_from_zero_are_multiplied_in_full(offset: float, behind: type[nn.Module]) -> None:
+    """Where gradients sum to zero, nothing of the offset is left in that of the weight, but for rounding."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.behind, self.layer = behind(), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.behind(x + offset))
+
+    def back(output: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        return list(torch.autograd.grad(output, wanted[1:2], gradient - gradient.mean(0)))
+
+    torch.manual_seed(0)
+    model, x = Shifted(), torch.randn(4096, 64)
+    plain = model(x)
+    [expected] = back(plain, [x, model.layer.weight])
+    ours, stock = (relative_error(step(model, x, how, back=back)[1][0], expected) for how in (True, False))
+    assert ours < 1.2 * stock
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_backward_pass_under_autocast(name: str) -> None:
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(shape)
+
+    def back(output: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            return list(torch.autograd.grad(output, wanted, gradient))
+
+    ours, stock = (step(model, x, how, back=back)[1] for how in (True, False))
+    assert relative_error(ours[0], stock[0]) < 1e-5
+    assert all(relative_error(left, right) < 0.02 for left, right in zip(ours, stock, strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"stride": 0},
+        {"stride": (1, 1, 1)},
+        {"stride": []},
+        {"stride": -1},
+        {"padding": (1, 1, 1)},
+        {"dilation": ()},
+        {"padding": "sam"},
+        {"groups": 3},
+        {"stride": 1.5},
+    ],
+)
+def test_arguments_are_refused_as_by_the_stock_operator(arguments: dict[str, Any]) -> None:
+    x, weight = torch.randn(4, 8, 12, 13).requires_grad_(), torch.randn(6, 8, 3, 3).requires_grad_()
+    found = []
+    session = LanceSession(nn.Linear(3, 3), LanceConfig(bits=4))
+    session.start()
+    for around in (nullcontext(), session.step()):
+        with around, pytest.raises(Exception) as caught:  # noqa: PT011
+            F.conv2d(x * 1, weight, **arguments)
+        found.append((caught.type, str(caught.value)))
+    session.stop()
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("function", [F.linear, F.conv2d])
 @pytest.mark.parametrize("shapes", [((4, 8, 9, 9), (7, 5, 3, 3)), ((4, 8), (7, 5)), ((4, 8, 9, 8), (2,))])
 def test_shapes_are_refused_as_by_the_stock_operator(function: Any, shapes: Any) -> None:
@@ -252,8 +337,26 @@ def test_results_may_be_written_on() -> None:
     assert all(relative_error(left, right) < 0.01 for left, right in zip(ours[1], stock[1], strict=True))
 
 
-def test_plain_training_is_said_to_keep_what_it_keeps() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 14 * 14, 32), nn.Tanh())
+class Permuted(nn.Module):
+    """As in ConvNeXt, with an input that is kept too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.layer = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.layer(self.conv(x).tanh().permute(0, 2, 3, 1)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 14 * 14, 32), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(2), nn.Linear(14 * 14, 32), nn.Linear(32, 8), nn.Tanh()),
+        Permuted(),
+    ],
+)
+def test_plain_training_is_said_to_keep_what_it_keeps(model: nn.Module) -> None:
     x = torch.randn(16, 3, 16, 16)
     plain = measure_saved_bytes(lambda: model(x).square().mean()).total
     session = LanceSession(model)
@@ -299,15 +402,22 @@ def test_a_sound_kernel_is_compared_once_and_taken_each_time(monkeypatch: pytest
     assert len(weighted._SOUND) == 2
 
 
-def test_gradients_that_are_not_finite_say_nothing_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, 1e-30])
+def test_some_gradients_say_nothing_of_a_kernel(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weighted, "_SOUND", {})
 
     def back(output: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        return list(torch.autograd.grad(output, wanted, torch.full_like(output, torch.nan)))
+        return list(torch.autograd.grad(output, wanted, torch.full_like(output, value)))
 
     found = step(nn.Conv2d(8, 12, 3, padding=1), torch.randn(4, 8, 12, 13), True, back=back)[1]
-    assert found[1].isnan().any()
+    assert found[1].isfinite().all() == (value < 1)
     assert not weighted._SOUND
+
+
+def test_without_the_library_nothing_is_multiplied_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "has_half_products", weighted.has_half_products)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not taken(nn.Linear(48, 20), torch.randn(64, 48))
 
 
 @given(
