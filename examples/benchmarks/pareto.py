@@ -294,9 +294,9 @@ COMPILED = """\
 """
 
 ADVICE = """\
-Where the processor has bfloat16, `precision="bf16-mixed"` comes first, and `LanceCallback()` with it: 18 to 45% of
-plain training's peak at .7 to 1.2 times its step. Without batch norms cut the batch into micro-batches before that
-(`accumulate_grad_batches`): exact, at 1.0 to 1.8 times the step. With batch norms in training mode, which see fewer
+Where the processor has bfloat16, `precision="bf16-mixed"` comes first, and `LanceCallback()` with it: 19 to 45% of
+plain training's peak at .5 to 1.2 times its step. Without batch norms cut the batch into micro-batches before that
+(`accumulate_grad_batches`): exact, at .9 to 1.5 times the step. With batch norms in training mode, which see fewer
 samples in a micro-batch, use `LanceCallback()` first. All three multiply."""
 
 
