@@ -34,6 +34,17 @@ def same_bits(left: Tensor | None, right: Tensor | None) -> bool:
     return torch.equal(left.contiguous().view(kind), right.contiguous().view(kind))
 
 
+def names(*roots: Tensor) -> set[str]:
+    """Of all nodes behind these tensors."""
+    todo, seen = [root.grad_fn for root in roots], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
 def run(
     function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor | None, store: Store | None = None, seed: int = 0
 ) -> tuple[Tensor, ...]:

@@ -4,7 +4,8 @@ A function mode sees every call of a torch function, from modules and from anybo
 what is about to be saved. The stock operator runs, and later its stock backward kernel, on a stand-in that leads to the
 same gradient bit for bit: one bit for ReLU and its like and for dropout, the place in its window for a maximum, nothing
 but the shape for an averaged input, for a normalisation with fixed statistics and a frozen weight, and for a frozen
-convolution. Large norms, gates and pools have a backward pass of ours, which reads what is kept without a stand-in.
+convolution. Large norms, gates, pools, smooth activations and weighted operators run as functions of ours, which read
+what is kept without a stand-in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Linear maps and convolutions that multiply gradients with a rounded input in half precision, for their weight.
 
-What is kept of the input has four significant bits, and a bfloat16 eight: the product in it is a tenth of a percent of
-the weight's gradient away, where rounding alone is some percent. Processors with instructions for it take it in half
+What is kept of the input has four significant bits, and a bfloat16 eight: the product in it is some tenths of a percent
+of the weight's gradient away, where rounding alone is some percent. Processors with instructions for it take it in half
 the time or less. Results and gradients of inputs are those of the stock operators, in the precision of the model.
 """
 
@@ -86,7 +86,7 @@ _SOUND: dict[Any, bool] = {}
 
 
 def _is_sound(key: Any, found: Tensor, expected: Tensor) -> bool:
-    """Whether a gradient is near to the one in full precision; noted where that is finite."""
+    """Whether a gradient is near to the one in full precision; noted where that says something."""
     difference, size = float(torch.dist(found, expected)), float(expected.norm())
     sound = difference <= 0.02 * size
     if 0 < size < math.inf:

@@ -24,7 +24,7 @@ from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
 from lightning_lance.compression import kept, operators
 from lightning_lance.tensors import native, rounding
 from tests.oracles import relative_error
-from tests.stock import same_bits
+from tests.stock import names, same_bits
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="nothing was compiled")
 
@@ -51,17 +51,6 @@ class Layer(nn.Module):
 
 def batch(seed: int = 0) -> Tensor:
     return torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
-def names(*roots: Tensor) -> set[str]:
-    """Of all nodes behind these tensors."""
-    todo, seen = [root.grad_fn for root in roots], set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return {node.name() for node in seen}
 
 
 def run(

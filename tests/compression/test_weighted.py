@@ -20,7 +20,7 @@ from lightning_lance.ops import weighted
 from lightning_lance.ops.conv import Geometry, convolve
 from lightning_lance.tensors import native
 from tests.oracles import relative_error
-from tests.stock import same_bits
+from tests.stock import names, same_bits
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="nothing was compiled")
 
@@ -34,17 +34,6 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "has_half_products", lambda: True)
     monkeypatch.setattr(operators, "MULTIPLICATIONS", 1)
     monkeypatch.setattr(operators, "LARGE", 1)
-
-
-def names(*roots: Tensor) -> set[str]:
-    """Of all nodes behind these tensors."""
-    todo, seen = [root.grad_fn for root in roots], set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return {node.name() for node in seen}
 
 
 def step(
