@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from lightning_lance.compression import transforms
+from lightning_lance.compression.attention import Attention
 from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, View, Zeros, dense
 from lightning_lance.compression.recipes import Bounds, Dropped, Function, Normalisation, NormInput
 from lightning_lance.compression.store import STATISTICS, Store
@@ -849,16 +850,9 @@ def _factors(input: Any, other: Any, *_: Any, **__: Any) -> Rule | None:
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-@_always(F.scaled_dot_product_attention, F.multi_head_attention_forward)
-def _attended(saved: Tensor, store: Store) -> Any:
-    """Queries, keys, values and result ``(B, heads, L, E)``.
-
-    The fused kernel takes the product of queries and keys to the power of e again, beside the log-sum-exp of the exact
-    one, and subtracts two products of the others: where attention is peaked, 4 bits leave nothing of the gradient.
-    """
-    if saved.dim() != 4 or not saved.is_floating_point():
-        return NotImplemented
-    return store.rounded(saved, store.finer)
+@_keeps(F.scaled_dot_product_attention, F.multi_head_attention_forward)
+def _attention(*_: Any, **__: Any) -> Rule:
+    return Attention()
 
 
 # Norms and losses -----------------------------------------------------------------------------------------------------

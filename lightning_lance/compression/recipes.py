@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_lance.compression.kept import Flat, Kept, Stretch, View, Whole, dense, in_layout, storage_part
+from lightning_lance.compression.kept import Flat, Kept, Memory, Stretch, View, Whole, dense, in_layout, storage_part
 from lightning_lance.tensors import native
 from lightning_lance.tensors.rounding import group_size, is_far
 
@@ -351,12 +351,24 @@ class Recipes:
         """The recipe of a tensor, or of a view of all of it."""
         return self._found.get(_key(tensor)) if self._found and type(tensor) is Tensor else None
 
-    def add(self, tensor: Tensor, base: Kept, steps: tuple[Step, ...]) -> None:
-        """Note how a tensor is computed; its elements fill a stretch of memory as those of the base do."""
+    def add(self, tensor: Tensor, base: Kept, steps: tuple[Step, ...], computed: Memory | None = None) -> None:
+        """Note how a tensor is computed; its elements fill a stretch of memory as those of the base do.
+
+        Args:
+            tensor: the result.
+            base: what is kept of the tensor that it is computed from.
+            steps: the operators.
+            computed: what computes it, where that exists already.
+        """
         key = _key(tensor)
         reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._found[key] = Recipe(
-            weakref.ref(base), steps, tensor.stride(), int(tensor.storage_offset()), reference, []
+            weakref.ref(base),
+            steps,
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            reference,
+            [] if computed is None else [weakref.ref(computed)],
         )
 
     def extend(self, recipe: Recipe, tensor: Tensor, step: Step) -> None:
