@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from lightning_lance.compression import transforms
-from lightning_lance.compression.attention import Attention
+from lightning_lance.compression.again import Attention, Recurrent
 from lightning_lance.compression.kept import Extremes, Kept, Shape, Signs, View, Zeros, dense
 from lightning_lance.compression.recipes import Bounds, Dropped, Function, Normalisation, NormInput
 from lightning_lance.compression.store import STATISTICS, Store
@@ -847,12 +847,17 @@ def _factors(input: Any, other: Any, *_: Any, **__: Any) -> Rule | None:
     return lambda saved, store: store.whole(saved) if saved.numel() == least else NotImplemented
 
 
-# Attention ------------------------------------------------------------------------------------------------------------
+# Computed again -------------------------------------------------------------------------------------------------------
 
 
 @_keeps(F.scaled_dot_product_attention, F.multi_head_attention_forward)
 def _attention(*_: Any, **__: Any) -> Rule:
     return Attention()
+
+
+@_keeps(torch.lstm)
+def _lstm(*_: Any, **__: Any) -> Rule:
+    return Recurrent()
 
 
 # Norms and losses -----------------------------------------------------------------------------------------------------

@@ -274,12 +274,8 @@ NETWORKS: dict[str, Case] = {
     "Conv1d audio": Case(audio, (1, 1024)),
     "U-Net": Case(UNet, (3, 32, 32)),
     "nn.TransformerEncoder": Case(Encoder, (24,), tokens=50),
-    "decoder, separate q k v": Case(
-        Decoder, (24,), tokens=50, less="fused attention keeps 8 bits, which peaked attention needs"
-    ),
-    "LSTM": Case(
-        Recurrent, (24,), tokens=50, less="torch keeps what an LSTM computes in one stretch of bytes, not numbers"
-    ),
+    "decoder, separate q k v": Case(Decoder, (24,), tokens=50),
+    "LSTM": Case(Recurrent, (24,), tokens=50),
     "weight tying": Case(Tied, (24,), tokens=50, less="so little that it is left as it is after the first step"),
     "shared modules": Case(SharedModule, (3, 16, 16)),
     "spectral_norm": Case(normed(nn.utils.parametrizations.spectral_norm), (3, 16, 16), computes_weights=True),

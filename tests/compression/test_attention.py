@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lance import LanceConfig, LanceSession, measure_saved_bytes
-from lightning_lance.compression import attention
+from lightning_lance.compression import again
 from lightning_lance.compression.store import Bits
 from tests.stock import EXACT, kept, make_store, run, same_bits
 
@@ -89,11 +89,11 @@ def test_the_backward_pass_is_that_of_the_rounded_tensors(
         result = F.scaled_dot_product_attention(q * 1, k * 1, v * 1, is_causal=causal, scale=scale)
     assert same_bits(result, flash(q, k, v, is_causal=causal, scale=scale)[0])
     node: Any = result.grad_fn
-    assert node.name() == attention._NODE
+    assert node.name() == again._ATTENTION
     rounded = [part.detach().clone() for part in (node._saved_query, node._saved_key, node._saved_value)]
     grad = torch.randn_like(result)
     found = torch.autograd.grad(result, (q, k, v), grad)
-    if keys > attention.AFFORDABLE * heads * features or min(B * heads * length, *(p.numel() for p in rounded)) < 256:
+    if keys > again.AFFORDABLE * heads * features or min(B * heads * length, *(p.numel() for p in rounded)) < 256:
         return  # the result has bits of its own, and what is tiny stays whole
     expected = _differentiated(*(part.double() for part in rounded), grad.double(), causal, scale)
     for left, right in zip(found, expected, strict=True):
@@ -129,7 +129,7 @@ def test_the_layer_behind_multiplies_with_the_result_of_what_is_kept() -> None:
     with make_store(FOUR, model.parameters()):
         y = model(x)
     node: Any = y.grad_fn
-    while attention._NODE not in node.name():
+    while again._ATTENTION not in node.name():
         node = next(following for following, _ in node.next_functions if "Accumulate" not in following.name())
     result, _ = flash(node._saved_query, node._saved_key, node._saved_value)
     grad = torch.randn_like(y)
@@ -145,7 +145,7 @@ def test_peaked_attention_is_nearer_than_with_exact_sums(factor: int, monkeypatc
     expected = run(model, x, grad)[1]
     found = run(model, x, grad, make_store(FOUR))[1]
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "AFFORDABLE", 0)
+        patch.setattr(again, "AFFORDABLE", 0)
         other = run(model, x, grad, make_store(FOUR))[1]
     assert (found - expected).norm() < (other - expected).norm()
     assert (found - expected).norm() < 0.2 * expected.norm()
@@ -220,9 +220,9 @@ def test_graphs_that_are_walked_twice_or_in_part() -> None:
     grad, weights = torch.randn_like(y), list(model.parameters())
     whole = torch.autograd.grad(y, [x, *weights], grad, retain_graph=True)
     alone = torch.autograd.grad(y, model.out.weight, grad, retain_graph=True)
-    again = torch.autograd.grad(y, [x, *weights], grad, retain_graph=True)
+    twice = torch.autograd.grad(y, [x, *weights], grad, retain_graph=True)
     inward = torch.autograd.grad(y, [x], grad)
-    assert all(map(same_bits, whole, again))
+    assert all(map(same_bits, whole, twice))
     assert same_bits(alone[0], whole[3])
     assert same_bits(inward[0], whole[0])
 
@@ -234,14 +234,14 @@ def test_nothing_is_left_after_a_backward_pass(frozen: str) -> None:
     if frozen != "neither":
         getattr(model, frozen).requires_grad_(False)
     seen: list[Any] = []
-    create = attention.Attended.__init__
+    create = again.Again.__init__
 
     def watched(self: Any, *arguments: Any) -> None:
         create(self, *arguments)
         seen.append(weakref.ref(self))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention.Attended, "__init__", watched)
+        patch.setattr(again.Again, "__init__", watched)
         with make_store(FOUR, model.parameters()):
             loss = model(x).square().mean()
     assert len(seen) == (frozen != "inward")
@@ -284,11 +284,11 @@ def test_inside_of_checkpointed_segments(reentrant: bool) -> None:
     torch.manual_seed(0)
     model, x = Attend(), torch.randn(4, L, H * E)
 
-    def again(x: Tensor) -> Tensor:
+    def segment(x: Tensor) -> Tensor:
         return checkpoint(model, x, use_reentrant=reentrant)  # type: ignore[no-any-return]
 
     found = []
-    for call, store in ((model, nullcontext()), (again, make_store(FOUR, model.parameters()))):
+    for call, store in ((model, nullcontext()), (segment, make_store(FOUR, model.parameters()))):
         leaf = x.clone().requires_grad_()
         with store:
             loss = call(leaf).square().sum()
@@ -368,7 +368,7 @@ def test_a_step_of_several_threads() -> None:
 
 
 def test_the_order_in_which_the_kernel_saves_is_found_out() -> None:
-    assert sorted(attention._order()) == [0, 1, 2]
+    assert sorted(again._order()) == [0, 1, 2]
     q, k, v = (torch.full((1, 1, 32, 16), value).requires_grad_() for value in (1.0, 2.0, 3.0))
     node = node_of(lambda: F.scaled_dot_product_attention(q * 1, k * 1, v * 1))
     for value, saved in ((1.0, node._saved_query), (2.0, node._saved_key), (3.0, node._saved_value)):

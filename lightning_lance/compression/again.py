@@ -1,0 +1,266 @@
+"""Operators of which the arguments alone are kept: what they made of them is computed again, by one more call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lance.compression.kept import Kept, View, storage_part
+from lightning_lance.compression.recipes import Operator, Step
+from lightning_lance.compression.store import Store
+from lightning_lance.ops.saving import saving
+
+
+class Again:
+    """The stretch of memory of a result, and what else its operator made.
+
+    All of it comes from the same rounded arguments, so that it goes together in the backward pass.
+
+    Args:
+        run: the operator, which makes the result first.
+        arguments: what it reads of what is kept.
+    """
+
+    __slots__ = ("__weakref__", "_found", "arguments", "run")
+
+    def __init__(self, run: Callable[..., Sequence[Tensor]], arguments: Sequence[Kept]) -> None:
+        self.run, self.arguments = run, arguments
+        self._found: list[Tensor | None] = []
+
+    def take(self, which: int) -> Tensor:
+        """One of the things, for the backward pass of the operator, which reads each once."""
+        found = self._find(which)
+        self._found[which] = None
+        return found
+
+    def restore(self) -> Tensor:
+        """The result in memory order, on one axis."""
+        found = self._find(0)
+        return found.as_strided((found.numel(),), (1,))
+
+    def _find(self, which: int) -> Tensor:
+        """What the operator makes is held until its own backward pass has taken it, which comes last."""
+        found = self._found[which] if which < len(self._found) else None
+        if found is None:
+            with torch.no_grad():
+                self._found = [*self.run(*(argument.restore() for argument in self.arguments))]
+            found = self._found[which]
+        assert found is not None
+        return found
+
+    def halved(self) -> Tensor:
+        """The same in bfloat16."""
+        return self.restore().bfloat16()
+
+    def parts(self) -> list[tuple[int, int]]:
+        """As those of a :class:`Kept`."""
+        return [part for argument in self.arguments for part in argument.parts()]
+
+
+class Part(Kept):
+    """Stands in the graph of the operator for one of the things that it made.
+
+    Args:
+        which: its place.
+        tensor: the thing itself, as long as it is not known whether it can be made again.
+        again: what makes it.
+    """
+
+    __slots__ = ("again", "tensor", "which")
+
+    def __init__(self, which: int, tensor: Tensor | None = None, again: Again | None = None) -> None:
+        self.which, self.tensor, self.again = which, tensor, again
+
+    def restore(self) -> Tensor:
+        if self.tensor is not None:
+            return self.tensor
+        assert self.again is not None
+        return self.again.take(self.which)
+
+    def parts(self) -> list[tuple[int, int]]:
+        if self.tensor is not None:
+            return [storage_part(self.tensor)]
+        return [] if self.again is None else self.again.parts()
+
+
+class _Elsewhere(Step):
+    """Of a result that others read too; there is nothing to compute once the graph of its operator is gone."""
+
+    __slots__ = ()
+
+    def operator(self) -> Operator | None:
+        return None
+
+
+def _note(result: Tensor, again: Again, store: Store) -> Part:
+    store.recipes.add(result, again.arguments[0], (_Elsewhere(),), again)
+    return Part(0, again=again)
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+AFFORDABLE = 2
+"""Up to so many keys for each feature of a token, running attention again is little next to a block's linear layers."""
+
+_ATTENTION = "ScaledDotProductFlashAttentionForCpuBackward0"
+
+
+class Attention:
+    """How to keep what one call of fused attention saves: queries, keys and values ``(B, heads, L, E)``, in finer bits.
+
+    The kernel takes the product of queries and keys to the power of e again: where attention is peaked, 4 bits leave
+    nothing of the gradient. Then it subtracts what it finds from the result, which goes together if both, and the
+    log-sum-exps that it divides by, are made of the same rounded numbers.
+    """
+
+    __slots__ = ("arguments", "sums")
+
+    def __init__(self) -> None:
+        self.arguments: list[Any] = []
+        self.sums: Part | None = None
+
+    def __call__(self, saved: Tensor, store: Store) -> Any:
+        if not saved.is_floating_point() or store.finer is None:
+            return NotImplemented
+        if saved.dim() == 4:
+            again = self._again(saved)
+            if again is not None:
+                return _note(saved, again, store)
+            kept = store.rounded(saved, store.finer)
+            self.arguments.append(kept)
+            return kept
+        if saved.dim() == 3 and saved.is_cpu and len(self.arguments) == 3:
+            self.sums = Part(1, saved.detach())
+            return self.sums
+        return NotImplemented
+
+    def _again(self, result: Tensor) -> Again | None:
+        """What computes the result again, where that is affordable and nothing else went into it."""
+        node, sums = result.grad_fn, self.sums
+        if (
+            sums is None
+            or sums.tensor is None
+            or not _made_by(node, _ATTENTION)
+            or not all(map(_is_view, self.arguments))
+        ):
+            return None
+        query, key, value = (self.arguments[place] for place in _order())
+        batch, heads, length, features = result.shape
+        if (
+            query.shape != result.shape
+            or key.shape != value.shape
+            or key.shape[2] > AFFORDABLE * heads * features
+            or sums.tensor.shape != (batch, heads, length)
+            or _of(node, "dropout_p")
+            or _of(node, "attn_mask") is not None
+        ):
+            return None
+        causal, scale = _of(node, "is_causal"), _of(node, "scale")
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        sums.again = Again(lambda q, k, v: run(q, k, v, 0.0, causal, scale=scale), (query, key, value))
+        sums.tensor = None
+        return sums.again
+
+
+@cache
+def _order() -> list[int]:
+    """At which places the kernel's graph saves query, key and value, which it does in an order of its own."""
+    seen: list[int] = []
+    tensors = [torch.zeros(1, 1, 1, 1, requires_grad=True) for _ in range(3)]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() in addresses:
+            seen.append(addresses.index(tensor.data_ptr()))
+        return tensor.detach()
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors)
+    return [seen.index(which) for which in range(3)]
+
+
+# Recurrent layers -----------------------------------------------------------------------------------------------------
+
+
+_LAYER = "MkldnnRnnLayerBackward0"
+_WEIGHTS = ("weight0", "weight1", "weight2", "weight3", "hx_", "cx_")
+_OPTIONS = (
+    *("reverse", "batch_sizes", "mode", "hidden_size", "num_layers"),
+    *("has_biases", "bidirectional", "batch_first", "train"),
+)
+
+
+class Recurrent:
+    """How to keep what an LSTM on the CPU saves, layer by layer: its input ``(T, B, F)``.
+
+    What the kernel leaves for its backward pass, gates and states of all steps, is one stretch of bytes of some fifteen
+    numbers for each of a state, whose layout is its own.
+    """
+
+    __slots__ = ("again", "input", "node", "which")
+
+    def __init__(self) -> None:
+        self.input: Any = None
+        self.again: Again | None = None
+        self.node: Any = None
+        self.which = 0
+
+    def __call__(self, saved: Tensor, store: Store) -> Any:
+        if store.bits.other is None or not saved.is_cpu:
+            return NotImplemented
+        node = saved.grad_fn
+        made = _made_by(node, _LAYER)
+        if saved.dtype is torch.uint8:
+            last, self.again = self._part(3), None
+            return last
+        if not saved.is_floating_point() or saved.dim() not in (2, 3):
+            return NotImplemented
+        if saved.dim() == 2:  # states at the end, else those at the beginning
+            found = self._part(self.which + 1) if made and node is self.node else NotImplemented
+            return store.whole(saved) if found is NotImplemented else found
+        known, self.node = self.node, node
+        if made and self.input is not None and node is not known:
+            self.again, self.which, self.input = self._layer(node), 0, None
+            return NotImplemented if self.again is None else _note(saved, self.again, store)
+        # An input may be the result of the layer before.
+        self.input = store.rounded(saved, store.bits.other)
+        return self.input
+
+    def _part(self, which: int) -> Any:
+        self.which = which
+        return NotImplemented if self.again is None else Part(which, again=self.again)
+
+    def _layer(self, node: Any) -> Again | None:
+        if not isinstance(self.input, View):
+            return None
+        weights, options = ([_of(node, name) for name in names] for names in (_WEIGHTS, _OPTIONS))
+        weights = [weight.detach() for weight in weights]
+
+        def run(input: Tensor) -> Sequence[Tensor]:
+            with torch.enable_grad():  # else the kernel leaves nothing for its backward pass
+                made: Sequence[Tensor] = torch.ops.aten.mkldnn_rnn_layer(input, *weights, *options)
+            return made
+
+        return Again(run, (self.input,))
+
+
+def _made_by(node: Any, name: str) -> bool:
+    return node is not None and node.name() == name
+
+
+def _of(node: Any, name: str) -> Any:
+    """What a node of a graph has saved under this name."""
+    saving.looking = True
+    try:
+        return getattr(node, f"_saved_{name}")
+    finally:
+        saving.looking = False
+
+
+def _is_view(kept: Any) -> bool:
+    return isinstance(kept, View)
