@@ -106,7 +106,7 @@ def rounding() -> Figure:
     values = F.silu(torch.randn(128, generator=torch.Generator().manual_seed(1)) * 1.5)
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, bits in zip(figure.subplots(1, 2, sharey=True), (4, 2), strict=True):
-        rounded = round_to_bits(values, bits, 1 if bits == 2 else None, 128)  # two bits come with dither
+        rounded = round_to_bits(values, bits, 128)
         assert rounded is not None
         back = expand(rounded, torch.float32)
         for level in back.unique().tolist():

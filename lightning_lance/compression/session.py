@@ -588,7 +588,6 @@ class LanceSession(Steps):
             "dropped": [[item.name, item.type, item.reason] for item in self._dropped.values()],
             "observed": self.observed,
             "steps": self.steps,
-            "draws": self._store.draws,
             "looked": self._looked,
             "most": self._most,
             "trained": list(self._trained),
@@ -650,7 +649,7 @@ class LanceSession(Steps):
                 if name in observed:
                     statistics.load_state_dict(observed[name], observing.layers[name].weight.device)
         self.observed, self.steps = stored.observed, stored.steps
-        self._store.draws, self._fixed, self._evidence = stored.draws, stored.fixed, stored.evidence
+        self._fixed, self._evidence = stored.fixed, stored.evidence
         self._weigh(0)
         if self._little:
             self.report, self._reported = Report.of_little(SavedBytes(self._most, [])), True

@@ -88,7 +88,6 @@ class Store:
         bits: of what is rounded.
 
     Attributes:
-        draws: tensors rounded with dither so far; part of the state of a run.
         ledger: what was saved since it was set to an empty list; ``None``: nobody asks.
         names: says which module runs, while a ledger is written.
         unusual: whether second derivatives or transforms were seen, which layers that keep a core refuse.
@@ -100,7 +99,6 @@ class Store:
 
     def __init__(self, bits: Bits) -> None:
         self.bits = bits
-        self.draws = 0
         self.ledger: list[Saved] | None = None
         self.names: Any = None
         self.unusual = False
@@ -120,7 +118,7 @@ class Store:
 
     def __reduce__(self) -> Any:
         # A copy has hooks in no thread yet, and none of the weak references, of which torch frees copies twice.
-        return Store, (self.bits,), {"draws": self.draws, "mode": self.mode}
+        return Store, (self.bits,), {"mode": self.mode}
 
     def __enter__(self) -> Store:
         _refuse_nested()
@@ -381,7 +379,6 @@ class Store:
         rounded = round_to_bits(
             tensor.reshape(-1).contiguous(),
             bits,
-            self._dither(bits),
             group_size(tensor.shape, _contiguous(tensor.shape)),
         )
         if rounded is None or rounded.nbytes >= storage.nbytes():
@@ -393,7 +390,7 @@ class Store:
         if bits is not None and rounds_in_one_pass(tensor, bits) and dense(tensor):
             shape, stride = tensor.shape, tensor.stride()
             flat, group = tensor.as_strided((tensor.numel(),), (1,)), group_size(shape, stride)
-            found = round_to_bits(flat, bits, None, group, Affine.of(factor, term, stride))
+            found = round_to_bits(flat, bits, group, Affine.of(factor, term, stride))
             if found is not None and found.nbytes < tensor.nbytes:
                 return View(Stretch(found, bits, tensor.dtype, None), shape, stride, 0)
         return self.rounded(affine(tensor, factor, term), bits)
@@ -435,7 +432,7 @@ class Store:
         if found is not None and found.bits >= bits:
             return found
         group = group_size(tensor.shape, tensor.stride())
-        rounded = round_to_bits(tensor.as_strided((size,), (1,), offset), bits, self._dither(bits), group)
+        rounded = round_to_bits(tensor.as_strided((size,), (1,), offset), bits, group)
         if rounded is None:
             return None
         if found is not None:
@@ -444,12 +441,6 @@ class Store:
         made = Stretch(rounded, bits, tensor.dtype, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
         self._stretches[key] = weakref.ref(made, lambda _: self._stretches.pop(key, None))
         return made
-
-    def _dither(self, bits: int) -> int | None:
-        if bits > 2:
-            return None
-        self.draws += 1
-        return self.draws
 
 
 def _refuse_nested() -> None:

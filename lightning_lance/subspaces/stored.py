@@ -23,7 +23,6 @@ class StoredRun:
         dropped: name, type and reason of layers that were left alone after calibration.
         observed: steps in the running observation.
         steps: training steps so far.
-        draws: tensors rounded with dither so far.
         looked: whether a step has said which layers ``rank="auto"`` looks at.
         most: bytes that plain training would have kept of the largest step that was looked at.
         trained: of each parameter whether it has trained.
@@ -39,7 +38,6 @@ class StoredRun:
     dropped: list[tuple[str, str, str]]
     observed: int
     steps: int
-    draws: int
     looked: bool
     most: int
     trained: list[bool]
@@ -72,8 +70,8 @@ def check_session_state(
     (found,) = stored.fields("version")
     if isinstance(found.value, bool) or not isinstance(found.value, int) or found.value != version:
         found.refuse(f"version {version}, the one that this package reads")
-    config, subspaces, order, dropped, observed, steps, draws, fixed = stored.fields(
-        "config", "subspaces", "order", "dropped", "observed", "steps", "draws", "fixed"
+    config, subspaces, order, dropped, observed, steps, fixed = stored.fields(
+        "config", "subspaces", "order", "dropped", "observed", "steps", "fixed"
     )
     evidence, looked, most, trained, observing = stored.fields("evidence", "looked", "most", "trained", "observing")
     options = {name: item.value for name, item in config.named()}
@@ -100,8 +98,8 @@ def check_session_state(
                 LayerStatistics(fresh.ranks, fresh.channel_axis, name, fresh.work, fresh.learned).load_state_dict(
                     item.value, torch.device("cpu"), channels.get(name)
                 )
-    counts = observed.integer(0), steps.integer(0), draws.integer(0)
     names, inputs, total = evidence.items(3)
     found_then = [item.text() for item in names.items()], inputs.integer(0), total.integer(0)
-    sizes = most.integer(0), [item.flag() for item in trained.items()], fixed.integer(0)
-    return StoredRun(options, factors, drawn, left, *counts, looked.flag(), *sizes, found_then, seen)
+    counts = observed.integer(0), steps.integer(0), looked.flag(), most.integer(0)
+    flags = [item.flag() for item in trained.items()]
+    return StoredRun(options, factors, drawn, left, *counts, flags, fixed.integer(0), found_then, seen)

@@ -3,12 +3,11 @@
 Sixteen bits are those of a bfloat16, whose error is a share of each element, however small.
 
 Even levels between the smallest and the largest of about 128 elements, as in ActNN (Chen et al., ICML 2021, section 3)
-and GACT (Liu et al., ICML 2022), rounded to the nearest level or, with dither, to one of the two next to a value so
-that the mean is right between the ends. What is beyond them, as some values are with 2 bits, becomes an end: about an
-eighth of normal numbers, whose mean is then off by some 0.4 deviations, and large values of a skewed group come out too
-small.
+and GACT (Liu et al., ICML 2022), rounded to the nearest. With 2 bits what is beyond 1.5 deviations becomes an end:
+about an eighth of normal numbers, and large values of a skewed group come out too small. With dither the mean would be
+right between the ends and the error larger; small trainings learn no better with it.
 
-On the CPU 4 and 8 bits to the nearest level are one pass in C (:mod:`lightning_lance.tensors.native`), or one of
+On the CPU 4 and 8 bits are one pass in C (:mod:`lightning_lance.tensors.native`), or one of
 torch's kernels for the rows of embedding tables, a group being a row, which write the same bytes; elsewhere a dozen
 operators. All weigh the same but for 2 bytes a group.
 """
@@ -18,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +38,6 @@ FEWEST = 256
 _MAGNITUDE, _INFINITY, _SMALLEST = 0x7FFF, 0x7C00, 0x0800  # of a float16, without its sign; the last: 2 ** -13
 _ONE = 0x3C00
 _MAGNITUDE_SINGLE, _INFINITY_SINGLE, _SMALLEST_STEP = 0x7FFFFFFF, 0x7F800000, 0x3727C5AC  # of a float32; 1e-5
-_DITHERED, _DITHER_STARTS = 1 << 19, 1 << 14
 
 
 class Rounded(NamedTuple):
@@ -123,16 +121,12 @@ def _group_size(inner: int, period: int) -> int:
     return next((group for group in sizes if period % group == 0), GROUP)
 
 
-def round_to_bits(
-    flat: Tensor, bits: int, dither: int | None = None, group: int = GROUP, affine: native.Affine | None = None
-) -> Rounded | None:
+def round_to_bits(flat: Tensor, bits: int, group: int = GROUP, affine: native.Affine | None = None) -> Rounded | None:
     """Round a stretch of memory.
 
     Args:
         flat: one axis, contiguous, floating point.
         bits: 2, 4, 8 or 16.
-        dither: where to start in a table of random numbers, for rounding whose mean is right between the ends of a
-            group; ``None``: to the nearest level.
         group: neighbours that share a range, an even number.
         affine: changes elements on the way, where :func:`rounds_in_one_pass` says so.
 
@@ -143,7 +137,7 @@ def round_to_bits(
     count = flat.numel()
     if bits == 16:
         return Rounded(flat.bfloat16(), None, None, count, bits)
-    rows = native.pack_rows(flat, bits, group, 1.0, affine) if dither is None else None
+    rows = native.pack_rows(flat, bits, group, 1.0, affine)
     if rows is not None:
         if _fits(rows.largest, bits):
             return Rounded(rows.codes, None, None, count, bits, group)
@@ -159,7 +153,7 @@ def round_to_bits(
     if missing:  # filled with the last element, so that the range of its group stays as it is
         flat = torch.cat([flat, flat[-1:].expand(missing)])
     groups = flat.view(-1, group)
-    if dither is None and bits > 2 and groups.is_cpu and type(groups) is Tensor:
+    if bits > 2 and groups.is_cpu and type(groups) is Tensor:
         kernels = _kernels(bits)
         if kernels is not None:
             return _rows(groups, count, bits, kernels[0])
@@ -169,18 +163,7 @@ def round_to_bits(
         return None
     levels = 2**bits - 1
     low, step = _range(low, high, levels, bits)
-    if dither is None:
-        codes = _code(groups, low, step, levels, 0.5)
-    else:
-        table = _dither(groups.device)
-        some = _DITHERED // group
-        parts = []
-        for start in range(0, groups.shape[0], some):
-            part = groups[start : start + some]
-            offset = (dither * 7919 + start) % _DITHER_STARTS
-            noise = table[offset : offset + part.numel()].view(part.shape)
-            parts.append(_code(part, low[start : start + some], step[start : start + some], levels, noise))
-        codes = torch.cat(parts) if len(parts) > 1 else parts[0]
+    codes = _code(groups, low, step, levels)
     return Rounded(pack_codes(codes, 8 // bits), low, step, count, bits, group)
 
 
@@ -197,18 +180,11 @@ def _ends(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return torch.maximum(low, mean - 1.5 * deviation), torch.minimum(high, mean + 1.5 * deviation)
 
 
-def _code(groups: Tensor, low: Tensor, step: Tensor, levels: int, offset: Any) -> Tensor:
-    scaled = groups.sub(low).mul_(step.float().reciprocal()).add_(offset).clamp_(0, levels + 0.5)
+def _code(groups: Tensor, low: Tensor, step: Tensor, levels: int) -> Tensor:
+    scaled = groups.sub(low).mul_(step.float().reciprocal()).add_(0.5).clamp_(0, levels + 0.5)
     # On the CPU the direct way to uint8 is one element at a time, several times as slow as all the rest.
     codes = scaled.to(torch.int8).view(torch.uint8) if levels < 128 else scaled.to(torch.int16).to(torch.uint8)
     return codes.view(-1)
-
-
-@constant
-def _dither(device: torch.device) -> Tensor:
-    """Uniform random numbers in [0, 1), the same in every process."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.rand(_DITHERED + _DITHER_STARTS, generator=generator).to(device)
 
 
 def _range(low: Tensor, high: Tensor, levels: int, bits: int) -> tuple[Tensor, Tensor]:

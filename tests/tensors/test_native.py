@@ -77,7 +77,7 @@ def test_ranges_are_float16s(bits: int, half: int) -> None:
     number = torch.tensor([half], dtype=torch.int16).view(torch.float16).float()
     flat = torch.stack([number, -number, number * (1 + 2**-11), number * (1 + 2**-12)], 1).view(-1).repeat(16)
     expected = round_without(flat, bits)
-    found = round_to_bits(flat, bits, None, 64)
+    found = round_to_bits(flat, bits, 64)
     assert (found is None) == (expected is None)
     if found is not None and expected is not None:
         assert torch.equal(found.codes, expected.codes)
@@ -88,7 +88,7 @@ def round_without(flat: Tensor, bits: int) -> Any:
     """By torch's kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_native", None)
-        return round_to_bits(flat, bits, None, 64)
+        return round_to_bits(flat, bits, 64)
 
 
 LAYOUTS = st.sampled_from([None, (0, 2, 3, 1), (0, 3, 1, 2), (1, 0, 2, 3)])
@@ -121,7 +121,7 @@ def test_changes_are_of_the_channel(
     group = group_size(shape, tensor.stride())
 
     # On the way in ...
-    changed = round_to_bits(flat, bits, None, group, affine)
+    changed = round_to_bits(flat, bits, group, affine)
     assert changed is not None
     level = float(expected.max() - expected.min()) / (2**bits - 1)
     slack = float(expected.abs().max()) * 2**-9 + 1e-6
@@ -129,7 +129,7 @@ def test_changes_are_of_the_channel(
     assert float((back - expected).abs().max()) <= 0.51 * level + slack
 
     # ... and on the way out.
-    rounded = round_to_bits(flat, bits, None, group)
+    rounded = round_to_bits(flat, bits, group)
     assert rounded is not None
     plain = torch.empty_like(tensor, dtype=torch.float64)
     plain.as_strided((tensor.numel(),), (1,)).copy_(expand(rounded, torch.float32))
@@ -208,7 +208,7 @@ def test_groups_that_are_too_short_are_refused(group: int) -> None:
 def test_groups_that_no_buffer_holds_take_another_way() -> None:
     flat = torch.randn(1000)
     assert native.pack_rows(flat, 4, 258) is None
-    found = round_to_bits(flat, 4, None, 258)
+    found = round_to_bits(flat, 4, 258)
     assert found is not None
     assert float((expand(found, torch.float32) - flat).abs().max()) < 0.5
 
@@ -245,8 +245,8 @@ def test_nothing_is_changed_by_channel_in_another_way() -> None:
     """Those who ask for a change get it, or hear that it was not done."""
     flat, affine = torch.randn(1000), native.Affine(torch.ones(4), torch.ones(4), 250)
     with FlopCounterMode(display=False):
-        assert round_to_bits(flat, 4, None, 128, affine) is None
-    assert round_to_bits(flat, 2, None, 128, affine) is None
+        assert round_to_bits(flat, 4, 128, affine) is None
+    assert round_to_bits(flat, 2, 128, affine) is None
 
 
 def test_a_mode_that_sees_operators_sees_them_all() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -50,9 +49,9 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this build of torch has no vectorised kernels for rows")
 
 
-def rounded(values: Tensor, bits: int, dither: int | None = None, group: int = GROUP) -> Tensor:
+def rounded(values: Tensor, bits: int, group: int = GROUP) -> Tensor:
     """What a tensor of one axis becomes again."""
-    found = round_to_bits(values, bits, dither, group)
+    found = round_to_bits(values, bits, group)
     assert found is not None
     assert found.nbytes == -(-values.numel() // group) * (group * bits // 8 + (8 if bits == 8 else 4))
     back = expand(found, values.dtype)
@@ -72,18 +71,17 @@ def by_group(values: Tensor, group: int) -> Tensor:
     group=st.sampled_from([64, 100, 128, 196, 256]),
     exponent=st.integers(-30, 30),
     offset=st.sampled_from([0.0, 0.3, -5.0, 100.0]),
-    dither=st.none() | st.integers(0, 10**6),
     half=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_element_is_further_off_than_its_level(
-    way: str, bits: int, count: int, group: int, exponent: int, offset: float, dither: Any, half: bool, seed: int
+    way: str, bits: int, count: int, group: int, exponent: int, offset: float, half: bool, seed: int
 ) -> None:
     values = torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     values = ((values + offset) * 10.0**exponent).to(torch.bfloat16 if half else torch.float32)
     before = values.clone()
-    found = by_group(rounded(values, bits, dither, group), group)
+    found = by_group(rounded(values, bits, group), group)
     assert torch.equal(values, before)
     groups = by_group(values, group)
     low, high = groups.amin(1, True), groups.amax(1, True)
@@ -96,7 +94,7 @@ def test_no_element_is_further_off_than_its_level(
     size = groups.abs().amax(1, True)
     slack = size * 2**-6 + 2e-4 * size.amax() if bits < 8 else size * 1e-5 + 1e-5 * size.amax()
     slack = slack / (2**bits - 1) + size * (2**-7 if bits < 8 else 1e-6) + half * size * 2**-8
-    assert bool(((found - target).abs() <= level * (0.51 if dither is None else 1.01) + slack).all())
+    assert bool(((found - target).abs() <= level * 0.51 + slack).all())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -131,7 +129,6 @@ def test_what_no_range_holds_is_refused(way: str, bits: int, value: float) -> No
     values = torch.randn(300)
     values[200] = value
     assert round_to_bits(values, bits) is None
-    assert round_to_bits(values, bits, 3) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -157,28 +154,11 @@ def test_what_float32_cannot_hold_is_refused(bits: int) -> None:
     assert round_to_bits(torch.linspace(-1e300, 1e300, 512, dtype=torch.float64), bits) is None
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_the_mean_of_dithered_elements_is_right(bits: int) -> None:
-    values = torch.rand(1000)  # nothing of which lies beyond 1.5 deviations but the two ends
-    low, high = (0.15, 0.85) if bits == 2 else (0.0, 1.0)
-    inner = (values > low) & (values < high)
-    draws = 400
-    mean = torch.stack([rounded(values, bits, draw) for draw in range(draws)]).mean(0)
-    level = 1.0 / (2**bits - 1)
-    off = (mean - values)[inner] / level
-    assert float(off.abs().max()) < 5 * 0.5 / math.sqrt(draws)
-    assert abs(float(off.mean())) < 0.01
-    nearest = (rounded(values, bits) - values)[inner] / level
-    assert float(nearest.square().mean()) < float((rounded(values, bits, 0) - values)[inner].square().mean()) / level**2
-
-
-def test_dither_reaches_beyond_its_table_and_differs_from_draw_to_draw() -> None:
-    values = torch.rand(module._DITHERED + 1000)
-    one, other = rounded(values, 4, 1), rounded(values, 4, 2)
-    for found in (one, other):
-        assert float((found - values).abs().max()) < 1.1 / 15
-    assert torch.equal(one, rounded(values, 4, 1))
-    assert float((one != other).float().mean()) > 0.2
+def test_two_bits_have_the_least_error_that_even_levels_can_have() -> None:
+    """For normal numbers .1188 of their variance (Max, 1960, table II), and as much as groups of 128 add."""
+    values = torch.randn(1 << 16)
+    error = float((rounded(values, 2) - values).square().mean())
+    assert 0.115 < error < 0.125
 
 
 @given(
