@@ -197,6 +197,10 @@ class Setup:
     layers: tuple[str, ...] = ()
 
 
+SEGMENTS = "a checkpointed segment keeps its inputs whole"
+COMPILED = "a compiled graph says what it saves, and nothing of that is computed from the rest of it"
+
+
 def validated(batches: Batches) -> Any:
     return batches(steps=1)
 
@@ -225,7 +229,9 @@ SETUPS: dict[str, Setup] = {
     "precision bf16-mixed": Setup(
         options={"precision": "bf16-mixed"}, note="22 MB of both are the copies of the weights that autocast makes"
     ),
-    "precision bf16-true": Setup(options={"precision": "bf16-true"}),
+    "precision bf16-true": Setup(
+        options={"precision": "bf16-true"}, note="plain training keeps 16 bits of a number too"
+    ),
     "precision 64-true": Setup(options={"precision": "64-true"}),
     "accumulate_grad_batches": Setup(options={"accumulate_grad_batches": 2}),
     "GradientAccumulationScheduler": Setup(callbacks=lambda: [GradientAccumulationScheduler({0: 1, 1: 2})]),
@@ -253,13 +259,15 @@ SETUPS: dict[str, Setup] = {
         timed=False,
     ),
     "channels_last": Setup(make=channels_last),
-    "activation checkpointing": Setup(make=lambda: Task(Checkpointed(False))),
-    "activation checkpointing, reentrant": Setup(make=lambda: Task(Checkpointed(True))),
-    "torch.compile of the network": Setup(make=compiled_network, slow=True),
+    "activation checkpointing": Setup(make=lambda: Task(Checkpointed(False)), note=SEGMENTS),
+    "activation checkpointing, reentrant": Setup(make=lambda: Task(Checkpointed(True)), note=SEGMENTS),
+    "torch.compile of the network": Setup(make=compiled_network, slow=True, note=COMPILED),
     "torch.compile of one stage": Setup(make=compiled_stage),
-    "torch.compile at the start of training": Setup(callbacks=lambda: [CompileLate()], slow=True, ignore="attributes"),
+    "torch.compile at the start of training": Setup(
+        callbacks=lambda: [CompileLate()], slow=True, ignore="attributes", note=COMPILED
+    ),
     "trainer.fit(torch.compile(module))": Setup(
-        make=lambda: torch.compile(Task(resnet()), backend="aot_eager"), slow=True
+        make=lambda: torch.compile(Task(resnet()), backend="aot_eager"), slow=True, note=COMPILED
     ),
     "IterableDataset": Setup(loader=lambda batches: DataLoader(Stream(batches().dataset), 8), timed=False),
     "persistent workers": Setup(loader=lambda batches: batches(num_workers=1, persistent_workers=True), timed=False),

@@ -61,6 +61,8 @@ def test_setup(name: str, rank: Any) -> None:
     )
     if rank == "auto":
         assert report.layers == report.left == []
+        assert report.ratio is not None
+        assert setup.note or report.ratio >= 6
         write("setup", name, report, setup.note)
     else:
         assert report.layers
