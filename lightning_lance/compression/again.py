@@ -116,12 +116,16 @@ class Attention:
     The kernel takes the product of queries and keys to the power of e again: where attention is peaked, 4 bits leave
     nothing of the gradient. Then it subtracts what it finds from the result, which goes together if both, and the
     log-sum-exps that it divides by, are made of the same rounded numbers.
+
+    Args:
+        mask: what is added to the products, or says which of them count; it stays whole.
     """
 
-    __slots__ = ("arguments", "sums")
+    __slots__ = ("arguments", "mask", "sums")
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Any = None) -> None:
         self.arguments: list[Any] = []
+        self.mask = mask.shape if isinstance(mask, Tensor) else None
         self.sums: Part | None = None
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
@@ -131,47 +135,48 @@ class Attention:
             again = self._again(saved)
             if again is not None:
                 return _note(saved, again, store)
+            if saved.shape == self.mask and len(self.arguments) == _order(True)[3]:
+                self.arguments.append(None)
+                return store.whole(saved)
             kept = store.rounded(saved, store.finer)
             self.arguments.append(kept)
             return kept
-        if saved.dim() == 3 and saved.is_cpu and len(self.arguments) == 3:
+        if saved.dim() == 3 and saved.is_cpu and len(self.arguments) == 3 + (None in self.arguments):
             self.sums = Part(1, saved.detach())
             return self.sums
-        return NotImplemented
+        return store.whole(saved) if saved.shape == self.mask else NotImplemented
 
     def _again(self, result: Tensor) -> Again | None:
         """What computes the result again, where that is affordable and nothing else went into it."""
         node, sums = result.grad_fn, self.sums
-        if (
-            sums is None
-            or sums.tensor is None
-            or not _made_by(node, _ATTENTION)
-            or not all(map(_is_view, self.arguments))
-        ):
+        if sums is None or sums.tensor is None or not _made_by(node, _ATTENTION):
             return None
-        query, key, value = (self.arguments[place] for place in _order())
+        query, key, value = (self.arguments[place] for place in _order(None in self.arguments)[:3])
+        mask = _of(node, "attn_mask")
         batch, heads, length, features = result.shape
         if (
-            query.shape != result.shape
+            not all(isinstance(kept, View) for kept in (query, key, value))
+            or query.shape != result.shape
             or key.shape != value.shape
             or key.shape[2] > AFFORDABLE * heads * features
             or sums.tensor.shape != (batch, heads, length)
+            or (mask is None) != (self.mask is None)
             or _of(node, "dropout_p")
-            or _of(node, "attn_mask") is not None
         ):
             return None
-        causal, scale = _of(node, "is_causal"), _of(node, "scale")
         run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        sums.again = Again(lambda q, k, v: run(q, k, v, 0.0, causal, scale=scale), (query, key, value))
+        options = {"attn_mask": mask, "scale": _of(node, "scale")}
+        causal = _of(node, "is_causal")
+        sums.again = Again(lambda q, k, v: run(q, k, v, 0.0, causal, **options), (query, key, value))
         sums.tensor = None
         return sums.again
 
 
 @cache
-def _order() -> list[int]:
-    """At which places the kernel's graph saves query, key and value, which it does in an order of its own."""
+def _order(masked: bool) -> list[int]:
+    """At which places the kernel's graph saves query, key, value, and a mask if there is one."""
     seen: list[int] = []
-    tensors = [torch.zeros(1, 1, 1, 1, requires_grad=True) for _ in range(3)]
+    tensors = [torch.zeros(1, 1, 1, 1, requires_grad=place < 3) for place in range(3 + masked)]
     addresses = [tensor.data_ptr() for tensor in tensors]
 
     def pack(tensor: Tensor) -> Tensor:
@@ -179,9 +184,10 @@ def _order() -> list[int]:
             seen.append(addresses.index(tensor.data_ptr()))
         return tensor.detach()
 
+    options = {"attn_mask": tensors[3]} if masked else {}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors)
-    return [seen.index(which) for which in range(3)]
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors[:3], **options)
+    return [seen.index(which) for which in range(len(tensors))]
 
 
 # Recurrent layers -----------------------------------------------------------------------------------------------------
@@ -260,7 +266,3 @@ def _of(node: Any, name: str) -> Any:
         return getattr(node, f"_saved_{name}")
     finally:
         saving.looking = False
-
-
-def _is_view(kept: Any) -> bool:
-    return isinstance(kept, View)

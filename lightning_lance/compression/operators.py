@@ -850,8 +850,13 @@ def _factors(input: Any, other: Any, *_: Any, **__: Any) -> Rule | None:
 # Computed again -------------------------------------------------------------------------------------------------------
 
 
-@_keeps(F.scaled_dot_product_attention, F.multi_head_attention_forward)
-def _attention(*_: Any, **__: Any) -> Rule:
+@_keeps(F.scaled_dot_product_attention)
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Rule:
+    return Attention(attn_mask)
+
+
+@_keeps(F.multi_head_attention_forward)
+def _attention_of_heads(*_: Any, **__: Any) -> Rule:
     return Attention()
 
 

@@ -158,10 +158,9 @@ def test_nothing_is_rounded_without_bits() -> None:
 
 
 MASK = torch.randn(L, L).relu()
+PADDING = (torch.arange(L) < torch.tensor([L, L - 9, L // 2, 5]).unsqueeze(1)).view(B, 1, 1, L)
+SLOPES = -(torch.arange(L).view(-1, 1) - torch.arange(L)).abs() * torch.tensor([0.5, 1.0, 4.0]).view(1, H, 1, 1)
 LEFT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK),
-    "mask of each head": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK.expand(B, H, L, L)),
-    "boolean mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK < 1),
     "trained mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK.clone().requires_grad_()),
     "dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.3),
     "three axes": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0])[None],
@@ -170,6 +169,12 @@ LEFT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "not finite": lambda q, k, v: F.scaled_dot_product_attention(q, k, torch.where(v > 3, torch.inf, v)),
 }
 SAME: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK),
+    "mask of each head": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK.expand(B, H, L, L)),
+    "boolean mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK < 1),
+    "mask of each sample": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, MASK.expand(B, 1, L, L) * 1),
+    "padding": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=PADDING),
+    "slopes": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=SLOPES),
     "plain": F.scaled_dot_product_attention,
     "by keyword": lambda q, k, v: F.scaled_dot_product_attention(key=k, value=v, query=q),
     "one tensor for all": lambda q, k, v: F.scaled_dot_product_attention(q, q, q),
@@ -199,7 +204,7 @@ def test_gradients_next_to_plain_training(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(SAME))
 def test_the_result_is_left_out(name: str) -> None:
-    """Every way to call the kernel: what is kept is less than a byte for each element of queries, keys and values."""
+    """Every way to call the kernel: beside masks, a byte is kept for each element of queries, keys and values."""
     q, k, v = (torch.randn(B, H, L, E) for _ in range(3))
     if name == "grouped" and torch.__version__ < "2.8":
         pytest.skip("other kernels serve grouped queries")
@@ -208,7 +213,8 @@ def test_the_result_is_left_out(name: str) -> None:
         return SAME[name](*((x + part).requires_grad_() for part in (q, k, v)))
 
     plain, ours = kept(attend, torch.zeros(B, H, L, E), FOUR)
-    assert ours <= 1.1 * 3 * q.numel()
+    masks = {"mask of each sample": B * L * L, "slopes": H * L * L}.get(name, L * L if "mask" in name else 0)
+    assert ours <= 1.1 * 3 * q.numel() + 4 * masks + 640 * (name == "padding")
     assert plain >= q.numel() * 4
 
 
@@ -368,7 +374,8 @@ def test_a_step_of_several_threads() -> None:
 
 
 def test_the_order_in_which_the_kernel_saves_is_found_out() -> None:
-    assert sorted(again._order()) == [0, 1, 2]
+    assert sorted(again._order(False)) == [0, 1, 2]
+    assert sorted(again._order(True)) == [0, 1, 2, 3]
     q, k, v = (torch.full((1, 1, 32, 16), value).requires_grad_() for value in (1.0, 2.0, 3.0))
     node = node_of(lambda: F.scaled_dot_product_attention(q * 1, k * 1, v * 1))
     for value, saved in ((1.0, node._saved_query), (2.0, node._saved_key), (3.0, node._saved_value)):
