@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -25,16 +26,18 @@ class Again:
         arguments: what it reads of what is kept.
     """
 
-    __slots__ = ("__weakref__", "_found", "arguments", "run")
+    __slots__ = ("__weakref__", "_found", "arguments", "own", "run")
 
     def __init__(self, run: Callable[..., Sequence[Tensor]], arguments: Sequence[Kept]) -> None:
         self.run, self.arguments = run, arguments
+        self.own: Any = None  # weak: the result in the graph of the operator
         self._found: list[Tensor | None] = []
 
     def take(self, which: int) -> Tensor:
         """One of the things, for the backward pass of the operator, which reads each once."""
         found = self._find(which)
-        self._found[which] = None
+        if which < len(self._found):
+            self._found[which] = None
         return found
 
     def restore(self) -> Tensor:
@@ -43,12 +46,13 @@ class Again:
         return found.as_strided((found.numel(),), (1,))
 
     def _find(self, which: int) -> Tensor:
-        """What the operator makes is held until its own backward pass has taken it, which comes last."""
+        """What the operator makes is held until its own backward pass has taken it, which comes last, if it comes."""
         found = self._found[which] if which < len(self._found) else None
         if found is None:
-            with torch.no_grad():
-                self._found = [*self.run(*(argument.restore() for argument in self.arguments))]
-            found = self._found[which]
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                made: list[Tensor | None] = [*self.run(*(argument.restore() for argument in self.arguments))]
+            found = made[which]
+            self._found = made if self.own is not None and self.own() is not None else [None]
         assert found is not None
         return found
 
@@ -96,9 +100,10 @@ class _Elsewhere(Step):
         return None
 
 
-def _note(result: Tensor, again: Again, store: Store) -> Part:
-    store.recipes.add(result, again.arguments[0], (_Elsewhere(),), again)
-    return Part(0, again=again)
+def _result(again: Again) -> Part:
+    part = Part(0, again=again)
+    again.own = weakref.ref(part)
+    return part
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -119,13 +124,15 @@ class Attention:
 
     Args:
         mask: what is added to the products, or says which of them count; it stays whole.
+        unknown: whether there may be a mask that nobody has told us of.
     """
 
-    __slots__ = ("arguments", "mask", "sums")
+    __slots__ = ("arguments", "mask", "sums", "unknown")
 
-    def __init__(self, mask: Any = None) -> None:
+    def __init__(self, mask: Any = None, unknown: bool = False) -> None:
         self.arguments: list[Any] = []
         self.mask = mask.shape if isinstance(mask, Tensor) else None
+        self.unknown = unknown
         self.sums: Part | None = None
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
@@ -134,8 +141,9 @@ class Attention:
         if saved.dim() == 4:
             again = self._again(saved)
             if again is not None:
-                return _note(saved, again, store)
-            if saved.shape == self.mask and len(self.arguments) == _order(True)[3]:
+                store.recipes.add(saved, again.arguments[0], (_Elsewhere(),), again)
+                return _result(again)
+            if self._is_mask(saved):
                 self.arguments.append(None)
                 return store.whole(saved)
             kept = store.rounded(saved, store.finer)
@@ -145,6 +153,12 @@ class Attention:
             self.sums = Part(1, saved.detach())
             return self.sums
         return store.whole(saved) if saved.shape == self.mask else NotImplemented
+
+    def _is_mask(self, saved: Tensor) -> bool:
+        if len(self.arguments) != (_order(True)[3] if saved.is_cpu else 0):
+            return False
+        # A key of which no gradient is asked for may be taken for one, and stay whole.
+        return saved.shape == self.mask or (self.unknown and not saved.requires_grad)
 
     def _again(self, result: Tensor) -> Again | None:
         """What computes the result again, where that is affordable and nothing else went into it."""
@@ -160,7 +174,7 @@ class Attention:
             or key.shape != value.shape
             or key.shape[2] > AFFORDABLE * heads * features
             or sums.tensor.shape != (batch, heads, length)
-            or (mask is None) != (self.mask is None)
+            or (mask is not None and self.mask is None and not self.unknown)
             or _of(node, "dropout_p")
         ):
             return None
@@ -205,15 +219,20 @@ class Recurrent:
     """How to keep what an LSTM on the CPU saves, layer by layer: its input ``(T, B, F)``.
 
     What the kernel leaves for its backward pass, gates and states of all steps, is one stretch of bytes of some fifteen
-    numbers for each of a state, whose layout is its own.
+    numbers for each of a state, whose layout is its own. Weights are those of the moment when it is computed again, so
+    that others who read the result keep it in bits of their own: an optimizer may have moved the weights by then.
+
+    Args:
+        input: that of the call, of which the first layer reads.
     """
 
-    __slots__ = ("again", "input", "node", "which")
+    __slots__ = ("again", "first", "input", "nodes", "which")
 
-    def __init__(self) -> None:
-        self.input: Any = None
+    def __init__(self, input: Tensor) -> None:
+        self.first = input.untyped_storage()._cdata
+        self.input: Kept | None = None
         self.again: Again | None = None
-        self.node: Any = None
+        self.nodes: list[Any] = []
         self.which = 0
 
     def __call__(self, saved: Tensor, store: Store) -> Any:
@@ -227,32 +246,33 @@ class Recurrent:
         if not saved.is_floating_point() or saved.dim() not in (2, 3):
             return NotImplemented
         if saved.dim() == 2:  # states at the end, else those at the beginning
-            found = self._part(self.which + 1) if made and node is self.node else NotImplemented
-            return store.whole(saved) if found is NotImplemented else found
-        known, self.node = self.node, node
-        if made and self.input is not None and node is not known:
+            if made and self.nodes and node is self.nodes[-1]:
+                return self._part(self.which + 1)
+            return store.whole(saved) if made or node is None else NotImplemented
+        if made and node not in self.nodes and saved.untyped_storage()._cdata != self.first:
+            self.nodes.append(node)
             self.again, self.which, self.input = self._layer(node), 0, None
-            return NotImplemented if self.again is None else _note(saved, self.again, store)
-        # An input may be the result of the layer before.
-        self.input = store.rounded(saved, store.bits.other)
-        return self.input
+            return _result(self.again)
+        kept = store.rounded(saved, store.bits.other)  # of an input, which may be the result of the layer before
+        self.input = kept if isinstance(kept, View) else None
+        return kept
 
     def _part(self, which: int) -> Any:
         self.which = which
         return NotImplemented if self.again is None else Part(which, again=self.again)
 
-    def _layer(self, node: Any) -> Again | None:
-        if not isinstance(self.input, View):
-            return None
+    def _layer(self, node: Any) -> Again:
         weights, options = ([_of(node, name) for name in names] for names in (_WEIGHTS, _OPTIONS))
         weights = [weight.detach() for weight in weights]
+        whole = _of(node, "input").detach() if self.input is None else None  # a weight, or too small to be rounded
 
-        def run(input: Tensor) -> Sequence[Tensor]:
+        def run(*inputs: Tensor) -> Sequence[Tensor]:
             with torch.enable_grad():  # else the kernel leaves nothing for its backward pass
+                input = inputs[0] if whole is None else whole
                 made: Sequence[Tensor] = torch.ops.aten.mkldnn_rnn_layer(input, *weights, *options)
             return made
 
-        return Again(run, (self.input,))
+        return Again(run, () if self.input is None else (self.input,))
 
 
 def _made_by(node: Any, name: str) -> bool:

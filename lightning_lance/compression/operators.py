@@ -857,12 +857,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 @_keeps(F.multi_head_attention_forward)
 def _attention_of_heads(*_: Any, **__: Any) -> Rule:
-    return Attention()
+    return Attention(unknown=True)
 
 
 @_keeps(torch.lstm)
-def _lstm(*_: Any, **__: Any) -> Rule:
-    return Recurrent()
+def _lstm(input: Tensor, *_: Any, **__: Any) -> Rule:
+    return Recurrent(input)
 
 
 # Norms and losses -----------------------------------------------------------------------------------------------------

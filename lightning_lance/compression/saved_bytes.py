@@ -208,13 +208,6 @@ class ModuleNames:
     def of(self, model: nn.Module) -> Iterator[None]:
         """Follow the modules of a model inside the block; not those that are compiled, whose code would hold it."""
         handles = []
-
-        def enter(name: str) -> Any:
-            return lambda *_: self._stack.append(name)
-
-        def leave(*_: Any) -> None:
-            self._stack.pop()
-
         compiled: list[str] = []
         for name, module in model.named_modules():
             if _is_compiled(module):
@@ -222,14 +215,38 @@ class ModuleNames:
             elif not isinstance(module, torch.jit.ScriptModule) and not any(
                 name.startswith(f"{outer}.") or not outer for outer in compiled
             ):
-                handles.append(module.register_forward_pre_hook(enter(name)))
-                handles.append(module.register_forward_hook(leave, always_call=True))
+                handles.append(module.register_forward_pre_hook(_Hook(self._stack, name)))
+                handles.append(module.register_forward_hook(_Hook(self._stack), always_call=True))
         try:
             yield
         finally:
             del self._stack[1:]
             for handle in handles:
                 handle.remove()
+
+
+class _Hook:
+    """Says that a module begins, or that one ends; of a copy of the module it does nothing."""
+
+    def __init__(self, stack: list[str], name: str | None = None) -> None:
+        self.stack, self.name = stack, name
+
+    def __call__(self, *_: Any) -> None:
+        if self.name is None:
+            self.stack.pop()
+        else:
+            self.stack.append(self.name)
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Any:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def _is_compiled(module: nn.Module) -> bool:

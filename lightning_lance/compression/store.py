@@ -368,7 +368,7 @@ class Store:
             return self.whole(tensor)
         storage = tensor.untyped_storage()
         size = storage.nbytes() // tensor.element_size()
-        if tensor.numel() * VIEWED >= size:
+        if tensor.numel() * VIEWED >= size and _base(tensor).numel() >= size:
             stretch = self._stretch(tensor, storage, 0, size, bits)
             if stretch is not None:
                 return View(stretch, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
@@ -450,6 +450,11 @@ def _refuse_nested() -> None:
 
 _PLAIN = (Tensor, nn.Parameter)
 _dispatch_modes: Any = torch._C._len_torch_dispatch_stack
+
+
+def _base(tensor: Tensor) -> Tensor:
+    """The tensor whose version a view has. Of chunks that share memory and no version one may change unseen."""
+    return tensor._base if tensor._is_view() and tensor._base is not None else tensor
 
 
 def _key(tensor: Tensor) -> Any:

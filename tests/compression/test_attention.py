@@ -159,6 +159,7 @@ def test_nothing_is_rounded_without_bits() -> None:
 
 MASK = torch.randn(L, L).relu()
 PADDING = (torch.arange(L) < torch.tensor([L, L - 9, L // 2, 5]).unsqueeze(1)).view(B, 1, 1, L)
+FAR = torch.full((L, L), -1e9).triu(1)
 SLOPES = -(torch.arange(L).view(-1, 1) - torch.arange(L)).abs() * torch.tensor([0.5, 1.0, 4.0]).view(1, H, 1, 1)
 LEFT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "trained mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK.clone().requires_grad_()),
@@ -174,6 +175,8 @@ SAME: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "boolean mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK < 1),
     "mask of each sample": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, MASK.expand(B, 1, L, L) * 1),
     "padding": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=PADDING),
+    "far": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=FAR),
+    "far of each head": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=FAR.expand(B, H, L, L)),
     "slopes": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=SLOPES),
     "plain": F.scaled_dot_product_attention,
     "by keyword": lambda q, k, v: F.scaled_dot_product_attention(key=k, value=v, query=q),
@@ -213,7 +216,9 @@ def test_the_result_is_left_out(name: str) -> None:
         return SAME[name](*((x + part).requires_grad_() for part in (q, k, v)))
 
     plain, ours = kept(attend, torch.zeros(B, H, L, E), FOUR)
-    masks = {"mask of each sample": B * L * L, "slopes": H * L * L}.get(name, L * L if "mask" in name else 0)
+    masks = {"mask of each sample": B * L * L, "slopes": H * L * L}.get(
+        name, L * L if "mask" in name or "far" in name else 0
+    )
     assert ours <= 1.1 * 3 * q.numel() + 4 * masks + 640 * (name == "padding")
     assert plain >= q.numel() * 4
 
@@ -254,6 +259,30 @@ def test_nothing_is_left_after_a_backward_pass(frozen: str) -> None:
     loss.backward()
     gc.collect()
     assert all(reference() is None for reference in seen)
+
+
+def test_who_reads_a_detached_result_last_holds_no_more_than_it() -> None:
+    """The attention's own backward pass is over, and takes nothing any more."""
+    q, k, v = (torch.randn(B, H, L, E, requires_grad=True) for _ in range(3))
+    heads = nn.ModuleList(nn.Linear(E, 8) for _ in range(2))
+    seen: list[again.Again] = []
+    create = again.Again.__init__
+
+    def watched(self: Any, *arguments: Any) -> None:
+        create(self, *arguments)
+        seen.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(again.Again, "__init__", watched)
+        with make_store(FOUR, heads.parameters()):
+            result = F.scaled_dot_product_attention(q * 1, k * 1, v * 1)
+            losses = [head(result.detach()).sum() for head in heads]
+    result.sum().backward()
+    del result
+    losses[0].backward()
+    (made,) = seen
+    assert made._found == [None]
+    losses[1].backward()
 
 
 def test_a_result_that_is_written_on_afterwards() -> None:
@@ -335,6 +364,22 @@ def test_modules_of_torch(batch_first: bool) -> None:
     # Three parts in 8 bits, and in 4 the input and the result, which the module copies.
     assert ours <= 1.25 * (3 + 1) * x.numel()
     assert plain >= 6 * x.nbytes
+
+
+@pytest.mark.parametrize("kind", ["attn_mask", "key_padding_mask", "both"])
+def test_masks_of_modules_stay_whole(kind: str) -> None:
+    """Beside -1e9 a level would be far from zero where the mask is zero, and is taken to the power of e."""
+    torch.manual_seed(0)
+    layer, x = nn.MultiheadAttention(48, 3, batch_first=True), torch.randn(B, L, 48)
+    padding = torch.zeros(B, L).masked_fill(PADDING.view(B, L).logical_not(), -1e9)
+    masks = {"attn_mask": FAR, "key_padding_mask": padding} if kind == "both" else {}
+    masks = masks or {kind: FAR if kind == "attn_mask" else padding}
+    expected, found = (
+        run(lambda x: layer(x, x, x, need_weights=False, **masks)[0], x, None, store)
+        for store in (None, make_store(FOUR, layer.parameters()))
+    )
+    for left, right in zip(expected[1:], found[1:], strict=True):
+        assert float((left - right).norm()) < 0.2 * float(left.norm())
 
 
 def test_the_report_counts_plain_training_as_it_is() -> None:

@@ -289,6 +289,24 @@ def test_a_copy_is_a_stock_network(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_made_in_the_step_that_is_reported(how: str) -> None:
+    """Modules have hooks then, which say what runs; those of a copy do nothing, to it or to the step."""
+    net, x = small_net(), images(1)[0]
+    session = LanceSession(net, LanceConfig(bits=4))
+    session.start()
+    with session.step():
+        made = copy.deepcopy(net) if how == "deepcopy" else pickle.loads(pickle.dumps(net))
+        made.eval()(x)
+        loss = net(x).square().mean()
+    loss.backward()
+    session.stop()
+    assert session.report is not None
+    assert session.report.compressed is not None
+    assert set(session.report.compressed.by_module()) <= {name for name, _ in net.named_modules()}
+    assert made.training is False
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_of_a_session_trains_as_the_session_does(how: str) -> None:
     def copied(session: LanceSession) -> LanceSession:
         return copy.deepcopy(session) if how == "deepcopy" else pickle.loads(pickle.dumps(session))  # type: ignore[no-any-return]
