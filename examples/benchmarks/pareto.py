@@ -286,7 +286,7 @@ Shaded: steps up to {slowest} times plain's; what takes longer than {longest:g} 
   again, which costs what takes and frees much memory the most: [benchmarks.md](benchmarks.md) has steps of ours with
   the C library's own settings. On a shared machine they differ from run to run by ten to thirty percent, so that a row
   near a limit may be on either side of it; peaks differ by one.
-- Peaks hold the gradients of all weights, which nothing here makes smaller: 113 MB of Swin-T, a quarter of plain's peak.
+- Peaks hold the gradients of all weights, which nothing here shrinks: 113 MB of Swin-T, a quarter of its plain one.
 """
 
 COMPILED = """\

@@ -202,7 +202,7 @@ def test_gradients_next_to_plain_training(name: str) -> None:
     expected, found = run(attend, x, grad), run(attend, x, grad, make_store(FOUR))
     assert same_bits(expected[0], found[0])
     left, right = (pair[1].nan_to_num(0, 0, 0).double() for pair in (expected, found))
-    assert float((left - right).norm()) < 0.06 * float(left.norm())
+    assert float((left - right).norm()) < 0.08 * float(left.norm())
 
 
 @pytest.mark.parametrize("name", list(SAME))
@@ -311,7 +311,7 @@ def test_dropout_behind_the_attention() -> None:
     model.forward = lambda x: layer(F.dropout(F.scaled_dot_product_attention(*x.unbind(0)), 0.5))  # type: ignore[method-assign]
     expected, found = run(model, x, None), run(model, x, None, make_store(FOUR))
     for left, right in zip(expected[1:], found[1:], strict=True):
-        assert float((left - right).norm()) < 0.06 * float(left.norm())
+        assert float((left - right).norm()) < 0.08 * float(left.norm())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
