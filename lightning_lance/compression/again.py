@@ -52,7 +52,7 @@ class Again:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 made: list[Tensor | None] = [*self.run(*(argument.restore() for argument in self.arguments))]
             found = made[which]
-            self._found = made if self.own is not None and self.own() is not None else [None]
+            self._found = made if self.own is not None and self.own() is not None else []
         assert found is not None
         return found
 
@@ -124,7 +124,7 @@ class Attention:
 
     Args:
         mask: what is added to the products, or says which of them count; it stays whole.
-        unknown: whether there may be a mask that nobody has told us of.
+        unknown: whether there is a mask of a shape that nobody has told us.
     """
 
     __slots__ = ("arguments", "mask", "sums", "unknown")

@@ -856,8 +856,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 
 @_keeps(F.multi_head_attention_forward)
-def _attention_of_heads(*_: Any, **__: Any) -> Rule:
-    return Attention(unknown=True)
+def _attention_of_heads(*given: Any, key_padding_mask: Any = None, attn_mask: Any = None, **_: Any) -> Rule:
+    return Attention(unknown=len(given) > 14 or key_padding_mask is not None or attn_mask is not None)
 
 
 @_keeps(torch.lstm)
